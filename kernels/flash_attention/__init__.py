@@ -1,0 +1,1 @@
+"""FlashAttention: one problem description, one file an implementation."""

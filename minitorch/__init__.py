@@ -1,0 +1,1 @@
+"""MiniTorch with FlashAttention."""
