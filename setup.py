@@ -1,13 +1,53 @@
-"""Packaging. `kernels/` stands at the top level for readers and is imported as `minitorch.kernels`."""
+"""Packaging. `kernels/` stands at the top level for readers and is imported as `minitorch.kernels`.
+
+A top-level import name `kernels` would collide with a published package of that name, hence the
+`package_dir` below together with the committed link `minitorch/kernels -> ../kernels`, which lets
+type checkers, editors and a plain `pytest` in the checkout find the same files.
+
+Lower bounds are versions the tests were run with:
+- numpy 2.0 is the oldest numpy that numba 0.68 and this code work with.
+- numba 0.68 needs Python 3.10 or later; we need 3.11.
+- numba-cuda 0.30.4 calls `np.row_stack`, which numpy 2.5 removed: the extra `cuda` keeps numpy
+  below 2.5.
+- safetensors 0.8.0 writes wrong bytes for arrays that are not contiguous; `minitorch.checkpoint`
+  makes them contiguous first, so that no version is excluded for it.
+- ruff and mypy are pinned: a new release of either may find new faults in unchanged code.
+"""
+
+from pathlib import Path
 
 from setuptools import setup
+
+TRAIN = [
+    "matplotlib>=3.9",
+    "rich>=13.7",
+    "safetensors>=0.4.3",
+    "tokenizers>=0.20",
+]
 
 setup(
     name="minitorch",
     version="0.4.0",
+    description="A small deep-learning library to read, with FlashAttention and its kernels",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     packages=["minitorch", "minitorch.kernels", "minitorch.kernels.flash_attention"],
     package_dir={"minitorch.kernels": "kernels"},
     package_data={"minitorch": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=["numpy>=2.0", "numba>=0.68"],
+    extras_require={
+        "cuda": ["numba-cuda[cu13]>=0.30.4", "numpy<2.5"],
+        "train": TRAIN,
+        "bench": ["torch==2.13.0", "threadpoolctl>=3.5"],
+        "dev": [
+            *TRAIN,
+            "hypothesis>=6.115",
+            "mypy==2.4.1",
+            "pytest>=8.3",
+            "pytest-xdist>=3.6",
+            "ruff==0.17.5",
+            "scikit-learn>=1.5",
+        ],
+    },
 )
