@@ -1,0 +1,175 @@
+"""Checkpoints: named arrays and a few words about them in one safetensors file, written atomically.
+
+The file goes to a temporary name beside the target, is flushed to the disk and then renamed, so a
+program killed at any moment leaves the last whole checkpoint. safetensors is an optional dependency
+(extra `train`) and is imported when a checkpoint is first read or written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read, or does not fit what it is read into."""
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    arrays: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write named arrays to a safetensors file, all of it or nothing.
+
+    Args:
+        path: the file; its folder is made if it is missing.
+        arrays: name to array, or to anything `numpy.asarray` takes (a Tensor, say), of any strides.
+        metadata: text to keep beside them; keys and values are strings.
+
+    Raises:
+        CheckpointError: no safetensors here, or a dtype that has no place in the format.
+
+    """
+    safetensors = _safetensors()
+    from safetensors.numpy import save
+
+    plain = {name: _contiguous(array) for name, array in arrays.items()}
+    try:
+        content = save(plain, dict(metadata) if metadata else None)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        dtypes = sorted({str(array.dtype) for array in plain.values()})
+        raise CheckpointError(f"cannot store dtypes {dtypes} in {path}: {error}") from error
+    write_atomically(path, content)
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], like: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Array], dict[str, str]]:
+    """Read what `save_checkpoint` wrote.
+
+    Args:
+        path: the file.
+        like: if given, the names and shapes that the file must have (a model's `state_dict()`).
+
+    Returns:
+        The arrays by name, and the metadata.
+
+    Raises:
+        CheckpointError: no such file, not a whole safetensors file, or other names or shapes than
+            `like`.
+
+    """
+    safetensors = _safetensors()
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="numpy") as file:
+            arrays = {name: np.array(file.get_tensor(name)) for name in file.keys()}
+            metadata = dict(file.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error})") from error
+    if like is not None:
+        check_shapes(arrays, like, str(path))
+    return arrays, metadata
+
+
+def check_shapes(arrays: Mapping[str, Array], like: Mapping[str, Any], source: str) -> None:
+    """Raise `CheckpointError` unless `arrays` has the names and shapes of `like`.
+
+    Args:
+        arrays: what was read.
+        like: what is wanted.
+        source: where `arrays` comes from, for the message.
+
+    """
+    missing = [name for name in like if name not in arrays]
+    unknown = [name for name in arrays if name not in like]
+    if missing or unknown:
+        raise CheckpointError(
+            f"{source} holds another model: missing {_some(missing)}, not wanted {_some(unknown)}"
+        )
+    for name, wanted in like.items():
+        if tuple(arrays[name].shape) != tuple(wanted.shape):
+            raise CheckpointError(
+                f"{source} holds another model: {name} has shape {tuple(arrays[name].shape)}, "
+                f"wanted {tuple(wanted.shape)}"
+            )
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace a file by `content` so that a reader, or a crash, sees the old or the new one whole.
+
+    Args:
+        path: the file; its folder is made if it is missing.
+        content: all of its bytes.
+
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the target's own folder: a rename is atomic within one file system only.
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner can read
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _flush_folder(target.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself last through a loss of power, where the system can do that."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows does not open folders
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _contiguous(array: Any) -> Array:
+    """A C-contiguous array of native byte order.
+
+    safetensors 0.8.0 writes the raw buffer: for a permuted or sliced array that is other data than
+    the array shows, and nothing says so.
+    """
+    plain = np.asarray(array)
+    return np.asarray(plain, dtype=plain.dtype.newbyteorder("="), order="C")
+
+
+def _some(names: list[str]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise CheckpointError(
+            "checkpoints need the package safetensors: pip install 'minitorch[train]'"
+        ) from error
+    return safetensors
