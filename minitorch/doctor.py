@@ -1,0 +1,353 @@
+"""`python -m minitorch doctor`: what this machine offers, what is wrong with it and how to mend it.
+
+Each `examine_*` function looks at one thing and returns a `Finding`: facts to print and problems,
+one line each. A problem is fatal if the library cannot be used at all; the rest cost speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+EXTRAS = {
+    "cuda": ["numba-cuda"],
+    "train": ["matplotlib", "rich", "safetensors", "tokenizers"],
+    "bench": ["torch", "threadpoolctl"],
+}
+# OpenBLAS's own names for the kernels it can be held to that use 512-bit vectors.
+OPENBLAS_512_BIT = ("skylakex", "cooperlake", "sapphirerapids")
+# How builds of OpenBLAS name their functions (numpy's wheels: the first).
+OPENBLAS_SYMBOLS = ("scipy_openblas_{}64_", "scipy_openblas_{}", "openblas_{}64_", "openblas_{}")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong and how to mend it, in one line; `fatal` if nothing works until then."""
+
+    what: str
+    mend: str
+    fatal: bool = False
+
+    def __str__(self) -> str:
+        return f"{'error' if self.fatal else 'warning'}: {self.what}: {self.mend}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Facts to print, label to text, and the problems seen on the way."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+# --- versions --------------------------------------------------------------------------------
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def examine_versions() -> Finding:
+    """Python, the packages everything needs, and which extras are complete."""
+    facts = {
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "system": platform.platform(),
+    }
+    for package in ("minitorch", "numpy", "numba", "llvmlite"):
+        facts[package] = version_of(package) or "not installed as a package"
+    for extra, packages in EXTRAS.items():
+        missing = [package for package in packages if version_of(package) is None]
+        facts[f"extra [{extra}]"] = (
+            f"missing {', '.join(missing)} (pip install 'minitorch[{extra}]')"
+            if missing
+            else ", ".join(f"{package} {version_of(package)}" for package in packages)
+        )
+    return Finding(facts)
+
+
+# --- the CPU and its threads ------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: its affinity, or the container's share if that is less."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        allowed, period = quota.read_text().split()
+        if allowed != "max":
+            cores = min(cores, max(1, round(int(allowed) / int(period))))
+    return cores
+
+
+def vector_bits(features: Mapping[str, bool], machine: str) -> int:
+    """The widest vectors of a CPU in bits, by LLVM's names of its features."""
+    if features.get("avx512f"):
+        return 512
+    if features.get("avx"):
+        return 256
+    return 128 if features.get("sse2") or machine.lower() in ("arm64", "aarch64") else 0
+
+
+def examine_cpu() -> Finding:
+    """The CPU's name, its cores and its vectors."""
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    bits = vector_bits(features, platform.machine())
+    notable = ("fma", "avx2", "avx512f", "avx512bf16", "amx-tile", "neon", "sve")
+    present = [name for name in notable if features.get(name)]
+    name = f"{llvm.get_host_cpu_name()} ({platform.machine()})"
+    return Finding(
+        {
+            "cpu": f"{name}, {usable_cores()} cores usable",
+            "vectors": f"{bits} bits ({', '.join(present) or 'none of the named features'})",
+        }
+    )
+
+
+def _openblas() -> ctypes.CDLL | None:
+    """The OpenBLAS inside numpy's wheel, loaded already; None if numpy has another BLAS."""
+    package = Path(np.__file__).parent
+    for folder in (package.parent / "numpy.libs", package / ".dylibs"):
+        for library in sorted(folder.glob("*openblas*")):
+            return ctypes.CDLL(str(library))
+    return None
+
+
+def _ask_openblas(library: ctypes.CDLL, question: str, answer: type) -> Any:
+    """Call one of OpenBLAS's `get_` functions; None if this build has no such function."""
+    for pattern in OPENBLAS_SYMBOLS:
+        function = getattr(library, pattern.format(question), None)
+        if function is not None:
+            function.restype = answer
+            return function()
+    return None
+
+
+def examine_blas(cores: int, environment: Mapping[str, str], cpu_vector_bits: int) -> Finding:
+    """Which BLAS numpy calls, its threads, and whether it is held to slower instructions.
+
+    Args:
+        cores: how many cores this process may use.
+        environment: `os.environ`.
+        cpu_vector_bits: what the CPU has (see `vector_bits`).
+
+    """
+    build = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    facts = {"blas": f"{build.get('name', 'unknown')} {build.get('version', '')}".strip()}
+    problems = []
+    library = _openblas()
+    if library is not None:
+        threads = _ask_openblas(library, "get_num_threads", ctypes.c_int) or 0
+        core = _ask_openblas(library, "get_corename", ctypes.c_char_p)
+        facts["blas"] += f", kernels for {core.decode()}" if core else ""
+        facts["blas threads"] = str(threads or "unknown")
+        if threads > cores:
+            problems.append(
+                Problem(
+                    f"BLAS starts {threads} threads on {cores} usable cores",
+                    f"set OPENBLAS_NUM_THREADS={cores}",
+                )
+            )
+    held_to = environment.get("OPENBLAS_CORETYPE")
+    facts["OPENBLAS_CORETYPE"] = held_to or "not set"
+    if held_to and cpu_vector_bits == 512 and held_to.lower() not in OPENBLAS_512_BIT:
+        problems.append(
+            Problem(
+                f"OPENBLAS_CORETYPE={held_to} keeps matrix products off this CPU's 512-bit vectors",
+                "unset OPENBLAS_CORETYPE (env -u OPENBLAS_CORETYPE ...)",
+            )
+        )
+    return Finding(facts, problems)
+
+
+def examine_numba(cores: int, environment: Mapping[str, str]) -> Finding:
+    """Whether numba compiles and runs a parallel loop, with how many threads, in which layer.
+
+    Args:
+        cores: how many cores this process may use.
+        environment: `os.environ`.
+
+    """
+    import numba
+
+    if environment.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return Finding(
+            {"numba": "compilation is switched off"},
+            [Problem("NUMBA_DISABLE_JIT runs kernels as plain Python", "unset NUMBA_DISABLE_JIT")],
+        )
+    threads = numba.get_num_threads()
+    facts = {"numba threads": str(threads)}
+    problems = []
+    try:
+        _run_parallel_loop()
+        facts["numba threading layer"] = numba.threading_layer()
+    except Exception as error:
+        problem = f"numba cannot run a parallel loop ({type(error).__name__}: {error})"
+        mend = "try NUMBA_THREADING_LAYER=workqueue, or reinstall numba"
+        return Finding(facts, [Problem(problem.replace("\n", " "), mend, fatal=True)])
+    if threads > cores:
+        text = f"numba starts {threads} threads on {cores} usable cores"
+        problems.append(Problem(text, f"set NUMBA_NUM_THREADS={cores}"))
+    elif threads < cores:
+        text = f"numba uses {threads} of {cores} usable cores"
+        problems.append(Problem(text, "unset NUMBA_NUM_THREADS, or do not mind if it was meant"))
+    return Finding(facts, problems)
+
+
+def _run_parallel_loop() -> None:
+    import numba
+
+    @numba.njit(parallel=True)
+    def count(n: int) -> int:
+        total = 0
+        for _ in numba.prange(n):
+            total += 1
+        return total
+
+    if count(100) != 100:
+        raise RuntimeError("a parallel sum over 100 ones was not 100")
+
+
+# --- the compile cache -----------------------------------------------------------------------
+
+
+def can_write(folder: Path) -> bool:
+    """Whether a file can be made in a folder, or the folder itself where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def examine_cache(environment: Mapping[str, str], kernels: Path) -> Finding:
+    """Where compiled kernels are kept from one process to the next.
+
+    Args:
+        environment: `os.environ`.
+        kernels: the folder of the kernels' source.
+
+    """
+    named = environment.get("NUMBA_CACHE_DIR")
+    folder = Path(named) if named else kernels / "__pycache__"
+    if can_write(folder):
+        return Finding({"compile cache": str(folder)})
+    mend = "set NUMBA_CACHE_DIR to a folder that can be written"
+    problem = Problem(f"the compile cache {folder} cannot be written, kernels compile anew", mend)
+    return Finding({"compile cache": f"{folder} (not writable)"}, [problem])
+
+
+def examine_kernels(kernels: Path) -> Finding:
+    """Whether `minitorch/kernels` is the folder it should be: some systems lose the link to it."""
+    if kernels.is_dir():
+        return Finding({"kernels": str(kernels.resolve())})
+    problem = Problem(
+        f"{kernels} is not a folder (a link lost in an archive, or on Windows)",
+        "pip install -e . in the checkout, or git config core.symlinks true and check out again",
+    )
+    return Finding({"kernels": "link lost"}, [problem])
+
+
+# --- the GPU ---------------------------------------------------------------------------------
+
+
+def examine_gpu() -> Finding:
+    """The NVIDIA GPU, if there is one, and whether numba can use it."""
+    seen = _nvidia_smi()
+    usable, why_not = _cuda_usable()
+    if usable:
+        return Finding({"gpu": seen or "usable, nvidia-smi not found"})
+    if seen is None:
+        return Finding({"gpu": "none (everything runs on the CPU)"})
+    mend = "pip install 'minitorch[cuda]'"
+    return Finding(
+        {"gpu": f"{seen}, not usable"}, [Problem(f"numba cannot use the GPU ({why_not})", mend)]
+    )
+
+
+def _nvidia_smi() -> str | None:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return "; ".join(answer.stdout.strip().splitlines()) or None
+
+
+def _cuda_usable() -> tuple[bool, str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numba's own CUDA target announces its successor
+        try:
+            from numba import cuda
+
+            return bool(cuda.is_available()), "no working driver, or no CUDA libraries"
+        except Exception as error:
+            return False, f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def examine(environment: Mapping[str, str] | None = None) -> list[Finding]:
+    """Look at everything.
+
+    Args:
+        environment: variables to judge by; `os.environ` if None.
+
+    """
+    import llvmlite.binding as llvm
+
+    variables = os.environ if environment is None else environment
+    cores = usable_cores()
+    kernels = Path(__file__).parent / "kernels"
+    bits = vector_bits(llvm.get_host_cpu_features(), platform.machine())
+    return [
+        examine_versions(),
+        examine_cpu(),
+        examine_blas(cores, variables, bits),
+        examine_numba(cores, variables),
+        examine_kernels(kernels),
+        examine_cache(variables, kernels),
+        examine_gpu(),
+    ]
+
+
+def main() -> int:
+    """Print the report. The exit code is 0 if the library can be used, 1 if not."""
+    findings = examine()
+    facts = {label: text for finding in findings for label, text in finding.facts.items()}
+    width = max(map(len, facts))
+    for label, text in facts.items():
+        print(f"{label:<{width}}  {text}")
+    problems = [problem for finding in findings for problem in finding.problems]
+    print()
+    for problem in problems:
+        print(problem)
+    fatal = any(problem.fatal for problem in problems)
+    if not fatal:
+        print("ready" if not problems else "ready, with the warnings above")
+    sys.stdout.flush()
+    return int(fatal)

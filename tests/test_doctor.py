@@ -1,0 +1,111 @@
+"""`python -m minitorch doctor` on this machine, and on made-up ones that have something wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitorch import doctor
+
+
+def test_the_command_reports_and_exits_with_zero() -> None:
+    command = [sys.executable, "-m", "minitorch", "doctor"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    for label in ("python", "numpy", "numba threading layer", "blas threads", "vectors", "gpu"):
+        assert any(line.startswith(label) for line in run.stdout.splitlines()), label
+    assert run.stdout.splitlines()[-1].startswith("ready")
+
+
+def test_an_unknown_command_is_an_error() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "minitorch", "nurse"], capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert "doctor" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("features", "machine", "bits"),
+    [
+        ({"avx512f": True, "avx2": True, "avx": True}, "x86_64", 512),
+        ({"avx2": True, "avx": True, "sse2": True}, "x86_64", 256),
+        ({"sse2": True}, "AMD64", 128),
+        ({}, "aarch64", 128),
+        ({}, "riscv64", 0),
+    ],
+)
+def test_vector_width(features: dict[str, bool], machine: str, bits: int) -> None:
+    assert doctor.vector_bits(features, machine) == bits
+
+
+@pytest.mark.parametrize(
+    ("held_to", "bits", "problems"),
+    [("Haswell", 512, 1), ("SkylakeX", 512, 0), ("Haswell", 256, 0), (None, 512, 0)],
+)
+def test_a_blas_held_to_slower_kernels_is_found(
+    held_to: str | None, bits: int, problems: int
+) -> None:
+    environment = {"OPENBLAS_CORETYPE": held_to} if held_to else {}
+    found = doctor.examine_blas(10**6, environment, bits).problems
+    assert len(found) == problems
+    assert all("unset OPENBLAS_CORETYPE" in str(problem) for problem in found)
+
+
+def test_more_threads_than_cores_are_found() -> None:
+    for finding in (doctor.examine_blas(0, {}, 256), doctor.examine_numba(0, {})):
+        for problem in finding.problems:
+            assert "on 0 usable cores: set " in str(problem)
+            assert not problem.fatal
+    assert doctor.examine_numba(0, {}).problems
+
+
+def test_idle_cores_are_found() -> None:
+    (problem,) = doctor.examine_numba(10**6, {}).problems
+    assert "of 1000000 usable cores" in str(problem)
+
+
+def test_a_switched_off_compiler_is_found() -> None:
+    (problem,) = doctor.examine_numba(2, {"NUMBA_DISABLE_JIT": "1"}).problems
+    assert "unset NUMBA_DISABLE_JIT" in str(problem)
+
+
+def test_a_loop_that_does_not_run_is_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError("no threading\nlayer could be loaded")
+
+    monkeypatch.setattr(doctor, "_run_parallel_loop", fail)
+    (problem,) = doctor.examine_numba(2, {}).problems
+    assert problem.fatal
+    assert "\n" not in str(problem)
+    assert doctor.main() == 1
+
+
+def test_a_cache_that_cannot_be_written_is_found(tmp_path: Path) -> None:
+    assert not doctor.examine_cache({}, tmp_path).problems
+    blocked = tmp_path / "a file"
+    blocked.touch()
+    (problem,) = doctor.examine_cache({"NUMBA_CACHE_DIR": str(blocked)}, tmp_path).problems
+    assert "set NUMBA_CACHE_DIR" in str(problem)
+
+
+def test_a_lost_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "kernels").write_text("../kernels")
+    (problem,) = doctor.examine_kernels(tmp_path / "kernels").problems
+    assert "core.symlinks" in str(problem)
+    assert not doctor.examine_kernels(tmp_path).problems
+
+
+def test_a_gpu_that_numba_cannot_use_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: "NVIDIA X, 1 MiB, 1.0")
+    monkeypatch.setattr(doctor, "_cuda_usable", lambda: (False, "no driver"))
+    (problem,) = doctor.examine_gpu().problems
+    assert "minitorch[cuda]" in str(problem)
+    monkeypatch.setattr(doctor, "_cuda_usable", lambda: (True, ""))
+    assert not doctor.examine_gpu().problems
+
+
+def test_the_cores_of_this_process_are_counted() -> None:
+    assert 1 <= doctor.usable_cores() <= (os.cpu_count() or 1)
