@@ -1,0 +1,233 @@
+"""Module and Parameter: how networks are put together, walked, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .tensor_data import TensorData
+
+Array = npt.NDArray[Any]
+
+
+class Parameter:
+    """A value that training changes, filed by the Module that it is assigned to.
+
+    Args:
+        x: a Tensor, a Scalar, or anything else; told to require a gradient if it can.
+        name: given to the value too, for messages.
+
+    """
+
+    def __init__(self, x: Any, name: str | None = None) -> None:
+        self.name = name
+        self.update(x)
+
+    def update(self, x: Any) -> None:
+        """Replace the value. Nobody who holds the old one sees a change."""
+        self.value = x
+        if hasattr(x, "requires_grad_"):
+            x.requires_grad_(True)
+            if self.name:
+                x.name = self.name
+
+    def zero_grad(self) -> None:
+        """Forget the gradient of a Tensor or the derivative of a Scalar."""
+        for attribute in ("grad", "derivative"):
+            if getattr(self.value, attribute, None) is not None:
+                setattr(self.value, attribute, None)
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+def _no_forward(self: Module, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(f"{type(self).__name__} defines no forward()")
+
+
+class Module:
+    """A tree of modules with parameters at its nodes.
+
+    Assigning a Parameter or a Module to an attribute files it; subclasses define `forward`.
+
+    Attributes:
+        training: whether the module trains (dropout acts) or is evaluated.
+
+    """
+
+    _modules: dict[str, Module]
+    _parameters: dict[str, Parameter]
+    training: bool
+
+    # Annotated as a plain callable, so that subclasses may choose their own arguments.
+    forward: Callable[..., Any] = _no_forward
+
+    def __init__(self) -> None:
+        self.__dict__["_modules"] = {}
+        self.__dict__["_parameters"] = {}
+        self.training = True
+
+    # ----- the tree -----
+
+    def modules(self) -> Sequence[Module]:
+        """The modules filed directly in this one."""
+        return list(self._modules.values())
+
+    def train(self) -> None:
+        """Set this module and all below it to training."""
+        self._set_training(True)
+
+    def eval(self) -> None:
+        """Set this module and all below it to evaluation."""
+        self._set_training(False)
+
+    def _set_training(self, training: bool) -> None:
+        self.training = training
+        for module in self._modules.values():
+            module._set_training(training)
+
+    def named_parameters(self) -> Sequence[tuple[str, Parameter]]:
+        """Every parameter of this module and those below, with its dotted name.
+
+        A parameter filed in two places is listed once, under the first name.
+        """
+        seen: dict[int, tuple[str, Parameter]] = {}
+        for name, parameter in self._walk(""):
+            seen.setdefault(id(parameter), (name, parameter))
+        return list(seen.values())
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
+        for name, parameter in self._parameters.items():
+            yield prefix + name, parameter
+        for name, module in self._modules.items():
+            yield from module._walk(f"{prefix}{name}.")
+
+    def parameters(self) -> Sequence[Parameter]:
+        """Every parameter of this module and those below, once."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def add_parameter(self, k: str, v: Any) -> Parameter:
+        """File a new parameter under a name that need not be a Python identifier.
+
+        Args:
+            k: its name.
+            v: its value.
+
+        """
+        parameter = Parameter(v, k)
+        self._parameters[k] = parameter
+        return parameter
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for parameter in self.parameters():
+            parameter.zero_grad()
+
+    # ----- attributes -----
+
+    def __setattr__(self, key: str, val: Any) -> None:
+        if "_parameters" not in self.__dict__:
+            raise AttributeError(
+                f"call super().__init__() before setting {type(self).__name__}.{key}"
+            )
+        place: dict[str, Any] = self.__dict__
+        if isinstance(val, Parameter):
+            place = self._parameters
+        elif isinstance(val, Module):
+            place = self._modules
+        for other in (self._parameters, self._modules, self.__dict__):
+            if other is not place:  # a name stands for one thing
+                other.pop(key, None)
+        place[key] = val
+
+    def __getattr__(self, key: str) -> Any:
+        """A filed parameter or module; None for any other name, as in MiniTorch.
+
+        Names with two leading underscores belong to Python's protocols and are really missing.
+        """
+        for place in ("_parameters", "_modules"):
+            filed = self.__dict__.get(place, {})
+            if key in filed:
+                return filed[key]
+        if key.startswith("__") or "_parameters" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {key}")
+        return None
+
+    def __delattr__(self, key: str) -> None:
+        for place in (self._parameters, self._modules):
+            if key in place:
+                del place[key]
+                return
+        super().__delattr__(key)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        lines = [
+            f"  ({name}): " + repr(module).replace("\n", "\n  ")
+            for name, module in self._modules.items()
+        ]
+        body = "\n" + "\n".join(lines) + "\n" if lines else ""
+        return f"{type(self).__name__}({body})"
+
+    # ----- saving and loading -----
+
+    def state_dict(self) -> dict[str, Array]:
+        """A copy of every parameter's value, by dotted name.
+
+        A parameter filed in two places appears under both names.
+        """
+        return {name: _to_array(parameter.value) for name, parameter in self._walk("")}
+
+    def load_state_dict(self, state: Mapping[str, Array], strict: bool = True) -> None:
+        """Set the parameters to values that `state_dict` gave. Each keeps its dtype and backend.
+
+        Args:
+            state: arrays by dotted name.
+            strict: if False, names that are missing or not known are passed over.
+
+        Raises:
+            ValueError: names are missing or not known (if strict), or shapes differ. The message
+                lists all of them, and nothing has been changed.
+
+        """
+        parameters = dict(self._walk(""))
+        problems = []
+        missing = [name for name in parameters if name not in state]
+        unexpected = [name for name in state if name not in parameters]
+        if strict and missing:
+            problems.append(f"missing: {', '.join(missing)}")
+        if strict and unexpected:
+            problems.append(f"unexpected: {', '.join(unexpected)}")
+        arrays = {name: np.asarray(state[name]) for name in parameters if name in state}
+        for name, array in arrays.items():
+            wanted = _to_array(parameters[name].value).shape
+            if array.shape != wanted:
+                problems.append(f"{name} has shape {array.shape}, wanted {wanted}")
+        if problems:
+            raise ValueError(f"state does not fit {type(self).__name__}: {'; '.join(problems)}")
+        for name, array in arrays.items():
+            parameters[name].update(_from_array(array, parameters[name].value))
+
+
+def _to_array(value: Any) -> Array:
+    """A copy of a parameter's value: a Tensor, a Scalar or a number."""
+    if hasattr(value, "to_numpy"):
+        return np.array(value.to_numpy())
+    return np.array(getattr(value, "data", value), dtype=np.float64)
+
+
+def _from_array(array: Array, like: Any) -> Any:
+    """A value of the same kind, dtype and backend as `like`, from a copy of `array`."""
+    if hasattr(like, "to_numpy"):
+        out = like._new(TensorData.from_array(np.array(array, dtype=like.dtype, order="C")))
+        out._type_(like.backend)  # moves the values to where that backend computes
+        return out
+    return type(like)(array.item())
