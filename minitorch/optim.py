@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class Optimizer:
 
     """
 
-    slots: ClassVar[tuple[str, ...]] = ()
+    slots: tuple[str, ...] = ()
 
     def __init__(self, parameters: Sequence[Parameter], lr: float) -> None:
         _check("lr", lr, 0.0)
@@ -78,6 +78,7 @@ class Optimizer:
                     new = self._update(number, tensor([value.data]), tensor([float(gradient)]))
                     parameter.update(Scalar(new.item()))
                 else:
+                    gradient = gradient.to(value.dtype)
                     parameter.update(self._update(number, value.detach(), gradient))
 
     def _update(self, number: int, value: Tensor, grad: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class Optimizer:
         return state
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Take back what `state_dict` gave; the parameters must be the same ones, in the same order.
+        """Take back what `state_dict` gave, for the same parameters in the same order.
 
         Raises:
             ValueError: names or shapes differ. The message lists all of them, and nothing has
@@ -176,8 +177,6 @@ class SGD(Optimizer):
 
     """
 
-    slots = ("momentum",)
-
     def __init__(
         self,
         parameters: Sequence[Parameter],
@@ -194,8 +193,7 @@ class SGD(Optimizer):
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.nesterov = nesterov
-        if momentum == 0:
-            self.slots = ()  # type: ignore[misc]  # nothing to keep
+        self.slots = ("momentum",) if momentum else ()
 
     def _update(self, number: int, value: Tensor, grad: Tensor) -> Tensor:
         if self.weight_decay:
@@ -209,7 +207,7 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """Adam: steps of the size of the learning rate, from running means of the gradient and its square.
+    """Adam: the mean of recent gradients, divided by the root of the mean of their squares.
 
     Source: Kingma & Ba 2015, algorithm 1. Weight decay is added to the gradient, as in PyTorch.
 
@@ -257,7 +255,7 @@ class Adam(Optimizer):
         new = value.f.id_map(value)  # a contiguous copy, which the fused step changes in place
         value.f.adamw_step(
             new,
-            grad.to(value.dtype).contiguous(),
+            grad.contiguous(),
             kept["exp_avg"],
             kept["exp_avg_sq"],
             lr=self.lr,
