@@ -1,0 +1,1 @@
+backward_kernel = mask_gradient_kernel = None

@@ -1,0 +1,315 @@
+"""What the CPU's forward and backward kernels do with one tile.
+
+Every tile lies in one array, the worker's workspace `w`, which stays in the level-2 cache: a tile is an
+offset into it and a leading dimension, the distance between its rows. Leading dimensions are odd
+numbers of vectors, so that the rows of a power-of-two matrix do not compete for the same cache sets.
+Padding (rows up to a multiple of the register block, columns up to its width) is filled with zeros, so
+that what lies beyond the end of a sequence is never read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from ..philox import LOW_WORD, WORD_BITS, philox4x32_cpu
+from ..simd import (
+    block_columns,
+    block_rows,
+    exp2,
+    lanes,
+    load,
+    matrix_product_block,
+    max_of,
+    maximum,
+    splat,
+    store,
+    sum_of,
+    transpose_block,
+)
+
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind
+LOG2_E = np.log2(np.e)
+
+
+class Matrices(NamedTuple):
+    """A stack of matrices in a flat array: matrix i begins at offset[i]; strides in elements."""
+
+    data: Any
+    offset: Any
+    row: int
+    column: int
+
+
+class Mask(NamedTuple):
+    """An attn_mask as it was given, not broadcast: a dimension of size 1 has stride 0."""
+
+    kind: int
+    bools: Any  # uint8, for BOOL_MASK
+    bias: Any  # float, for ADDITIVE_MASK
+    offset: Any
+    row: int
+    column: int
+
+
+class Sizes(NamedTuple):
+    """Shape of the problem and of its tiles."""
+
+    batch_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    value_dim: int
+    lower: int  # query i may see keys [i + lower, i + upper), clipped to [0, seqlen_k)
+    upper: int
+    tile_q: int
+    tile_k: int
+    block_q: int
+
+
+class Dropout(NamedTuple):
+    """A weight is kept, times keep_scale, iff its random word is at least threshold."""
+
+    threshold: int  # 0: no dropout
+    seed: Any  # uint64
+    keep_scale: float
+
+
+@njit
+def round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+@njit
+def leading_dimension(w, columns):
+    """Distance of a tile's rows: its columns in whole register blocks, and an odd vector."""
+    return round_up(max(columns, 1), block_columns(w)) + lanes(w)
+
+
+@njit
+def new_workspace(like, size):
+    """An array of at least `size` elements, and the first index that is aligned to a cache line."""
+    w = np.empty(size + 64 // like.itemsize, like.dtype)
+    return w, (-w.ctypes.data % 64) // like.itemsize
+
+
+# --------------------------------------------------------------------------- which keys
+
+
+@njit
+def first_key(row, sizes):
+    """The first key that query `row` may see."""
+    return min(max(row + sizes.lower, 0), sizes.seqlen_k)
+
+
+@njit
+def end_key(row, sizes):
+    """One past the last key that query `row` may see."""
+    return min(max(row + sizes.upper, 0), sizes.seqlen_k)
+
+
+@njit
+def tile_columns(w, row0, rows, key0, sizes):
+    """Columns [start, stop) of the tile at (row0, key0) that some of its rows may see.
+
+    In whole register blocks; empty (start >= stop) where the band masks the whole tile.
+    """
+    width = block_columns(w)
+    start = max(first_key(row0, sizes) - key0, 0)
+    stop = min(end_key(row0 + rows - 1, sizes) - key0, sizes.tile_k)
+    if start >= stop:
+        return 0, 0
+    return start // width * width, round_up(stop, width)
+
+
+@njit
+def needs_band(row0, rows, key0, start, stop, sizes):
+    """Whether the band, or the end of the keys, cuts through columns [start, stop) of the tile."""
+    return (
+        first_key(row0 + rows - 1, sizes) > key0 + start or end_key(row0, sizes) < key0 + stop
+    )
+
+
+@njit
+def apply_band(w, s, ld, row0, rows, key0, start, stop, sizes):
+    """Scores outside the band become -inf."""
+    minus_infinity = w.dtype.type(-np.inf)
+    for r in range(rows):
+        line = s + r * ld
+        first = min(first_key(row0 + r, sizes) - key0, stop)
+        end = max(end_key(row0 + r, sizes) - key0, start)
+        for j in range(line + start, line + first):
+            w[j] = minus_infinity
+        for j in range(line + end, line + stop):
+            w[j] = minus_infinity
+
+
+@njit
+def mask_allows(mask, i, row0, rows, key0, start, stop):
+    """(some, all) of the mask's entries for this tile take part; an additive one: (some, False)."""
+    if mask.kind == NO_MASK:
+        return True, True
+    count = 0
+    distinct_rows = rows if mask.row != 0 else 1
+    for r in range(distinct_rows):
+        line = mask.offset[i] + (row0 + r) * mask.row + key0 * mask.column
+        if mask.kind == BOOL_MASK:
+            if mask.column == 1:
+                for j in range(line + start, line + stop):
+                    count += np.int64(mask.bools[j] != 0)
+            else:
+                for j in range(start, stop):
+                    count += np.int64(mask.bools[line + j * mask.column] != 0)
+        else:
+            for j in range(start, stop):  # NaN counts
+                count += np.int64(not (mask.bias[line + j * mask.column] == -np.inf))
+            if count:
+                return True, False
+    return count > 0, mask.kind == BOOL_MASK and count == distinct_rows * (stop - start)
+
+
+@njit
+def apply_mask(w, s, ld, mask, i, row0, rows, key0, start, stop):
+    """Masked scores become -inf; an additive mask is added, in units of log 2."""
+    minus_infinity = w.dtype.type(-np.inf)
+    log2_e = w.dtype.type(LOG2_E)
+    for r in range(rows):
+        line = s + r * ld
+        source = mask.offset[i] + (row0 + r) * mask.row + key0 * mask.column
+        if mask.kind == BOOL_MASK:
+            if mask.column == 1:
+                for j in range(start, stop):
+                    old = w[line + j]
+                    w[line + j] = old if mask.bools[source + j] != 0 else minus_infinity
+            else:
+                for j in range(start, stop):
+                    if mask.bools[source + j * mask.column] == 0:
+                        w[line + j] = minus_infinity
+        else:
+            for j in range(start, stop):
+                w[line + j] += mask.bias[source + j * mask.column] * log2_e
+
+
+@njit
+def mask_scores(w, s, ld, mask, i, all_allowed, row0, rows, key0, start, stop, sizes):
+    """Everything that makes a score -inf; nothing to do for a tile in the middle of the matrix."""
+    if not all_allowed:
+        keys = min(stop, sizes.seqlen_k - key0)
+        apply_mask(w, s, ld, mask, i, row0, rows, key0, start, keys)
+    if needs_band(row0, rows, key0, start, stop, sizes):
+        apply_band(w, s, ld, row0, rows, key0, start, stop, sizes)
+
+
+# --------------------------------------------------------------------------- tiles in and out
+
+
+@njit
+def load_tile(w, tile, ld, padded_rows, source, offset, row, column, rows, columns):
+    """Copy (rows, columns) of a matrix to a tile, with zeros up to (padded_rows, ld)."""
+    zero = w.dtype.type(0)
+    for r in range(rows):
+        line, source_line = tile + r * ld, offset + r * row
+        if column == 1:
+            for c in range(columns):
+                w[line + c] = source[source_line + c]
+        else:
+            for c in range(columns):
+                w[line + c] = source[source_line + c * column]
+        for c in range(columns, ld):
+            w[line + c] = zero
+    for j in range(tile + rows * ld, tile + padded_rows * ld):
+        w[j] = zero
+
+
+@njit
+def load_tile_transposed(w, tile, ld, source, offset, row, column, rows, columns, scale):
+    """Copy (rows, columns) of a matrix, times scale, to a tile (columns, rows), zeros up to ld."""
+    n = lanes(w)
+    zero = w.dtype.type(0)
+    whole_rows = rows // n * n if column == 1 else 0
+    whole_columns = columns // n * n
+    for r in range(0, whole_rows, n):
+        for c in range(0, whole_columns, n):
+            transpose_block(source, offset + r * row + c, row, w, tile + c * ld + r, ld, scale)
+    for c in range(columns):
+        start = whole_rows if c < whole_columns else 0
+        for r in range(start, rows):
+            w[tile + c * ld + r] = source[offset + r * row + c * column] * scale
+        for r in range(rows, ld):
+            w[tile + c * ld + r] = zero
+    if columns == 0:  # a product of depth 0: one step with zeros
+        for r in range(ld):
+            w[tile + r] = zero
+
+
+@njit
+def matrix_product(w, a, a_row, a_column, b, b_row, c, c_row, rows, columns, depth, accumulate):
+    """C (rows, columns) = A (rows, depth) B (depth, columns), or C += A B; rounded up to blocks."""
+    for j in range(0, columns, block_columns(w)):
+        for i in range(0, rows, block_rows()):
+            matrix_product_block(
+                w, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row,
+                depth, accumulate,
+            )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- rows of a tile
+
+
+@njit
+def row_max(w, start, stop, initial):
+    """max(initial, w[start:stop]), in whole vectors; NaN is passed over."""
+    largest = splat(w, initial)
+    for j in range(start, stop, lanes(w)):
+        largest = maximum(load(w, j), largest)
+    return max_of(largest)
+
+
+@njit
+def row_exp2_sum(w, start, stop, m):
+    """w[start:stop] = 2**(w - m); returns the sum."""
+    total = splat(w, 0.0)
+    for j in range(start, stop, lanes(w)):
+        p = exp2(load(w, j) - m)
+        store(w, j, p)
+        total = total + p
+    return sum_of(total)
+
+
+@njit
+def row_scale(w, start, stop, factor):
+    """w[start:stop] *= factor."""
+    for j in range(start, stop, lanes(w)):
+        store(w, j, load(w, j) * factor)
+
+
+@njit
+def row_multiply(w, start, stop, other):
+    """w[start:stop] *= w[other : other + stop - start]."""
+    for j in range(0, stop - start, lanes(w)):
+        store(w, start + j, load(w, start + j) * load(w, other + j))
+
+
+@njit
+def dropout_tile(w, z, ld, dropout, batch_head, row0, rows, key0, start, stop):
+    """Z[r, j] = keep_scale where the weight of (row0 + r, key0 + j) is kept, else 0.
+
+    key0 and start are multiples of 4: a counter gives four columns.
+    """
+    keep_scale, zero = w.dtype.type(dropout.keep_scale), w.dtype.type(0)
+    threshold = np.uint64(dropout.threshold)
+    k0, k1 = dropout.seed & LOW_WORD, dropout.seed >> WORD_BITS
+    for r in range(rows):
+        line = z + r * ld
+        for group in range(start // 4, (stop + 3) // 4):
+            x0, x1, x2, x3 = philox4x32_cpu(
+                np.uint64(key0 // 4 + group), np.uint64(row0 + r), np.uint64(batch_head),
+                np.uint64(0), k0, k1,
+            )  # fmt: skip
+            j = line + 4 * group
+            w[j] = keep_scale if x0 >= threshold else zero
+            w[j + 1] = keep_scale if x1 >= threshold else zero
+            w[j + 2] = keep_scale if x2 >= threshold else zero
+            w[j + 3] = keep_scale if x3 >= threshold else zero

@@ -1,0 +1,278 @@
+"""What is to be computed: one frozen description of an attention call, and all validation of it.
+
+`AttentionProblem.of(...)` is the only constructor and raises before any work is done; everything below
+it (the CPU's and the GPU's kernels) takes a problem and checks nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+Shape = tuple[int, ...]
+Causal = bool | Literal["top-left", "bottom-right"]
+Window = tuple[int | None, int | None]
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """softmax(scale * Q K^T + mask) V for queries (..., Nq, D), keys (..., Nk, D), values (..., Nk, Dv).
+
+    The leading dimensions of Q, K and V broadcast to `leading`. Which keys a query may see:
+
+    - the band: key j for query i iff `i + offset - left <= j <= i + offset + right`, where `None` is
+      unbounded. `is_causal` is `right = 0`. `offset` is 0, which aligns the first query with the first
+      key ("top-left", as PyTorch does), or with "bottom-right" Nk - Nq, which aligns the last with the
+      last (queries that continue a cache of keys)::
+
+          top-left          bottom-right        (Nq = 2, Nk = 4)
+          1 . . .           1 1 1 .
+          1 1 . .           1 1 1 1
+
+      A window without `is_causal` is aligned top-left.
+    - `attn_mask`: boolean, True where the key takes part; or floating point, added to the scaled score.
+      It combines with the band: a key must be allowed by both. (PyTorch refuses the two together.)
+
+    A query that may see no key has output 0, logsumexp -inf and zero gradients. A NaN or an infinity in
+    a key or value that is masked out may still reach other queries of the same tile, through 0 * NaN.
+    """
+
+    query_shape: Shape
+    key_shape: Shape
+    value_shape: Shape
+    dtype: np.dtype[Any]
+    leading: Shape
+    mask_kind: Literal["none", "bool", "additive"]
+    scale: float
+    left: int | None
+    right: int | None
+    offset: int
+    dropout_p: float
+    seed: int
+    enable_gqa: bool
+
+    @staticmethod
+    def of(
+        query_shape: Shape,
+        key_shape: Shape,
+        value_shape: Shape,
+        dtype: DTypeLike,
+        *,
+        attn_mask: NDArray[Any] | None = None,
+        is_causal: Causal = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        window: Window | None = None,
+        enable_gqa: bool = False,
+        seed: int = 0,
+    ) -> AttentionProblem:
+        """Check every argument; ValueError or TypeError says which is wrong, and what is wanted.
+
+        Args:
+            query_shape, key_shape, value_shape: (..., Nq, D), (..., Nk, D), (..., Nk, Dv).
+            dtype: float32 or float64, of the computation and its results.
+            attn_mask: bool or floating point, broadcastable to (..., Nq, Nk).
+            is_causal: False; True or "top-left"; "bottom-right".
+            dropout_p: probability, in [0, 1], with which an attention weight is dropped.
+            scale: factor of the scores; None is 1 / sqrt(D).
+            window: (left, right), each None or -1 (unbounded) or a number of keys >= 0.
+            enable_gqa: the third-last dimension (heads) of query may be a multiple of key's and value's.
+            seed: 64-bit key of the dropout mask.
+        """
+        query_shape, key_shape, value_shape = tuple(query_shape), tuple(key_shape), tuple(value_shape)
+        kind = np.dtype(dtype)
+        if kind not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise TypeError(f"attention is computed in float32 or float64, not in {kind}.")
+        leading = _leading_shape(query_shape, key_shape, value_shape, enable_gqa)
+        seqlen_q, seqlen_k = query_shape[-2], key_shape[-2]
+        left, right, offset = _band(is_causal, window, seqlen_q, seqlen_k)
+        return AttentionProblem(
+            query_shape=query_shape,
+            key_shape=key_shape,
+            value_shape=value_shape,
+            dtype=kind,
+            leading=leading,
+            mask_kind=_mask_kind(attn_mask, (*leading, seqlen_q, seqlen_k)),
+            scale=_scale(scale, query_shape[-1]),
+            left=left,
+            right=right,
+            offset=offset,
+            dropout_p=_dropout_p(dropout_p),
+            seed=_seed(seed),
+            enable_gqa=bool(enable_gqa),
+        )
+
+    @property
+    def batch_heads(self) -> int:
+        """Number of independent attention matrices: the product of `leading`."""
+        return math.prod(self.leading)
+
+    @property
+    def seqlen_q(self) -> int:
+        """Nq, the number of queries."""
+        return self.query_shape[-2]
+
+    @property
+    def seqlen_k(self) -> int:
+        """Nk, the number of keys."""
+        return self.key_shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        """D, the length of a query and of a key."""
+        return self.query_shape[-1]
+
+    @property
+    def value_dim(self) -> int:
+        """Dv, the length of a value."""
+        return self.value_shape[-1]
+
+    @property
+    def out_shape(self) -> Shape:
+        """(..., Nq, Dv)."""
+        return (*self.leading, self.seqlen_q, self.value_dim)
+
+    @property
+    def logsumexp_shape(self) -> Shape:
+        """(..., Nq)."""
+        return (*self.leading, self.seqlen_q)
+
+    @property
+    def lower(self) -> int:
+        """The first key that query i may see is clip(i + lower, 0, Nk)."""
+        if self.left is None:
+            return -(self.seqlen_q + self.seqlen_k)
+        return self.offset - self.left
+
+    @property
+    def upper(self) -> int:
+        """One past the last key that query i may see is clip(i + upper, 0, Nk)."""
+        if self.right is None:
+            return self.seqlen_q + self.seqlen_k
+        return self.offset + self.right + 1
+
+    def key_range(self, first_row: int, last_row: int) -> tuple[int, int]:
+        """Keys [start, stop) that the band lets any of the queries first_row ... last_row see."""
+        start = min(max(first_row + self.lower, 0), self.seqlen_k)
+        stop = min(max(last_row + self.upper, 0), self.seqlen_k)
+        return start, max(start, stop)
+
+    def dense_band(self) -> NDArray[np.bool_]:
+        """The band as a boolean mask (Nq, Nk), True where allowed: for tests and for teaching."""
+        row = np.arange(self.seqlen_q)[:, None]
+        column = np.arange(self.seqlen_k)[None, :]
+        return (column >= row + self.lower) & (column < row + self.upper)
+
+
+def _leading_shape(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> Shape:
+    """Check the shapes against each other; the leading dimensions of the output."""
+    for name, shape in (("query", query), ("key", key), ("value", value)):
+        if len(shape) < 2:
+            raise ValueError(f"{name} has shape {shape}; wanted (..., length, head size).")
+    if query[-1] != key[-1]:
+        raise ValueError(
+            f"query has shape {query} and key {key}; their last dimensions (head size) must be equal."
+        )
+    if key[-2] != value[-2]:
+        raise ValueError(
+            f"key has shape {key} and value {value}; their second-last dimensions (number of keys) "
+            "must be equal."
+        )
+    shapes = [query[:-2], key[:-2], value[:-2]]
+    if enable_gqa:
+        for i, name in ((1, "key"), (2, "value")):
+            if not shapes[0] or not shapes[i]:
+                raise ValueError(
+                    f"enable_gqa needs a dimension of heads: query has shape {query}, {name} "
+                    f"{(key, value)[i - 1]}; wanted (..., heads, length, head size)."
+                )
+            heads, wanted = shapes[i][-1], shapes[0][-1]
+            if heads == 0 or wanted % heads:
+                raise ValueError(
+                    f"enable_gqa: query has {wanted} heads and {name} has {heads}; wanted a number "
+                    f"of query heads that is a multiple of the {name} heads."
+                )
+            shapes[i] = (*shapes[i][:-1], wanted)
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError:
+        hint = "" if enable_gqa else " (enable_gqa=True lets key and value have fewer heads)"
+        raise ValueError(
+            f"the leading dimensions of query {query}, key {key} and value {value} "
+            f"do not broadcast{hint}."
+        ) from None
+
+
+def _band(
+    is_causal: Causal, window: Window | None, seqlen_q: int, seqlen_k: int
+) -> tuple[int | None, int | None, int]:
+    """left, right and offset of the band of allowed keys."""
+    if not isinstance(is_causal, bool | np.bool_) and is_causal not in ("top-left", "bottom-right"):
+        raise ValueError(
+            f"is_causal is {is_causal!r}; wanted False, True, 'top-left' or 'bottom-right'."
+        )
+    offset = seqlen_k - seqlen_q if is_causal == "bottom-right" else 0
+    left, right = None, None
+    if window is not None:
+        if not isinstance(window, tuple | list) or len(window) != 2:
+            raise ValueError(f"window is {window!r}; wanted a pair (left, right).")
+        left, right = (_window_side(window, side) for side in (0, 1))
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
+    return left, right, offset
+
+
+def _window_side(window: Window, side: int) -> int | None:
+    number = window[side]
+    if number is None or number == -1:
+        return None
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 0:
+        raise ValueError(
+            f"window is {window!r}; wanted numbers of keys >= 0, or None or -1 for no bound."
+        )
+    return int(number)
+
+
+def _mask_kind(
+    attn_mask: NDArray[Any] | None, scores_shape: Shape
+) -> Literal["none", "bool", "additive"]:
+    if attn_mask is None:
+        return "none"
+    if attn_mask.dtype != np.bool_ and attn_mask.dtype.kind != "f":
+        raise TypeError(
+            f"attn_mask has dtype {attn_mask.dtype}; wanted bool (True takes part) or floating "
+            "point (added to the scores)."
+        )
+    fits = attn_mask.ndim <= len(scores_shape) and all(
+        have in (1, want)
+        for have, want in zip(attn_mask.shape[::-1], scores_shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"attn_mask has shape {attn_mask.shape}; wanted one that broadcasts to {scores_shape}."
+        )
+    return "bool" if attn_mask.dtype == np.bool_ else "additive"
+
+
+def _scale(scale: float | None, head_dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(max(head_dim, 1))
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; wanted a finite number, or None for 1 / sqrt(head size).")
+    return float(scale)
+
+
+def _dropout_p(dropout_p: float) -> float:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; wanted a probability in [0, 1].")
+    return float(dropout_p)
+
+
+def _seed(seed: int) -> int:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed!r}; wanted an integer in [0, 2**64).")
+    return int(seed)
