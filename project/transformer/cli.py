@@ -1,0 +1,129 @@
+"""The command line: its options come from `options.py`, its work is done in `commands.py`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from typing import Any
+
+from .errors import UserError
+from .options import DataOptions, ModelOptions, TrainingOptions, flag
+
+COMMANDS = ("train", "sample", "compare")
+PACKAGES = ("matplotlib", "rich", "safetensors")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: what follows the program's name; `sys.argv[1:]` if None. Without the name of a
+            command they are for `train`.
+
+    Returns:
+        The exit code.
+
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or (words[0] not in COMMANDS and words[0] not in ("-h", "--help")):
+        words = ["train", *words]
+    try:
+        _check_packages()
+        return _run(vars(_parser().parse_args(words)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(values: dict[str, Any]) -> int:
+    from .commands import sample_command, train_command
+    from .compare import compare_command
+    from .report import Terminal
+
+    terminal = Terminal()
+    command = values.pop("command")
+    if command == "sample":
+        return sample_command(**values, terminal=terminal)
+    if command == "compare":
+        return compare_command(values, terminal)
+    out, resume = values.pop("out"), values.pop("resume")
+    return train_command(values, out, resume, terminal)
+
+
+def _check_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"this program needs {', '.join(missing)}: run `make train`, "
+            "or pip install -e '.[train]' in the checkout"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="run_transformer.py",
+        description="Train a small transformer on text, write text with it, or set flash beside "
+        "standard attention. Without a command: train.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a model (the default)")
+    run = train.add_argument_group("the run")
+    run.add_argument(
+        "--out", metavar="DIR", default="runs/train", help="its folder (default: %(default)s)"
+    )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, which keeps its own options",
+    )
+    _add_options(train)
+    _add_sample(commands.add_parser("sample", help="write text with a trained model"))
+    compare = commands.add_parser(
+        "compare",
+        help="train with flash and with standard attention, show loss, time and memory of both",
+        description="Defaults differ from those of train: --context 512 --batch 4 --steps 10.",
+    )
+    _add_options(compare, without=("attention", "eval_every", "save_every"))
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+    """One argument for each field; those that are not given stay out of the result."""
+    for part in (ModelOptions, DataOptions, TrainingOptions):
+        name = part.__name__.removesuffix("Options").lower()
+        group = parser.add_argument_group(name, (part.__doc__ or "").lower().rstrip("."))
+        for field in dataclasses.fields(part):
+            if field.name in without:
+                continue
+            default = field.default if field.default != "" else "Python's own text"
+            group.add_argument(
+                flag(field.name),
+                type=type(field.default),
+                choices=field.metadata["choices"],
+                metavar=None if field.metadata["choices"] else type(field.default).__name__.upper(),
+                default=argparse.SUPPRESS,
+                help=f"{field.metadata['help']} (default: {default})",
+            )
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.add_argument(
+        "--out", metavar="DIR", default="runs/train", help="folder of a run, or a checkpoint file"
+    )
+    parser.add_argument("--prompt", default="", help="what the text begins with")
+    parser.add_argument(
+        "--tokens", type=int, default=500, dest="count", metavar="N", help="how many to add"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest, more surprises more"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 means all"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the chance")
