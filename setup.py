@@ -48,6 +48,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff==0.17.5",
             "scikit-learn>=1.5",
+            "setuptools>=77",
         ],
     },
 )

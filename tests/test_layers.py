@@ -1,0 +1,222 @@
+"""The shape of the code: imports point downwards, exports are explicit, files stay small."""
+
+import ast
+import functools
+import graphlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import minitorch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the bottom to the top. A module imports from its own layer and from those below; `kernels`
+# stands under them all.
+LAYERS: list[tuple[str, set[str]]] = [
+    ("data and mathematics", {"dtypes", "operators", "rng", "tensor_data"}),
+    (
+        "engine and backends",
+        {"autodiff", "fused_ops", "tensor_ops", "fast_ops", "cuda_ops", "cuda_kernel_ops"},
+    ),
+    (
+        "tensors",
+        {
+            "attention",
+            "factories",
+            "fast_conv",
+            "grad_check",
+            "scalar",
+            "scalar_functions",
+            "tensor",
+            "tensor_functions",
+        },
+    ),
+    (
+        "networks",
+        {
+            "checkpoint",
+            "datasets",
+            "module",
+            "modules_basic",
+            "modules_transfomer",
+            "nn",
+            "optim",
+            "transformer",
+        },
+    ),
+    ("tools", {"__init__", "__main__", "doctor", "testing"}),
+]
+# MiniTorch's courses read these names from `tensor_functions`, which finds them when asked.
+ALLOWED_UPWARDS = {("tensor_functions", "factories"), ("tensor_functions", "grad_check")}
+
+MOST_LINES = 520
+MOST_FUNCTION_LINES = 60
+MOST_KERNEL_LINES = 120
+# Lists of many small classes or methods, where a cut would part what belongs together.
+LONG_FILES = {"minitorch/tensor.py": 650, "minitorch/tensor_functions.py": 750}
+
+
+def source_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING:`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from run_time_nodes(child)
+
+
+def imports(path: Path, package: str) -> Iterator[str]:
+    """Full names of the modules and names that a file imports, relative ones resolved."""
+    for node in run_time_nodes(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [base])])
+            yield base
+            yield from (f"{base}.{name.name}" for name in node.names)
+
+
+def library_modules() -> dict[str, Path]:
+    return {path.stem: path for path in (ROOT / "minitorch").glob("*.py")}
+
+
+def imported_modules(name: str) -> set[str]:
+    """The modules of the library, without `kernels`, that a module of it imports."""
+    known = library_modules()
+    parts = (i.split(".") for i in imports(known[name], "minitorch") if i.startswith("minitorch."))
+    return {part[1] for part in parts if part[1] in known} - {name}
+
+
+def test_every_module_has_a_layer() -> None:
+    placed = [name for _, names in LAYERS for name in names]
+    assert sorted(placed) == sorted(library_modules()), "give each module one layer in LAYERS"
+
+
+@pytest.mark.parametrize("name", sorted(library_modules()))
+def test_imports_point_downwards(name: str) -> None:
+    height = {module: number for number, (_, names) in enumerate(LAYERS) for module in names}
+    upwards = {other for other in imported_modules(name) if height[other] > height[name]}
+    assert {(name, other) for other in upwards} <= ALLOWED_UPWARDS
+
+
+def test_no_circle_of_imports() -> None:
+    graph = {
+        name: {other for other in imported_modules(name) if (name, other) not in ALLOWED_UPWARDS}
+        for name in library_modules()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError and names the circle
+
+
+def test_kernels_know_arrays_and_nothing_of_the_library() -> None:
+    allowed = {"numpy", "numba", "llvmlite", *sys.stdlib_module_names}
+    for path in source_files("kernels"):
+        package = ".".join(["kernels", *path.relative_to(ROOT / "kernels").parent.parts])
+        for name in imports(path, package):
+            top = name.split(".")[0]
+            assert top == "kernels" or top in allowed, f"{path} imports {name}"
+            assert name != "kernels.." and not name.startswith("minitorch"), path
+
+
+def test_the_library_knows_neither_projects_nor_tests() -> None:
+    for path in source_files("minitorch"):
+        for name in imports(path, "minitorch"):
+            assert name.split(".")[0] not in ("project", "tests", "kernels"), f"{path}: {name}"
+
+
+def test_no_star_imports() -> None:
+    for path in source_files("minitorch", "kernels", "project", "tests"):
+        assert not any(name.endswith(".*") for name in imports(path, "x.y.z")), path
+
+
+def test_all_is_what_is_exported() -> None:
+    exported = {
+        name
+        for name, value in vars(minitorch).items()
+        if not name.startswith("_") and type(value).__name__ != "module"
+    }
+    assert len(minitorch.__all__) == len(set(minitorch.__all__))
+    missing = [name for name in minitorch.__all__ if not hasattr(minitorch, name)]
+    assert not missing
+    assert exported <= set(minitorch.__all__)
+
+
+@pytest.mark.parametrize("folder", ["minitorch", "kernels", "project", "tests"])
+def test_files_stay_small(folder: str) -> None:
+    for path in source_files(folder):
+        most = LONG_FILES.get(path.relative_to(ROOT).as_posix(), MOST_LINES)
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= most, f"{path} has {lines} lines: cut it in two"
+
+
+@pytest.mark.parametrize("folder", ["minitorch", "kernels", "project"])
+def test_functions_fit_on_a_screen(folder: str) -> None:
+    """Lines of the body; the docstring does not count."""
+    most = MOST_KERNEL_LINES if folder == "kernels" else MOST_FUNCTION_LINES
+    for path in source_files(folder):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                assert lines <= most, f"{path}: {node.name} has {lines} lines"
+
+
+def build(command: str, source: Path, out: Path) -> Path:
+    """Call the build backend as pip does, without a new environment."""
+    code = f"import setuptools.build_meta as b, sys; print(b.{command}(sys.argv[1]))"
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(out)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return out / run.stdout.splitlines()[-1]
+
+
+def test_wheel_and_source_archive(tmp_path: Path) -> None:
+    """The wheel holds `minitorch` alone, kernels included, and is the same from the archive."""
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("minitorch", "kernels"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+
+    archive = build("build_sdist", source, tmp_path)
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    (tmp_path / "direct").mkdir()
+    (tmp_path / "indirect").mkdir()
+    contents = [
+        set(zipfile.ZipFile(build("build_wheel", where, out)).namelist())
+        for where, out in ((source, tmp_path / "direct"), (unpacked, tmp_path / "indirect"))
+    ]
+    assert contents[0] == contents[1]
+    files = {name for name in contents[0] if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in files} == {"minitorch"}
+    wanted = {p.relative_to(ROOT).as_posix() for p in source_files("minitorch")}
+    wanted |= {f"minitorch/{p.relative_to(ROOT).as_posix()}" for p in source_files("kernels")}
+    assert files == wanted | {"minitorch/py.typed"}
