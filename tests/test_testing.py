@@ -5,13 +5,14 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 from minitorch import testing
 from minitorch.testing import MathTest, MathTestVariable
 
 quick = settings(max_examples=50)
+no_shrinking = settings(max_examples=1000, phases=[Phase.generate], database=None)
 
 
 def test_the_kinds_of_math_tests():
@@ -80,7 +81,7 @@ def test_tensors_hold_the_numbers_asked_for(x):
     ],
 )
 def test_tensors_come_in_every_kind(wanted):
-    find(testing.tensors(testing.shapes(min_size=0)), wanted)
+    find(testing.tensors(testing.shapes(min_size=0)), wanted, settings=no_shrinking)
 
 
 @quick
@@ -103,7 +104,10 @@ def test_attention_inputs_are_valid(inputs):
     ],
 )
 def test_attention_inputs_come_in_every_kind(wanted):
-    find(testing.attention_inputs(), lambda inputs: wanted(inputs.options))
+    found = find(
+        testing.attention_inputs(), lambda inputs: wanted(inputs.options), settings=no_shrinking
+    )
+    assert wanted(found.options)
 
 
 @quick
