@@ -6,10 +6,11 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import UserError
-from .options import DataOptions, ModelOptions, TrainingOptions, flag
+from .options import COMPARE_DEFAULTS, DataOptions, ModelOptions, TrainingOptions, flag
 
 COMMANDS = ("train", "sample", "compare")
 PACKAGES = ("matplotlib", "rich", "safetensors")
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         words = ["train", *words]
     try:
         _check_packages()
-        return _run(vars(_parser().parse_args(words)))
+        return _run(vars(build_parser().parse_args(words)))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -64,7 +65,8 @@ def _check_packages() -> None:
         )
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
     parser = argparse.ArgumentParser(
         prog="run_transformer.py",
         description="Train a small transformer on text, write text with it, or set flash beside "
@@ -81,26 +83,27 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on with the run in --out, which keeps its own options",
     )
-    _add_options(train)
+    _add_options(train, {})
     _add_sample(commands.add_parser("sample", help="write text with a trained model"))
     compare = commands.add_parser(
         "compare",
         help="train with flash and with standard attention, show loss, time and memory of both",
-        description="Defaults differ from those of train: --context 512 --batch 4 --steps 10.",
     )
-    _add_options(compare, without=("attention", "eval_every", "save_every"))
+    _add_options(compare, COMPARE_DEFAULTS, without=("attention", "eval_every", "save_every"))
     return parser
 
 
-def _add_options(parser: argparse.ArgumentParser, without: tuple[str, ...] = ()) -> None:
+def _add_options(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, Any], without: tuple[str, ...] = ()
+) -> None:
     """One argument for each field; those that are not given stay out of the result."""
     for part in (ModelOptions, DataOptions, TrainingOptions):
         name = part.__name__.removesuffix("Options").lower()
-        group = parser.add_argument_group(name, (part.__doc__ or "").lower().rstrip("."))
+        group = parser.add_argument_group(name, part.__doc__)
         for field in dataclasses.fields(part):
             if field.name in without:
                 continue
-            default = field.default if field.default != "" else "Python's own text"
+            default = defaults.get(field.name, field.default)
             group.add_argument(
                 flag(field.name),
                 type=type(field.default),

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from . import data
 from .memory import peak, restart_peak
-from .options import RunOptions
+from .options import COMPARE_DEFAULTS, RunOptions
 from .report import Terminal
 from .training import Trainer
 
@@ -68,7 +68,7 @@ def compare_command(given: dict[str, object], terminal: Terminal) -> int:
         The exit code, 0.
 
     """
-    options = RunOptions().replaced({"context": 512, "batch": 4, "steps": 10} | given)
+    options = RunOptions().replaced({**COMPARE_DEFAULTS, **given})
     options.check()
     model = options.model
     terminal.say(

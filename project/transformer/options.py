@@ -35,7 +35,7 @@ class ModelOptions:
 class DataOptions:
     """The text and how it becomes tokens."""
 
-    data: str = option("", "a text file (UTF-8) in place of the text inside Python")
+    data: str = option("", "a UTF-8 text file; empty: the text inside Python")
     tokenizer: str = option("char", "a token is a character, or a BPE piece", ("char", "bpe"))
     vocab: int = option(1024, "size of the BPE vocabulary")
     held_out: float = option(0.1, "share of the text, at its end, for the validation loss")
@@ -109,6 +109,10 @@ class RunOptions:
             )
         if values["vocab"] < 256:
             raise UserError(f"--vocab must be at least 256, the bytes, got {values['vocab']}")
+
+
+# What `compare` starts from: attention weighs more in a longer context.
+COMPARE_DEFAULTS = {"context": 512, "batch": 4, "steps": 10}
 
 
 def flag(name: str) -> str:
