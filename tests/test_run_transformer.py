@@ -30,7 +30,7 @@ from project.transformer.tokenizer import BpeTokenizer, CharTokenizer, from_json
 
 SCRIPT = Path(__file__).resolve().parent.parent / "project" / "run_transformer.py"
 SENTENCE = "the quick brown fox jumps over the lazy dog, again and again. "
-TINY = {
+TINY: dict[str, Any] = {
     "layers": 1,
     "d_model": 16,
     "heads": 2,

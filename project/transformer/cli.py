@@ -104,13 +104,14 @@ def _add_options(
             if field.name in without:
                 continue
             default = defaults.get(field.name, field.default)
+            shown = "none" if default == "" else default
             group.add_argument(
                 flag(field.name),
                 type=type(field.default),
                 choices=field.metadata["choices"],
                 metavar=None if field.metadata["choices"] else type(field.default).__name__.upper(),
                 default=argparse.SUPPRESS,
-                help=f"{field.metadata['help']} (default: {default})",
+                help=f"{field.metadata['help']} (default: {shown})",
             )
 
 

@@ -35,7 +35,7 @@ class ModelOptions:
 class DataOptions:
     """The text and how it becomes tokens."""
 
-    data: str = option("", "a UTF-8 text file; empty: the text inside Python")
+    data: str = option("", "a UTF-8 text file, in place of the text inside Python")
     tokenizer: str = option("char", "a token is a character, or a BPE piece", ("char", "bpe"))
     vocab: int = option(1024, "size of the BPE vocabulary")
     held_out: float = option(0.1, "share of the text, at its end, for the validation loss")
