@@ -43,6 +43,7 @@ class VectorTarget:
 
     float32_lanes: int  # float32 elements in a vector register
     has_fma: bool  # a fused multiply-add instruction exists
+    arm: bool  # 64-bit Arm
     block_rows: int  # rows of the register block of `matrix_product_block`
     block_vectors: int = 2  # vectors in each of its rows
 
@@ -69,9 +70,9 @@ def probe_target(triple: str, cpu_name: str, features: str) -> VectorTarget:
     assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
     lanes = 16 if "zmm" in assembly else 8 if "ymm" in assembly else 4
     # 32 registers (AVX-512, 64-bit Arm) hold a block of 8 rows, 16 registers one of 4.
-    many_registers = lanes == 16 or triple.startswith(("aarch64", "arm64"))
+    arm = triple.startswith(("aarch64", "arm64"))
     has_fma = "vfmadd" in assembly or "fmla" in assembly
-    return VectorTarget(lanes, has_fma, block_rows=8 if many_registers else 4)
+    return VectorTarget(lanes, has_fma, arm, block_rows=8 if lanes == 16 or arm else 4)
 
 
 def host_target() -> VectorTarget:
@@ -305,34 +306,32 @@ def _exp2(b: ir.IRBuilder, x: Any, target: VectorTarget) -> Any:
     """2**x = 2**n * 2**f, n the integer nearest to x; see `exp2` for the range."""
     value_type = x.type
     double = isinstance(_element(value_type), ir.DoubleType)
-    mantissa_bits, smallest = (52, -1022.0) if double else (23, -126.0)
+    mantissa_bits, bias = (52, 1023) if double else (23, 127)
     bits_type: ir.Type = INT64 if double else INT32
-    whole_type: ir.Type = INT32  # every machine converts to int32, not all to int64
     if isinstance(value_type, ir.VectorType):
         bits_type = ir.VectorType(bits_type, value_type.count)
-        whole_type = ir.VectorType(INT32, value_type.count)
-    # Truncation of x - 1/2 rounds an x <= 0 to nearest. (A `rint` is a library call on plain SSE2.)
-    n = b.fptosi(b.fsub(x, _constant(value_type, 0.5)), whole_type)
-    f = b.fsub(x, b.sitofp(n, value_type))
+    # At the smallest exponent 2**n is encoded as 0. (A NaN is not below: it stays.)
+    smallest = _constant(value_type, float(-bias))
+    x = b.select(b.fcmp_ordered("<", x, smallest), smallest, x)
+    # Adding 1.5 * 2**mantissa_bits rounds to an integer, which is then in the lowest bits; with the
+    # bias added they are 2**n's exponent. (`rint` is a call of the C library where there is only SSE2.)
+    magic = _constant(value_type, 1.5 * 2.0**mantissa_bits + bias)
+    shifted = b.fadd(x, magic)
+    f = b.fsub(x, b.fsub(shifted, magic))
+    exponent = b.shl(b.bitcast(shifted, bits_type), _constant(bits_type, mantissa_bits))
     coefficients = _EXP2_FLOAT64 if double else _EXP2_FLOAT32
     power = _constant(value_type, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         power = _fma(b, power, f, _constant(value_type, coefficient), target)
-    n_bits = b.sext(n, bits_type) if double else n
-    shift = _constant(bits_type, mantissa_bits)
-    scaled = b.bitcast(b.add(b.bitcast(power, bits_type), b.shl(n_bits, shift)), value_type)
-    # Too small, -inf included: 0. NaN fails both comparisons and comes out as itself.
-    zero = _constant(value_type, 0.0)
-    small_or_nan = b.select(b.fcmp_ordered(">", zero, x), zero, x)
-    in_range = b.fcmp_ordered(">=", x, _constant(value_type, smallest))
-    return b.select(in_range, scaled, small_or_nan)
+    return b.fmul(power, b.bitcast(exponent, value_type))
 
 
 @intrinsic
 def exp2(typing_context: Any, x: Any) -> Any:
     """`exp2(x)`: 2**x for x <= 0 (a little above is accurate too), of a vector or a scalar.
 
-    Exact at 0; results below the smallest normal number, and that of -inf, are 0; NaN stays NaN.
+    Exact at 0; 0 where the result is below the normal numbers, so at -inf; NaN stays NaN. Takes no part
+    in `fastmath`, which would reassociate the rounding away.
     """
     return x(x), lambda context, b, sig, args: _exp2(b, args[0], TARGET)
 
@@ -379,6 +378,15 @@ def transpose_block(
 # --------------------------------------------------------------------------- the matrix product
 
 
+def _opaque(b: ir.IRBuilder, value: Any) -> Any:
+    """The same value, of which LLVM can no longer tell how it was computed.
+
+    Else it computes the addresses of a block's rows one from the other, a chain of additions as long
+    as all of the step's multiplications.
+    """
+    return b.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
+
+
 def build_matrix_product_block(
     b: ir.IRBuilder,
     target: VectorTarget,
@@ -394,23 +402,22 @@ def build_matrix_product_block(
     """
     rows, vectors, lane_count = target.block_rows, target.block_vectors, vector.count
     zero, one = ir.Constant(INT64, 0), ir.Constant(INT64, 1)
-    a_rows = [b.gep(a, [b.mul(ir.Constant(INT64, r), a_row)]) for r in range(rows)]
+    row_offsets = [_opaque(b, b.mul(ir.Constant(INT64, r), a_row)) for r in range(rows)]
     entry = b.block
     loop, done = b.append_basic_block("product.loop"), b.append_basic_block("product.done")
     b.branch(loop)
     b.position_at_end(loop)
-    k = b.phi(INT64)
-    k.add_incoming(zero, entry)
+    k, a_pointer, b_pointer = b.phi(INT64), b.phi(a.type), b.phi(b_matrix.type)
+    for phi, first in ((k, zero), (a_pointer, a), (b_pointer, b_matrix)):
+        phi.add_incoming(first, entry)
     sums = [[b.phi(vector) for _ in range(vectors)] for _ in range(rows)]
-    b_pointer = b.gep(b_matrix, [b.mul(k, b_row)])
-    a_offset = b.mul(k, a_column)
     b_vectors = [
         _load_vector(b, b.gep(b_pointer, [ir.Constant(INT64, v * lane_count)]), vector)
         for v in range(vectors)
     ]
     results = []
     for r in range(rows):
-        element = _splat(b, b.load(b.gep(a_rows[r], [a_offset])), vector)
+        element = _splat(b, b.load(b.gep(a_pointer, [row_offsets[r]])), vector)
         results.append(
             [_fma(b, element, b_vectors[v], sums[r][v], target) for v in range(vectors)]
         )
@@ -418,8 +425,10 @@ def build_matrix_product_block(
         for v in range(vectors):
             sums[r][v].add_incoming(_constant(vector, 0.0), entry)
             sums[r][v].add_incoming(results[r][v], loop)
-    next_k = b.add(k, one)
+    next_k = _opaque(b, b.add(k, one))  # nor unroll the loop: it needs every register
     k.add_incoming(next_k, loop)
+    a_pointer.add_incoming(b.gep(a_pointer, [a_column]), loop)
+    b_pointer.add_incoming(b.gep(b_pointer, [b_row]), loop)
     b.cbranch(b.icmp_signed("<", next_k, depth), loop, done)
 
     b.position_at_end(done)
@@ -481,22 +490,39 @@ def fetch_add(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 @intrinsic
-def load_acquire(typing_context: Any, array: Any, index: Any) -> Any:
-    """`load_acquire(array, index) -> int`: an int64, and all that was written before it was."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, b, sig.args[0], args[0], args[1])
-        return b.load_atomic(pointer, "acquire", 8)
-
-    return types.int64(array, types.intp), generate
-
-
-@intrinsic
 def store_release(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     """`store_release(array, index, value)`: write an int64 after all earlier writes."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         b.store_atomic(args[2], _pointer(context, b, sig.args[0], args[0], args[1]), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), generate
+
+
+def _pause(b: ir.IRBuilder, target: VectorTarget) -> None:
+    """The instruction that tells the processor that this is a waiting loop."""
+    arguments = [ir.Constant(INT32, 1)] if target.arm else []
+    name = "llvm.aarch64.hint" if target.arm else "llvm.x86.sse2.pause"
+    function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    b.call(cgutils.get_or_insert_function(b.module, function, name), arguments)
+
+
+@intrinsic
+def wait_until(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """`wait_until(array, index, value)`: return when the int64 there, which others write, is value."""
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, b, sig.args[0], args[0], args[1])
+        check, pause = b.append_basic_block("wait.check"), b.append_basic_block("wait.pause")
+        done = b.append_basic_block("wait.done")
+        b.branch(check)
+        b.position_at_end(check)
+        b.cbranch(b.icmp_signed("==", b.load_atomic(pointer, "acquire", 8), args[2]), done, pause)
+        b.position_at_end(pause)
+        _pause(b, TARGET)
+        b.branch(check)
+        b.position_at_end(done)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.int64), generate

@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..philox import dropout_threshold
-from .cpu_backward import backward_kernel, mask_gradient_kernel
-from .cpu_forward import forward_kernel
+from ..threads import run_on_threads
+from .cpu_backward import backward_worker, delta_worker, mask_gradient_worker
+from .cpu_forward import forward_worker
 from .cpu_tiles import ADDITIVE_MASK, BOOL_MASK, LOG2_E, NO_MASK, Sizes
 from .problem import AttentionProblem, Shape
 
@@ -100,7 +101,7 @@ def _head_offsets(shape: Shape, strides: Shape, leading: Shape, gqa: bool) -> Ar
         if gqa and axis == len(leading) - 1 and n not in (0, leading[-1]):
             index = np.repeat(index, leading[-1] // n)  # heads of queries that share a head of keys
         offset = offset + index.reshape(-1, *(1,) * (len(leading) - 1 - axis))
-    return np.ascontiguousarray(np.broadcast_to(offset, leading)).reshape(-1)
+    return np.array(np.broadcast_to(offset, leading), order="C").reshape(-1)  # writable: see _FlatView
 
 
 def _stack(array: Array, problem: AttentionProblem, gqa: bool = False) -> Stack:
@@ -180,15 +181,160 @@ def forward_with_count(
     threads = numba.get_num_threads()
     block_q = _block_q(problem, tiles.forward_q, threads)
     tasks = problem.batch_heads * math.ceil(problem.seqlen_q / block_q)
-    tile_counts = np.zeros(min(threads, tasks), np.int64)
+    tile_count = np.zeros(1, np.int64)
     if tasks:
-        forward_kernel(
+        run_on_threads(
+            min(threads, tasks), forward_worker,
             q_stack.data, k_stack.data, v_stack.data, bools, bias,
             out.reshape(-1), logsumexp.reshape(-1),
             q_stack.offset, k_stack.offset, v_stack.offset, mask.offset,
             (*q_stack[2:], *k_stack[2:], *v_stack[2:], *mask[2:]), MASK_KINDS[problem.mask_kind],
             tuple(_sizes(problem, tiles.forward_q, tiles.forward_k, block_q)),
             problem.dtype.type(problem.scale * LOG2_E), *_dropout_arguments(problem),
-            np.zeros(1, np.int64), tile_counts,
+            np.zeros(1, np.int64), tile_count,
         )  # fmt: skip
-    return Result(out, logsumexp, int(tile_counts.sum()))
+    return Result(out, logsumexp, int(tile_count[0]))
+
+
+# --------------------------------------------------------------------------- backward
+
+
+class Slots(NamedTuple):
+    """Which heads add to which gradient: slot s is the sum of heads[start[s] : start[s + 1]]."""
+
+    start: Array
+    heads: Array
+
+
+def _head_index(shape: Shape, problem: AttentionProblem, gqa: bool = False) -> Array:
+    """For each head of the problem, which matrix of an array with these leading dimensions it uses."""
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return _head_offsets(shape, strides, problem.leading, gqa)
+
+
+def _slots(index: Array, count: int) -> Slots:
+    """The slots for heads whose gradients belong to matrix index[head], of `count` matrices."""
+    start = np.searchsorted(np.sort(index), np.arange(count + 1))
+    return Slots(start.astype(np.int64), np.argsort(index, kind="stable").astype(np.int64))
+
+
+def _sum_over_heads(gradient: Array, index: Array, shape: Shape) -> Array:
+    """Sum gradients (heads, rows, columns) of heads that used the same matrix; to the input's shape."""
+    count = math.prod(shape[:-2])
+    if len(index) == count and np.array_equal(index, np.arange(count)):
+        return gradient.reshape(shape)
+    summed = np.zeros((count, *gradient.shape[1:]), gradient.dtype)
+    np.add.at(summed, index, gradient)
+    return summed.reshape(shape)
+
+
+def backward(
+    problem: AttentionProblem,
+    q: Array,
+    k: Array,
+    v: Array,
+    attn_mask: Array | None,
+    out: Array,
+    logsumexp: Array,
+    grad_out: Array,
+    grad_logsumexp: Array | None = None,
+    needs_mask_grad: bool = False,
+    tiles: TileSizes = DEFAULT_TILES,
+) -> tuple[Array, Array, Array, Array | None]:
+    """(dq, dk, dv, dmask) in the shapes of the inputs; dmask is None unless it is asked for.
+
+    Args:
+        out, logsumexp: what `forward` gave for the same problem and inputs.
+        grad_out, grad_logsumexp: gradients with respect to them, (..., Nq, Dv) and (..., Nq) or None.
+        needs_mask_grad: also give the gradient of an additive `attn_mask`.
+    """
+    dtype, heads = problem.dtype, problem.batch_heads
+    k_index = _head_index(problem.key_shape[:-2], problem, problem.enable_gqa)
+    v_index = _head_index(problem.value_shape[:-2], problem, problem.enable_gqa)
+    # Keys and values that are shared in the same way are the common case: dK and dV are summed in
+    # the tile. Where they are not, the kernel gives them for each head.
+    shared = k_index if np.array_equal(k_index, v_index) else np.arange(heads, dtype=np.int64)
+    slot_count = int(shared.max()) + 1 if heads else 0
+    slots = _slots(shared, slot_count)
+    slot_head = slots.heads[slots.start[:-1]] if heads else slots.heads
+    dq = np.zeros((heads, problem.seqlen_q, problem.head_dim), dtype)
+    dk = np.zeros((slot_count, problem.seqlen_k, problem.head_dim), dtype)
+    dv = np.zeros((slot_count, problem.seqlen_k, problem.value_dim), dtype)
+    dmask = np.zeros(attn_mask.shape, dtype) if needs_mask_grad and attn_mask is not None else None
+    if dq.shape[1] and dk.shape[1] and heads:
+        common = _common_arguments(
+            problem, q, k, v, attn_mask, out, logsumexp, grad_out, grad_logsumexp, tiles
+        )
+        query_tiles = math.ceil(problem.seqlen_q / tiles.backward_q)
+        tasks = slot_count * math.ceil(problem.seqlen_k / tiles.backward_k)
+        run_on_threads(
+            min(numba.get_num_threads(), tasks), backward_worker, *common.matrices,
+            dq.reshape(-1), dk.reshape(-1), dv.reshape(-1), *common.settings,
+            slots.start, slots.heads, np.zeros(heads * query_tiles, np.int64),
+            np.zeros(1, np.int64),
+        )  # fmt: skip
+        if dmask is not None:
+            _mask_gradient(problem, dmask, common)
+    dq = _sum_over_heads(dq, _head_index(problem.query_shape[:-2], problem), problem.query_shape)
+    dk = _sum_over_heads(dk, k_index[slot_head], problem.key_shape)
+    dv = _sum_over_heads(dv, v_index[slot_head], problem.value_shape)
+    return dq, dk, dv, dmask
+
+
+class _Common(NamedTuple):
+    """Arguments of both workers of the backward pass: before, and after, the gradients they write."""
+
+    matrices: tuple[Any, ...]
+    settings: tuple[Any, ...]
+
+
+def _common_arguments(
+    problem: AttentionProblem,
+    q: Array,
+    k: Array,
+    v: Array,
+    attn_mask: Array | None,
+    out: Array,
+    logsumexp: Array,
+    grad_out: Array,
+    grad_logsumexp: Array | None,
+    tiles: TileSizes,
+) -> _Common:
+    """Prepare the inputs; compute delta and the logsumexp in units of log 2."""
+    dtype = problem.dtype
+    q_stack, k_stack = _stack(q, problem), _stack(k, problem, problem.enable_gqa)
+    v_stack = _stack(v, problem, problem.enable_gqa)
+    bools, bias, mask = _mask_stack(attn_mask, problem)
+    grad_stack = _stack(np.broadcast_to(grad_out, problem.out_shape), problem)
+    lse = np.ascontiguousarray(logsumexp, dtype).reshape(-1)
+    grad_lse = np.empty(0, dtype)
+    if grad_logsumexp is not None:
+        grad_lse = np.broadcast_to(grad_logsumexp, problem.logsumexp_shape).astype(dtype).reshape(-1)
+    delta, logsumexp2 = np.empty_like(lse), np.empty_like(lse)
+    run_on_threads(
+        min(numba.get_num_threads(), problem.batch_heads), delta_worker,
+        np.ascontiguousarray(out, dtype).reshape(-1), grad_stack.data, *grad_stack[1:],
+        lse, grad_lse, problem.seqlen_q, problem.value_dim, delta, logsumexp2, np.zeros(1, np.int64),
+    )  # fmt: skip
+    settings = (
+        q_stack.offset, k_stack.offset, v_stack.offset, mask.offset, grad_stack.offset,
+        (*q_stack[2:], *k_stack[2:], *v_stack[2:], *mask[2:], *grad_stack[2:]),
+        MASK_KINDS[problem.mask_kind],
+        tuple(_sizes(problem, tiles.backward_q, tiles.backward_k, 0)),
+        dtype.type(problem.scale), *_dropout_arguments(problem), logsumexp2, delta,
+    )  # fmt: skip
+    matrices = (q_stack.data, k_stack.data, v_stack.data, bools, bias, grad_stack.data)
+    return _Common(matrices, settings)
+
+
+def _mask_gradient(problem: AttentionProblem, dmask: Array, common: _Common) -> None:
+    """Add the gradient of an additive mask to dmask, which has the mask's own shape."""
+    shape = (1,) * (2 - dmask.ndim) + dmask.shape
+    rows, columns = shape[-2:]
+    index = _head_index(shape[:-2], problem)
+    slots = _slots(index, math.prod(shape[:-2]))
+    run_on_threads(
+        numba.get_num_threads(), mask_gradient_worker, *common.matrices, dmask.reshape(-1),
+        *common.settings, slots.start, slots.heads, rows * columns,
+        columns if rows > 1 else 0, 1 if columns > 1 else 0, np.zeros(1, np.int64),
+    )  # fmt: skip

@@ -16,162 +16,138 @@ Exponentials are powers of two, with log2(e) folded into the scale of the scores
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from .. import philox
 from ..simd import block_rows, cache_key, exp2, fetch_add
 from . import cpu_tiles
 from .cpu_tiles import (
-    LOG2_E,
     Dropout,
     Mask,
-    Matrices,
     Sizes,
     dropout_tile,
+    end_key,
+    fill,
+    first_key,
     leading_dimension,
     load_tile,
     load_tile_transposed,
-    mask_allows,
     mask_scores,
     matrix_product,
     new_workspace,
     round_up,
     row_exp2_sum,
     row_max,
-    row_multiply,
     row_scale,
-    tile_columns,
+    tile_multiply,
+    visible_columns,
 )
 
 FORWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__)
 LN_2 = np.log(2.0)
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
-def forward_kernel(
+@njit(nogil=True, cache=True, error_model="numpy")
+def forward_worker(
     q_data, k_data, v_data, bools, bias, out, logsumexp,  # flat arrays
     q_offset, k_offset, v_offset, mask_offset,  # (batch_heads,)
     strides, mask_kind, sizes, scale, dropout_threshold, seed, keep_scale,
-    next_task, tile_counts, key=FORWARD_KEY,
+    next_task, tile_count, key=FORWARD_KEY,
 ):  # fmt: skip
-    """Run the tasks on all threads; tile_counts[t] is the number of tiles that thread t computed."""
-    q = Matrices(q_data, q_offset, strides[0], strides[1])
-    k = Matrices(k_data, k_offset, strides[2], strides[3])
-    v = Matrices(v_data, v_offset, strides[4], strides[5])
+    """Take tasks (a head, a block of its queries) until none is left; tile_count: tiles computed.
+
+    The longest tasks (under a causal mask those of the last rows) come first.
+    """
+    sizes = Sizes(*sizes)
     mask = Mask(mask_kind, bools, bias, mask_offset, strides[6], strides[7])
     dropout = Dropout(dropout_threshold, np.uint64(seed), keep_scale)
-    for worker in prange(len(tile_counts)):
-        tile_counts[worker] = forward_worker(
-            q, k, v, mask, out, logsumexp, Sizes(*sizes), scale, dropout, next_task
-        )
-
-
-@njit(error_model="numpy")
-def forward_worker(q, k, v, mask, out, logsumexp, sizes, scale, dropout, next_task):
-    """Take tasks until none is left, the longest (under a causal mask: the last rows) first."""
-    blocks = (sizes.seqlen_q + sizes.block_q - 1) // sizes.block_q
-    tiles = 0
-    w, origin = new_workspace(out, workspace_size(out, sizes))
-    while True:
-        task = fetch_add(next_task, 0, 1)
-        if task >= blocks * sizes.batch_heads:
-            return tiles
-        block, i = blocks - 1 - task // sizes.batch_heads, task % sizes.batch_heads
-        tiles += forward_block(
-            w, origin, i, block * sizes.block_q, q, k, v, mask, out, logsumexp, sizes, scale, dropout
-        )
-
-
-@njit
-def workspace_size(w, sizes):
-    """Elements for the tiles that `forward_block` keeps."""
-    head, value = leading_dimension(w, sizes.head_dim), leading_dimension(w, sizes.value_dim)
-    scores = leading_dimension(w, sizes.tile_k)
-    block = sizes.block_q
-    return (
-        block * (head + value + 2) + max(sizes.head_dim, 1) * scores
-        + sizes.tile_k * value + 2 * sizes.tile_q * scores
-    )  # fmt: skip
-
-
-@njit(error_model="numpy")
-def forward_block(w, origin, i, row0, q, k, v, mask, out, logsumexp, sizes, scale, dropout):
-    """Rows row0 ... row0 + block_q of head i; returns the number of tiles computed."""
     head_dim, value_dim, tile_q, tile_k = sizes.head_dim, sizes.value_dim, sizes.tile_q, sizes.tile_k
-    ld_q, ld_v = leading_dimension(w, head_dim), leading_dimension(w, value_dim)
-    ld_s = leading_dimension(w, tile_k)
-    zero, minus_infinity = w.dtype.type(0), w.dtype.type(-np.inf)
-    rows = min(sizes.block_q, sizes.seqlen_q - row0)
-    q_tile = origin  # (block_q, head_dim)
+    depth = max(head_dim, 1)
+    ld_q, ld_v = leading_dimension(out, head_dim), leading_dimension(out, value_dim)
+    ld_s = leading_dimension(out, tile_k)
+    w, q_tile = new_workspace(
+        out,
+        sizes.block_q * (ld_q + ld_v + 2) + depth * ld_s + tile_k * ld_v + 2 * tile_q * ld_s,
+    )  # q_tile: (block_q, head_dim)
     o_tile = q_tile + sizes.block_q * ld_q  # (block_q, value_dim), not yet divided by l
     kt_tile = o_tile + sizes.block_q * ld_v  # (head_dim, tile_k), scaled
-    v_tile = kt_tile + max(head_dim, 1) * ld_s  # (tile_k, value_dim)
+    v_tile = kt_tile + depth * ld_s  # (tile_k, value_dim)
     s_tile = v_tile + tile_k * ld_v  # (tile_q, tile_k): S, then P
     z_tile = s_tile + tile_q * ld_s  # (tile_q, tile_k): dropout
     m = z_tile + tile_q * ld_s  # (block_q,), in units of log 2
     l = m + sizes.block_q  # (block_q,)
 
-    load_tile(
-        w, q_tile, ld_q, round_up(rows, block_rows()),
-        q.data, q.offset[i] + row0 * q.row, q.row, q.column, rows, head_dim,
-    )  # fmt: skip
-    for j in range(o_tile, o_tile + round_up(rows, block_rows()) * ld_v):
-        w[j] = zero
-    for r in range(rows):
-        w[m + r], w[l + r] = minus_infinity, zero
-
-    tiles = 0
-    begin, end = cpu_tiles.first_key(row0, sizes), cpu_tiles.end_key(row0 + rows - 1, sizes)
-    for key0 in range(begin // tile_k * tile_k, end, tile_k):
-        keys = min(tile_k, sizes.seqlen_k - key0)
-        load_tile_transposed(
-            w, kt_tile, ld_s, k.data, k.offset[i] + key0 * k.row, k.row, k.column,
-            keys, head_dim, scale,
-        )  # fmt: skip
+    blocks = (sizes.seqlen_q + sizes.block_q - 1) // sizes.block_q
+    while True:
+        task = fetch_add(next_task, 0, 1)
+        if task >= blocks * sizes.batch_heads:
+            return
+        i = task % sizes.batch_heads
+        row0 = (blocks - 1 - task // sizes.batch_heads) * sizes.block_q
+        rows = min(sizes.block_q, sizes.seqlen_q - row0)
+        padded_rows = round_up(rows, block_rows())
         load_tile(
-            w, v_tile, ld_v, tile_k, v.data, v.offset[i] + key0 * v.row, v.row, v.column,
-            keys, value_dim,
+            w, q_tile, ld_q, padded_rows,
+            q_data, q_offset[i] + row0 * strides[0], strides[0], strides[1], rows, head_dim,
         )  # fmt: skip
-        for r0 in range(0, rows, tile_q):
-            n = min(tile_q, rows - r0)
-            start, stop = tile_columns(w, row0 + r0, n, key0, sizes)
-            if start >= stop:
-                continue  # wholly outside the band
-            last = min(stop, keys)
-            some, every = mask_allows(mask, i, row0 + r0, n, key0, start, last)
-            if not some:
-                continue  # wholly masked
-            tiles += 1
-            # S = scale Q K^T
-            matrix_product(
-                w, q_tile + r0 * ld_q, ld_q, 1, kt_tile + start, ld_s, s_tile + start, ld_s,
-                n, stop - start, max(head_dim, 1), False,
+        fill(w, o_tile, o_tile + padded_rows * ld_v, 0.0)
+        fill(w, m, m + rows, -np.inf)
+        fill(w, l, l + rows, 0.0)
+        begin, end = first_key(row0, sizes), end_key(row0 + rows - 1, sizes)
+        for key0 in range(begin // tile_k * tile_k, end, tile_k):
+            keys = min(tile_k, sizes.seqlen_k - key0)
+            load_tile_transposed(
+                w, kt_tile, ld_s,
+                k_data, k_offset[i] + key0 * strides[2], strides[2], strides[3], keys, head_dim, scale,
             )  # fmt: skip
-            mask_scores(w, s_tile, ld_s, mask, i, every, row0 + r0, n, key0, start, stop, sizes)
-            # m, l, P, and O = diag(exp(m - m_new)) O
-            for r in range(n):
-                line, row = s_tile + r * ld_s, r0 + r
-                m_old = w[m + row]
-                m_new = row_max(w, line + start, line + stop, m_old)
-                m_safe = m_new if m_new != minus_infinity else zero  # no key yet: exp2(-inf - 0) = 0
-                alpha = exp2(m_old - m_safe)
-                w[l + row] = w[l + row] * alpha + row_exp2_sum(w, line + start, line + stop, m_safe)
-                w[m + row] = m_new
-                if m_new > m_old:
-                    row_scale(w, o_tile + row * ld_v, o_tile + (row + 1) * ld_v, alpha)
-            if dropout.threshold > 0:  # after l: the softmax is over all keys
-                dropout_tile(w, z_tile, ld_s, dropout, i, row0 + r0, n, key0, start, stop)
+            load_tile(
+                w, v_tile, ld_v, tile_k,
+                v_data, v_offset[i] + key0 * strides[4], strides[4], strides[5], keys, value_dim,
+            )  # fmt: skip
+            for r0 in range(0, rows, tile_q):
+                row, n = row0 + r0, min(tile_q, rows - r0)
+                start, stop, masked = visible_columns(w, mask, i, row, n, key0, keys, sizes)
+                if start >= stop:
+                    continue  # wholly masked: skipped, not computed
+                fetch_add(tile_count, 0, 1)
+                # S = scale Q K^T
+                matrix_product(
+                    w, q_tile + r0 * ld_q, ld_q, 1, kt_tile + start, ld_s, s_tile + start, ld_s,
+                    n, stop - start, depth, False,
+                )  # fmt: skip
+                if masked:
+                    mask_scores(w, s_tile, ld_s, mask, i, row, n, key0, keys, start, stop, sizes)
+                # m, l, P, and O = diag(exp(m - m_new)) O
                 for r in range(n):
-                    line = s_tile + r * ld_s
-                    row_multiply(w, line + start, line + stop, z_tile + r * ld_s + start)
-            # O += P V
-            matrix_product(
-                w, s_tile + start, ld_s, 1, v_tile + start * ld_v, ld_v, o_tile + r0 * ld_v, ld_v,
-                n, value_dim, stop - start, True,
-            )  # fmt: skip
+                    softmax_row(
+                        w, s_tile + r * ld_s + start, s_tile + r * ld_s + stop, m + r0 + r, l + r0 + r,
+                        o_tile + (r0 + r) * ld_v, o_tile + (r0 + r + 1) * ld_v,
+                    )  # fmt: skip
+                if dropout.threshold > 0:  # after l: the softmax is over all keys
+                    dropout_tile(w, z_tile, ld_s, dropout, i, row, n, key0, start, stop)
+                    tile_multiply(w, s_tile, z_tile, ld_s, n, start, stop)
+                # O += P V
+                matrix_product(
+                    w, s_tile + start, ld_s, 1, v_tile + start * ld_v, ld_v, o_tile + r0 * ld_v, ld_v,
+                    n, value_dim, stop - start, True,
+                )  # fmt: skip
+        write_rows(
+            w, o_tile, ld_v, m, l, i * sizes.seqlen_q + row0, rows, value_dim, out, logsumexp
+        )
 
-    write_rows(w, o_tile, ld_v, m, l, i * sizes.seqlen_q + row0, rows, value_dim, out, logsumexp)
-    return tiles
+
+@njit(error_model="numpy")
+def softmax_row(w, start, stop, m, l, o_start, o_stop):
+    """One row's step of the online softmax: scores w[start:stop] become P; m, l and O are updated."""
+    minus_infinity, zero = w.dtype.type(-np.inf), w.dtype.type(0)
+    m_old = w[m]
+    m_new = row_max(w, start, stop, m_old)
+    m_safe = m_new if m_new != minus_infinity else zero  # no key yet: 2**(-inf - 0) = 0, not NaN
+    if m_new > m_old:
+        alpha = exp2(m_old - m_safe)
+        w[m], w[l] = m_new, w[l] * alpha
+        row_scale(w, o_start, o_stop, alpha)
+    w[l] += row_exp2_sum(w, start, stop, m_safe)
 
 
 @njit(error_model="numpy")

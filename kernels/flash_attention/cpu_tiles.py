@@ -34,15 +34,6 @@ NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind
 LOG2_E = np.log2(np.e)
 
 
-class Matrices(NamedTuple):
-    """A stack of matrices in a flat array: matrix i begins at offset[i]; strides in elements."""
-
-    data: Any
-    offset: Any
-    row: int
-    column: int
-
-
 class Mask(NamedTuple):
     """An attn_mask as it was given, not broadcast: a dimension of size 1 has stride 0."""
 
@@ -112,7 +103,7 @@ def end_key(row, sizes):
 
 @njit
 def tile_columns(w, row0, rows, key0, sizes):
-    """Columns [start, stop) of the tile at (row0, key0) that some of its rows may see.
+    """Columns [start, stop) of the tile at (row0, key0) that the band lets some of its rows see.
 
     In whole register blocks; empty (start >= stop) where the band masks the whole tile.
     """
@@ -127,9 +118,23 @@ def tile_columns(w, row0, rows, key0, sizes):
 @njit
 def needs_band(row0, rows, key0, start, stop, sizes):
     """Whether the band, or the end of the keys, cuts through columns [start, stop) of the tile."""
-    return (
-        first_key(row0 + rows - 1, sizes) > key0 + start or end_key(row0, sizes) < key0 + stop
-    )
+    last_row = row0 + rows - 1
+    return first_key(last_row, sizes) > key0 + start or end_key(row0, sizes) < key0 + stop
+
+
+@njit
+def visible_columns(w, mask, i, row0, rows, key0, keys, sizes):
+    """(start, stop, masked): the columns to compute, none if empty; whether some entry is masked."""
+    start, stop = tile_columns(w, row0, rows, key0, sizes)
+    if start >= stop:
+        return 0, 0, False
+    masked = needs_band(row0, rows, key0, start, stop, sizes)
+    if mask.kind != NO_MASK:
+        some, every = mask_allows(mask, i, row0, rows, key0, start, min(stop, keys))
+        if not some:
+            return 0, 0, False
+        masked = masked or not every
+    return start, stop, masked
 
 
 @njit
@@ -149,25 +154,21 @@ def apply_band(w, s, ld, row0, rows, key0, start, stop, sizes):
 @njit
 def mask_allows(mask, i, row0, rows, key0, start, stop):
     """(some, all) of the mask's entries for this tile take part; an additive one: (some, False)."""
-    if mask.kind == NO_MASK:
-        return True, True
     count = 0
     distinct_rows = rows if mask.row != 0 else 1
     for r in range(distinct_rows):
         line = mask.offset[i] + (row0 + r) * mask.row + key0 * mask.column
-        if mask.kind == BOOL_MASK:
-            if mask.column == 1:
-                for j in range(line + start, line + stop):
-                    count += np.int64(mask.bools[j] != 0)
-            else:
-                for j in range(start, stop):
-                    count += np.int64(mask.bools[line + j * mask.column] != 0)
+        if mask.kind == ADDITIVE_MASK:
+            for j in range(start, stop):
+                if not mask.bias[line + j * mask.column] == -np.inf:  # NaN counts
+                    return True, False
+        elif mask.column == 1:
+            for j in range(line + start, line + stop):
+                count += np.int64(mask.bools[j] != 0)
         else:
-            for j in range(start, stop):  # NaN counts
-                count += np.int64(not (mask.bias[line + j * mask.column] == -np.inf))
-            if count:
-                return True, False
-    return count > 0, mask.kind == BOOL_MASK and count == distinct_rows * (stop - start)
+            for j in range(start, stop):
+                count += np.int64(mask.bools[line + j * mask.column] != 0)
+    return count > 0, count == distinct_rows * (stop - start)
 
 
 @njit
@@ -193,34 +194,37 @@ def apply_mask(w, s, ld, mask, i, row0, rows, key0, start, stop):
 
 
 @njit
-def mask_scores(w, s, ld, mask, i, all_allowed, row0, rows, key0, start, stop, sizes):
-    """Everything that makes a score -inf; nothing to do for a tile in the middle of the matrix."""
-    if not all_allowed:
-        keys = min(stop, sizes.seqlen_k - key0)
-        apply_mask(w, s, ld, mask, i, row0, rows, key0, start, keys)
-    if needs_band(row0, rows, key0, start, stop, sizes):
-        apply_band(w, s, ld, row0, rows, key0, start, stop, sizes)
+def mask_scores(w, s, ld, mask, i, row0, rows, key0, keys, start, stop, sizes):
+    """Everything that makes a score -inf: the mask, the band, the end of the keys."""
+    if mask.kind != NO_MASK:
+        apply_mask(w, s, ld, mask, i, row0, rows, key0, start, min(stop, keys))
+    apply_band(w, s, ld, row0, rows, key0, start, stop, sizes)
 
 
 # --------------------------------------------------------------------------- tiles in and out
 
 
 @njit
+def fill(w, start, stop, value):
+    """w[start:stop] = value; up to a vector more may be written."""
+    values = splat(w, value)
+    for j in range(start, stop, lanes(w)):
+        store(w, j, values)
+
+
+@njit
 def load_tile(w, tile, ld, padded_rows, source, offset, row, column, rows, columns):
     """Copy (rows, columns) of a matrix to a tile, with zeros up to (padded_rows, ld)."""
-    zero = w.dtype.type(0)
+    n = lanes(w)
+    whole = columns // n * n if column == 1 else 0
     for r in range(rows):
         line, source_line = tile + r * ld, offset + r * row
-        if column == 1:
-            for c in range(columns):
-                w[line + c] = source[source_line + c]
-        else:
-            for c in range(columns):
-                w[line + c] = source[source_line + c * column]
-        for c in range(columns, ld):
-            w[line + c] = zero
-    for j in range(tile + rows * ld, tile + padded_rows * ld):
-        w[j] = zero
+        fill(w, line + whole, line + ld, 0.0)
+        for c in range(0, whole, n):
+            store(w, line + c, load(source, source_line + c))
+        for c in range(whole, columns):
+            w[line + c] = source[source_line + c * column]
+    fill(w, tile + rows * ld, tile + padded_rows * ld, 0.0)
 
 
 @njit
@@ -286,10 +290,11 @@ def row_scale(w, start, stop, factor):
 
 
 @njit
-def row_multiply(w, start, stop, other):
-    """w[start:stop] *= w[other : other + stop - start]."""
-    for j in range(0, stop - start, lanes(w)):
-        store(w, start + j, load(w, start + j) * load(w, other + j))
+def tile_multiply(w, x, y, ld, rows, start, stop):
+    """X *= Y, element by element, in columns [start, stop) of two tiles."""
+    for r in range(rows):
+        for j in range(r * ld + start, r * ld + stop, lanes(w)):
+            store(w, x + j, load(w, x + j) * load(w, y + j))
 
 
 @njit
