@@ -36,7 +36,8 @@ class Conv2d(minitorch.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_channels, height, width) -> (batch, out_channels, height, width)"""
-        return minitorch.conv2d(x, self.weights.value) + self.bias.value
+        out: Tensor = minitorch.conv2d(x, self.weights.value) + self.bias.value
+        return out
 
 
 class Network(minitorch.Module):
@@ -54,7 +55,8 @@ class Network(minitorch.Module):
         x = self.conv1(x).relu()  # (batch, channels, 8, 8)
         x = self.conv2(x).relu()  # (batch, 2 channels, 8, 8)
         x = minitorch.maxpool2d(x, (2, 2))  # (batch, 2 channels, 4, 4)
-        return self.linear(x.view(x.shape[0], self.features))
+        logits: Tensor = self.linear(x.view(x.shape[0], self.features))
+        return logits
 
 
 def load_digits(seed: int) -> tuple[Array, Array, Array, Array]:

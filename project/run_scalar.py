@@ -59,7 +59,8 @@ class Network(minitorch.Module):
         """The probability of label 1 for a point of two Scalars."""
         middle = [h.relu() for h in self.layer1(x)]
         end = [h.relu() for h in self.layer2(middle)]
-        return self.layer3(end)[0].sigmoid()
+        out: Scalar = self.layer3(end)[0].sigmoid()
+        return out
 
 
 class ScalarTrain:
@@ -71,7 +72,8 @@ class ScalarTrain:
 
     def run_one(self, x: Sequence[float]) -> Scalar:
         """The probability of label 1 for one point."""
-        return self.model([Scalar(x[0], name="x_1"), Scalar(x[1], name="x_2")])
+        out: Scalar = self.model([Scalar(x[0], name="x_1"), Scalar(x[1], name="x_2")])
+        return out
 
     def train(
         self,

@@ -48,7 +48,8 @@ class Linear(minitorch.Module):
         for parameter in self.parameters():
             if parameter.value.backend is not x.backend:
                 parameter.value._type_(x.backend)
-        return x @ self.weights.value + self.bias.value
+        out: Tensor = x @ self.weights.value + self.bias.value
+        return out
 
 
 class Network(minitorch.Module):
@@ -76,7 +77,8 @@ class Network(minitorch.Module):
         mean = embeddings.mean(1).view(batch, self.embedding_dim)
         hidden = self.linear1(mean).relu()
         hidden = minitorch.dropout(hidden, self.dropout_prob, ignore=not self.training)
-        return self.linear2(hidden).sigmoid().view(batch)
+        out: Tensor = self.linear2(hidden).sigmoid().view(batch)
+        return out
 
 
 class TextClassifier(minitorch.Module):

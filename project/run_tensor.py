@@ -34,7 +34,8 @@ class Linear(minitorch.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, in_size) -> (batch, out_size)"""
-        return x @ self.weights.value + self.bias.value
+        out: Tensor = x @ self.weights.value + self.bias.value
+        return out
 
 
 def _random_parameter(shape: tuple[int, ...], backend: TensorBackend) -> minitorch.Parameter:
@@ -56,7 +57,8 @@ class Network(minitorch.Module):
         """The probability of label 1: (batch, 2) -> (batch, 1)"""
         middle = self.layer1(x).relu()
         end = self.layer2(middle).relu()
-        return self.layer3(end).sigmoid()
+        out: Tensor = self.layer3(end).sigmoid()
+        return out
 
 
 class TensorTrain:
@@ -75,7 +77,8 @@ class TensorTrain:
 
     def run_many(self, X: Sequence[Sequence[float]]) -> Tensor:
         """The probability of label 1 for each point, (len(X), 1)."""
-        return self.model(minitorch.tensor(X, backend=self.backend, requires_grad=False))
+        out: Tensor = self.model(minitorch.tensor(X, backend=self.backend, requires_grad=False))
+        return out
 
     def train(
         self,

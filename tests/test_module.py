@@ -2,29 +2,32 @@
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
 
-from minitorch.datasets import datasets
+from minitorch.datasets import Graph, datasets
 from minitorch.factories import tensor
 from minitorch.module import Module, Parameter
 from minitorch.scalar import Scalar
 
 
 class Leaf(Module):
-    def __init__(self):
+    weight: Any
+
+    def __init__(self) -> None:
         super().__init__()
         self.weight = Parameter(tensor([[1.0, 2.0, 3.0]]))
-        self.bias = None
+        self.bias: Parameter | None = None
         self.size = 3
 
-    def forward(self, x, factor=1):
+    def forward(self, x: Any, factor: float = 1) -> Any:
         return x * factor
 
 
 class Tree(Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.left = Leaf()
         self.right = Leaf()
@@ -32,19 +35,19 @@ class Tree(Module):
         self.add_parameter("extra_0", 5)
 
 
-def test_names_and_order():
+def test_names_and_order() -> None:
     names = [name for name, _ in Tree().named_parameters()]
     assert names == ["scale", "extra_0", "left.weight", "right.weight"]
 
 
-def test_a_shared_parameter_is_listed_once():
+def test_a_shared_parameter_is_listed_once() -> None:
     tree = Tree()
     tree.right.weight = tree.left.weight
     assert len(tree.parameters()) == 3
     assert {"left.weight", "right.weight"} <= set(tree.state_dict())
 
 
-def test_a_name_stands_for_one_thing():
+def test_a_name_stands_for_one_thing() -> None:
     leaf = Leaf()
     leaf.weight = None
     assert leaf.parameters() == [] and leaf.weight is None
@@ -56,7 +59,7 @@ def test_a_name_stands_for_one_thing():
     assert leaf.modules() == []
 
 
-def test_unknown_names_are_none_but_protocols_are_missing():
+def test_unknown_names_are_none_but_protocols_are_missing() -> None:
     leaf = Leaf()
     assert leaf.nonsense is None
     assert not hasattr(leaf, "__array__")
@@ -65,16 +68,16 @@ def test_unknown_names_are_none_but_protocols_are_missing():
     pickle.loads(pickle.dumps(Module()))
 
 
-def test_super_init_must_come_first():
+def test_super_init_must_come_first() -> None:
     class Hasty(Module):
-        def __init__(self):
+        def __init__(self) -> None:
             self.weight = Parameter(1.0)
 
     with pytest.raises(AttributeError, match=r"super\(\).__init__\(\)"):
         Hasty()
 
 
-def test_train_and_eval_reach_every_module():
+def test_train_and_eval_reach_every_module() -> None:
     tree = Tree()
     tree.eval()
     assert not tree.training and not tree.left.training
@@ -82,25 +85,25 @@ def test_train_and_eval_reach_every_module():
     assert tree.training and tree.right.training
 
 
-def test_calling_a_module():
+def test_calling_a_module() -> None:
     assert Leaf()(2, factor=3) == 6
     with pytest.raises(NotImplementedError, match="Module defines no forward"):
         Module()()
 
 
-def test_repr_shows_the_tree():
+def test_repr_shows_the_tree() -> None:
     assert repr(Leaf()) == "Leaf()"
     assert repr(Tree()) == "Tree(\n  (left): Leaf()\n  (right): Leaf()\n)"
 
 
-def test_a_parameter_tells_its_value_to_require_a_gradient():
+def test_a_parameter_tells_its_value_to_require_a_gradient() -> None:
     value = tensor([1.0], requires_grad=False)
     parameter = Parameter(value, name="w")
     assert value.requires_grad() and value.name == "w"
     assert repr(parameter) == repr(value) and str(parameter) == str(value)
 
 
-def test_zero_grad():
+def test_zero_grad() -> None:
     tree = Tree()
     (tree.left.weight.value.sum()).backward()
     (tree.scale.value * 2).backward()
@@ -109,7 +112,7 @@ def test_zero_grad():
     assert tree.scale.value.derivative is None
 
 
-def test_state_dict_goes_around():
+def test_state_dict_goes_around() -> None:
     source, target = Tree(), Tree()
     source.left.weight.update(tensor([[7.0, 8.0, 9.0]]))
     source.scale.update(Scalar(-1.0))
@@ -122,14 +125,14 @@ def test_state_dict_goes_around():
     assert target.scale.value.data == -1.0
 
 
-def test_loading_keeps_the_dtype():
+def test_loading_keeps_the_dtype() -> None:
     leaf = Leaf()
     leaf.weight.update(tensor(np.zeros((1, 3), np.float32)))
     leaf.load_state_dict({"weight": np.ones((1, 3))})
     assert leaf.weight.value.dtype == np.float32
 
 
-def test_loading_takes_arrays_of_any_layout():
+def test_loading_takes_arrays_of_any_layout() -> None:
     leaf = Leaf()
     leaf.weight.update(tensor(np.zeros((2, 3))))
     array = np.arange(6.0).reshape(3, 2).T
@@ -137,7 +140,7 @@ def test_loading_takes_arrays_of_any_layout():
     assert np.array_equal(leaf.weight.value.to_numpy(), array)
 
 
-def test_loading_names_everything_that_is_wrong_and_changes_nothing():
+def test_loading_names_everything_that_is_wrong_and_changes_nothing() -> None:
     tree = Tree()
     state = {"left.weight": np.zeros((2, 2)), "scale": np.array(9.0), "nonsense": np.zeros(1)}
     with pytest.raises(ValueError) as error:
@@ -157,14 +160,14 @@ def test_loading_names_everything_that_is_wrong_and_changes_nothing():
 
 
 @pytest.mark.parametrize("name", datasets)
-def test_data_sets(name):
+def test_data_sets(name: str) -> None:
     graph = datasets[name](101)
     assert graph.N == len(graph.X) == len(graph.y) == 101
     assert set(graph.y) == {0, 1}
     assert all(0 <= x1 <= 1 and 0 <= x2 <= 1 for x1, x2 in graph.X)
 
 
-def test_labels():
+def test_labels() -> None:
     label = {name: dict(zip(g.X, g.y, strict=True)) for name, g in _drawn().items()}
     for (x1, x2), y in label["Xor"].items():
         assert y == ((x1 < 0.5) != (x2 < 0.5))
@@ -174,5 +177,5 @@ def test_labels():
         assert y == (x1 + x2 < 0.5)
 
 
-def _drawn():
+def _drawn() -> dict[str, Graph]:
     return {name: datasets[name](200) for name in ("Xor", "Split", "Diag")}

@@ -1,22 +1,25 @@
 """Optimisers against PyTorch's and by hand; clipping, the schedule, resuming."""
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from minitorch.fast_ops import FastOps
 
 from minitorch.factories import tensor
-from minitorch.fast_ops import FastOps
 from minitorch.module import Parameter
 from minitorch.optim import SGD, Adam, AdamW, CosineSchedule, Optimizer, clip_grad_norm_
 from minitorch.scalar import Scalar
 from minitorch.tensor_ops import SimpleBackend, TensorBackend
 
+Array = npt.NDArray[Any]
 BACKENDS = {"simple": SimpleBackend, "fast": TensorBackend(FastOps)}
 SHAPES = ((3, 4), (5,))
 
 # (ours, PyTorch's class, its arguments)
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "sgd": (lambda p: SGD(p, lr=0.1), "SGD", {"lr": 0.1}),
     "momentum": (
         lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -47,27 +50,29 @@ OPTIMIZERS = {
 }
 
 
-def make_parameters(backend=SimpleBackend, dtype=np.float64):
+def make_parameters(
+    backend: TensorBackend = SimpleBackend, dtype: npt.DTypeLike = np.float64
+) -> list[Parameter]:
     rng = np.random.default_rng(0)
     return [Parameter(tensor(rng.normal(size=s).astype(dtype), backend=backend)) for s in SHAPES]
 
 
-def gradients_of(step):
+def gradients_of(step: int) -> list[Array]:
     rng = np.random.default_rng(100 + step)
     return [rng.normal(size=shape) for shape in SHAPES]
 
 
-def give_gradients(parameters, step):
+def give_gradients(parameters: list[Parameter], step: int) -> None:
     for parameter, array in zip(parameters, gradients_of(step), strict=True):
         value = parameter.value
         value.grad = tensor(array.astype(value.dtype), value.backend, requires_grad=False)
 
 
-def values(parameters):
+def values(parameters: list[Parameter]) -> list[Array]:
     return [p.value.to_numpy() for p in parameters]
 
 
-def run(optimizer, first, last):
+def run(optimizer: Optimizer, first: int, last: int) -> list[Array]:
     for step in range(first, last):
         give_gradients(optimizer.parameters, step)
         optimizer.step()
@@ -76,7 +81,7 @@ def run(optimizer, first, last):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_like_pytorch(name, backend):
+def test_like_pytorch(name: str, backend: str) -> None:
     torch = pytest.importorskip("torch")
     ours, class_name, arguments = OPTIMIZERS[name]
     parameters = make_parameters(BACKENDS[backend])
@@ -91,7 +96,7 @@ def test_like_pytorch(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_stays_float32(backend):
+def test_float32_stays_float32(backend: str) -> None:
     for make, _, _ in OPTIMIZERS.values():
         exact = run(make(make_parameters()), 0, 5)
         single = run(make(make_parameters(BACKENDS[backend], np.float32)), 0, 5)
@@ -101,7 +106,7 @@ def test_float32_stays_float32(backend):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_resumed_run_is_the_same_bit_for_bit(name):
+def test_a_resumed_run_is_the_same_bit_for_bit(name: str) -> None:
     make = OPTIMIZERS[name][0]
     whole = run(make(make_parameters()), 0, 7)
 
@@ -118,7 +123,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name):
         assert np.array_equal(a, b)
 
 
-def test_state_of_an_optimizer_that_has_not_stepped():
+def test_state_of_an_optimizer_that_has_not_stepped() -> None:
     fresh = Adam(make_parameters())
     restored = Adam(make_parameters())
     restored.load_state_dict(fresh.state_dict())
@@ -126,7 +131,7 @@ def test_state_of_an_optimizer_that_has_not_stepped():
         assert np.array_equal(a, b)
 
 
-def test_loading_a_state_that_does_not_fit():
+def test_loading_a_state_that_does_not_fit() -> None:
     optimizer = Adam(make_parameters())
     state = optimizer.state_dict()
     state["exp_avg.0"] = np.zeros((2, 2))
@@ -138,7 +143,7 @@ def test_loading_a_state_that_does_not_fit():
         assert part in str(error.value)
 
 
-def test_a_step_does_not_write_into_old_values():
+def test_a_step_does_not_write_into_old_values() -> None:
     for make, _, _ in OPTIMIZERS.values():
         parameters = make_parameters()
         old = [p.value for p in parameters]
@@ -149,7 +154,7 @@ def test_a_step_does_not_write_into_old_values():
         assert all(p.value.is_leaf() for p in parameters)
 
 
-def test_parameters_of_any_strides():
+def test_parameters_of_any_strides() -> None:
     array = np.arange(12.0).reshape(4, 3)
     for make, _, _ in OPTIMIZERS.values():
         results = []
@@ -161,7 +166,7 @@ def test_parameters_of_any_strides():
         assert np.array_equal(*results)
 
 
-def test_scalars_step_like_tensors():
+def test_scalars_step_like_tensors() -> None:
     for make, _, _ in OPTIMIZERS.values():
         scalar, vector = Parameter(Scalar(2.0)), Parameter(tensor([2.0]))
         optimizer = make([scalar, vector])
@@ -173,7 +178,7 @@ def test_scalars_step_like_tensors():
         assert optimizer.state_dict()["steps"].tolist() == [3, 3]
 
 
-def test_parameters_without_a_gradient_stay():
+def test_parameters_without_a_gradient_stay() -> None:
     parameters = [*make_parameters(), Parameter(5)]
     before = values(parameters[:2])
     optimizer = AdamW(parameters)
@@ -182,14 +187,14 @@ def test_parameters_without_a_gradient_stay():
     assert optimizer.state_dict()["steps"].tolist() == [0, 0, 0]
 
 
-def test_default_learning_rate_of_sgd():
+def test_default_learning_rate_of_sgd() -> None:
     parameter = Parameter(tensor([5.0]))
     (parameter.value * 2).sum().backward()
     SGD([parameter]).step()
     assert parameter.value.item() == 3.0
 
 
-def test_zero_grad():
+def test_zero_grad() -> None:
     parameters = [*make_parameters(), Parameter(Scalar(1.0)), Parameter(5)]
     give_gradients(parameters[:2], 0)
     parameters[2].value.derivative = 1.0
@@ -210,19 +215,19 @@ def test_zero_grad():
         lambda p: clip_grad_norm_(p, -1.0),
     ],
 )
-def test_arguments_out_of_range(make):
+def test_arguments_out_of_range(make: Any) -> None:
     with pytest.raises(ValueError, match="got"):
         make(make_parameters())
 
 
-def test_an_optimizer_defines_its_update():
+def test_an_optimizer_defines_its_update() -> None:
     optimizer = Optimizer(make_parameters(), 0.1)
     with pytest.raises(NotImplementedError, match="_update"):
         run(optimizer, 0, 1)
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 100.0])
-def test_clipping(max_norm):
+def test_clipping(max_norm: float) -> None:
     parameters = [*make_parameters(), Parameter(Scalar(1.0)), Parameter(5)]
     give_gradients(parameters[:2], 0)
     parameters[2].value.derivative = 2.0
@@ -240,11 +245,11 @@ def test_clipping(max_norm):
     assert parameters[2].value.derivative == pytest.approx(2.0 * scale)
 
 
-def test_clipping_nothing():
+def test_clipping_nothing() -> None:
     assert clip_grad_norm_([], 1.0) == 0.0
 
 
-def test_cosine_schedule():
+def test_cosine_schedule() -> None:
     optimizer = SGD(make_parameters(), lr=2.0)
     schedule = CosineSchedule(optimizer, total_steps=14, warmup_steps=4, min_lr=1.0)
     rates = []
@@ -257,7 +262,7 @@ def test_cosine_schedule():
     assert rates[4:15] == sorted(rates[4:15], reverse=True)
 
 
-def test_cosine_schedule_like_pytorch():
+def test_cosine_schedule_like_pytorch() -> None:
     torch = pytest.importorskip("torch")
     ours = SGD(make_parameters(), lr=0.3)
     schedule = CosineSchedule(ours, total_steps=20, min_lr=0.1)
@@ -270,7 +275,7 @@ def test_cosine_schedule_like_pytorch():
         reference.step()
 
 
-def test_a_schedule_resumes():
+def test_a_schedule_resumes() -> None:
     first = CosineSchedule(SGD(make_parameters(), lr=1.0), 10, 2)
     for _ in range(6):
         first.step()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +10,14 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 from minitorch import testing
-from minitorch.testing import MathTest, MathTestVariable
+from minitorch.tensor import Tensor
+from minitorch.testing import AttentionInputs, MathTest, MathTestVariable, Shape
 
 quick = settings(max_examples=50)
 no_shrinking = settings(max_examples=1000, phases=[Phase.generate], database=None)
 
 
-def test_the_kinds_of_math_tests():
+def test_the_kinds_of_math_tests() -> None:
     one, two, red = MathTest._tests()
     assert [name for name, _ in two] == ["add2", "div2", "eq2", "gt2", "lt2", "mul2"]
     assert [name for name, _ in red] == ["mean_full_red", "mean_red", "sum_red"]
@@ -24,7 +26,7 @@ def test_the_kinds_of_math_tests():
         assert [entry[0] for entry in compared] == [name for name, _ in kind]
 
 
-def test_no_constant_that_hypothesis_would_mine():
+def test_no_constant_that_hypothesis_would_mine() -> None:
     """hypothesis tries float literals of the source: a jump must not be among them."""
     import ast
     import inspect
@@ -39,13 +41,13 @@ def test_no_constant_that_hypothesis_would_mine():
 
 @quick
 @given(testing.broadcastable_shapes(3, min_size=0))
-def test_broadcastable_shapes(shapes):
+def test_broadcastable_shapes(shapes: tuple[Shape, ...]) -> None:
     assert len(shapes) == 3
     np.broadcast_shapes(*shapes)
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
-def test_layouts(layout):
+def test_layouts(layout: str) -> None:
     values = np.arange(24.0).reshape(2, 3, 4)
     array = testing.with_layout(values, layout)
     assert array.shape == values.shape and array is not values
@@ -57,14 +59,14 @@ def test_layouts(layout):
         assert array.flags.c_contiguous == (layout == "contiguous")
 
 
-def test_an_unknown_layout():
+def test_an_unknown_layout() -> None:
     with pytest.raises(ValueError, match="layout must be one of contiguous"):
         testing.with_layout(np.zeros(3), "diagonal")
 
 
 @quick
 @given(testing.tensors(testing.shapes(min_dims=0, min_size=0), low=-1.0, high=3.0))
-def test_tensors_hold_the_numbers_asked_for(x):
+def test_tensors_hold_the_numbers_asked_for(x: Tensor) -> None:
     array = x.to_numpy()
     assert array.dtype in (np.float32, np.float64)
     assert array.shape == x.shape and x.requires_grad()
@@ -80,13 +82,13 @@ def test_tensors_hold_the_numbers_asked_for(x):
         lambda x: x.dtype == np.float32,
     ],
 )
-def test_tensors_come_in_every_kind(wanted):
+def test_tensors_come_in_every_kind(wanted: Any) -> None:
     find(testing.tensors(testing.shapes(min_size=0)), wanted, settings=no_shrinking)
 
 
 @quick
 @given(testing.attention_inputs())
-def test_attention_inputs_are_valid(inputs):
+def test_attention_inputs_are_valid(inputs: AttentionInputs) -> None:
     out, logsumexp = inputs.query.flash_attention(
         inputs.key, inputs.value, **inputs.options, return_lse=True
     )
@@ -103,7 +105,7 @@ def test_attention_inputs_are_valid(inputs):
         lambda o: o["window"] is not None and o["dropout_p"] > 0,
     ],
 )
-def test_attention_inputs_come_in_every_kind(wanted):
+def test_attention_inputs_come_in_every_kind(wanted: Any) -> None:
     found = find(
         testing.attention_inputs(), lambda inputs: wanted(inputs.options), settings=no_shrinking
     )
@@ -112,12 +114,12 @@ def test_attention_inputs_come_in_every_kind(wanted):
 
 @quick
 @given(st.data())
-def test_without_dropout(data):
+def test_without_dropout(data: st.DataObject) -> None:
     inputs = data.draw(testing.attention_inputs(dropout=False, min_seqlen=1))
     assert inputs.options["dropout_p"] == 0.0
     assert inputs.query.size > 0
 
 
-def test_hypothesis_is_not_needed_to_import():
+def test_hypothesis_is_not_needed_to_import() -> None:
     code = "import sys; sys.modules['hypothesis'] = None; import minitorch.testing"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,144 @@
+"""Each classic script, run in this process with small arguments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import minitorch
+from project import (
+    points,
+    run_digits,
+    run_fast_tensor,
+    run_manual,
+    run_scalar,
+    run_sentiment,
+    run_sentiment_linear,
+    run_tensor,
+    text_data,
+)
+
+
+@pytest.fixture(autouse=True)
+def default_dtype() -> Iterator[None]:
+    """Scripts may change the default dtype; a test must not."""
+    before = minitorch.get_default_dtype()
+    yield
+    minitorch.set_default_dtype(before)
+
+
+def test_manual(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_manual.main(["--points", "30", "--plot"]) == 1.0
+    assert "30 of 30 points right" in capsys.readouterr().out
+    line = ["--weights", "-10", "-10", "--bias", "5", "--dataset", "diag"]
+    assert run_manual.main(line) == 1.0
+    assert run_manual.main([*line, "--dataset", "xor"]) < 0.9
+
+
+def test_scalar_and_tensor_scripts_learn_the_same() -> None:
+    """The same numbers, drawn in the same order: one loss, to rounding, on three engines."""
+    arguments = ["--points", "20", "--hidden", "3", "--rate", "0.3", "--epochs", "20"]
+    scalar = run_scalar.main(arguments)
+    assert scalar[-1] < 0.9 * scalar[0]
+    assert run_tensor.main(arguments) == pytest.approx(scalar, rel=1e-9)
+    assert run_fast_tensor.main([*arguments, "--plot"]) == pytest.approx(scalar, rel=1e-9)
+
+
+def test_upstream_spelling_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    run_fast_tensor.main(
+        "--PTS 5 --HIDDEN 2 --RATE .1 --BACKEND cpu --DATASET XOR --epochs 1".split()
+    )
+    assert "epoch    1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--dataset", "cube"], ["--points", "0"]])
+def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_manual.main(arguments)
+    assert "error" in capsys.readouterr().err
+
+
+def test_picture() -> None:
+    graph = minitorch.datasets["Simple"](3)
+    rows = points.picture(graph, lambda cells: [float(x1 < 0.5) for x1, _ in cells]).split("\n")
+    assert len(rows) == 24 and {len(row) for row in rows} == {60}
+    assert set(rows[0][30:]) <= {" ", "0"} and set(rows[0][:30]) <= {":", "1"}
+
+
+def test_digits(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    accuracy = run_digits.main(["--epochs", "2", "--channels", "4", "--rate", "0.01"])
+    assert accuracy > 0.8
+    assert "360 held-out images" in capsys.readouterr().out
+
+
+def test_sentiment(capsys: pytest.CaptureFixture[str]) -> None:
+    accuracy = run_sentiment.main(["--examples", "600", "--epochs", "4", "--rate", "0.02"])
+    assert accuracy > 0.7
+    assert "480 texts to learn, 120 held out" in capsys.readouterr().out
+
+
+def test_sentiment_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "reviews.tsv"
+    rows = ["sentence\tlabel"]
+    for i in range(20):
+        rows += [f"a wonderful, warm film number {i}\t1", f"dull and far too long {i}\t0"]
+    file.write_text("\n".join(rows))
+    learnt = ["--epochs", "20", "--rate", "0.05", "--embedding", "8", "--hidden", "4"]
+    assert run_sentiment.main(["--data", str(file), *learnt]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1,fine\n2,bad\n", "line 2: want a label"),
+        ("1,fine\n1,good\n", "texts of both labels"),
+        ("", "texts of both labels"),
+    ],
+)
+def test_bad_files(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "reviews.csv"
+    file.write_text(content)
+    with pytest.raises(SystemExit):
+        run_sentiment.main(["--data", str(file)])
+    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_sentiment.main(["--data", str(tmp_path / "absent.csv")])
+    assert "absent.csv" in capsys.readouterr().err
+
+
+def test_columns_in_either_order(tmp_path: Path) -> None:
+    file = tmp_path / "reviews.csv"
+    file.write_text('1,"Good, really."\n"bad, bad",0\n')
+    assert text_data.read_examples(file) == [(["good", "really"], 1), (["bad", "bad"], 0)]
+
+
+def test_padding_counts_for_nothing() -> None:
+    random.seed(0)
+    model = run_sentiment.TextClassifier(9, 4, 3)
+    model.eval()
+    short = np.array([[2.0, 3.0]])
+    padded = np.array([[2.0, 3.0, 0.0, 0.0, 0.0]])
+    assert model(short).item() == pytest.approx(model(padded).item(), rel=1e-12)
+
+
+def test_the_network_of_the_course() -> None:
+    """Weights are drawn from `random`, first layer first, weights before bias."""
+    random.seed(5)
+    drawn = [0.1 * (random.random() - 0.5) for _ in range(2 * 3 + 3 + 3 + 1)]
+    random.seed(5)
+    network = run_sentiment_linear.Network(embedding_dim=2, hidden_dim=3)
+    given = [p.value.to_numpy().reshape(-1) for p in network.parameters()]
+    np.testing.assert_allclose(np.concatenate(given), drawn, rtol=1e-12)
+    network.eval()
+    out = network.forward(minitorch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+    w1, b1 = np.reshape(drawn[:6], (2, 3)), np.array(drawn[6:9])
+    hidden = np.maximum(np.array([2.0, 3.0]) @ w1 + b1, 0)
+    expected = 1 / (1 + np.exp(-(hidden @ drawn[9:12] + drawn[12])))
+    assert out.shape == (1,) and out.item() == pytest.approx(expected)
