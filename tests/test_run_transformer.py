@@ -203,7 +203,7 @@ def test_a_resumed_run_gives_the_same_losses_bit_for_bit(
 
 
 def test_training_learns(text: Path, tmp_path: Path) -> None:
-    options = tiny(text, steps=60, dtype="float64")
+    options = tiny(text, steps=60, lr=2e-2, dtype="float64")
     corpus = data.load(options.data, options.model.context)
     reporter = Silent()
     training.train(training.Trainer(options, corpus), RunFolder(str(tmp_path / "r")), reporter)
