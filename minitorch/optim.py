@@ -75,8 +75,8 @@ class Optimizer:
                 self._steps[number] += 1
                 value = parameter.value
                 if isinstance(value, Scalar):
-                    new = self._update(number, tensor([value.data]), tensor([float(gradient)]))
-                    parameter.update(Scalar(new.item()))
+                    pair = (tensor([x], dtype=np.float64) for x in (value.data, gradient))
+                    parameter.update(Scalar(self._update(number, *pair).item()))
                 else:
                     gradient = gradient.to(value.dtype)
                     parameter.update(self._update(number, value.detach(), gradient))

@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> float:
     )
     add = parser.add_argument
     add("--data", metavar="FILE", help=".tsv or .csv with two columns: label (0 or 1) and text")
-    add("--epochs", type=int, default=8, help="default %(default)s")
+    add("--epochs", type=int, default=5, help="default %(default)s")
     add("--rate", type=float, default=0.003, help="learning rate, default %(default)s")
     add("--embedding", type=int, default=50, help="length of word vectors, default %(default)s")
     add("--hidden", type=int, default=32, help="hidden units, default %(default)s")
