@@ -1,11 +1,12 @@
 """Philox 4x32-10, a counter-based random number generator, and the dropout mask made with it.
 
-"Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon, Moraes, Dror, Shaw, SC 2011). A number is a pure
-function of a key and a counter, so any tile of a dropout mask can be made anywhere, at any time, in any
-order: the forward pass, the backward pass, the CPU, the GPU and a test all see the same mask.
+"Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon, Moraes, Dror, Shaw, SC 2011). A number is a
+pure function of a key and a counter, so any tile of a dropout mask can be made anywhere, at any
+time, in any order: the forward pass, the backward pass, the CPU, the GPU and a test all see the
+same mask.
 
-The mask of attention: key = the 64-bit seed, counter = (column // 4, row, batch_head, 0), of whose four
-words column % 4 picks one; the entry is kept iff that word is at least round(dropout_p * 2**32).
+The mask of attention: key = the 64-bit seed, counter = (column // 4, row, batch_head, 0), of whose
+four words column % 4 picks one; the entry is kept iff it is at least round(dropout_p * 2**32).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ WORD_BITS = np.uint64(32)
 def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
     """Four 32-bit random words from a counter of four words and a key of two.
 
-    Words are numpy.uint64 scalars or arrays below 2**32 (64 bits hold the products). The function is
-    plain Python: numba compiles it for the CPU and for the GPU, and numpy runs it as it is.
+    Words are numpy.uint64 scalars or arrays below 2**32 (64 bits hold the products). The function
+    is plain Python: numba compiles it for the CPU and for the GPU, and numpy runs it as it is.
     """
     for _ in range(10):
         product_0 = MULTIPLIER_0 * c0

@@ -1,9 +1,9 @@
 """SIMD for numba kernels: a vector type, and a register-blocked matrix product, as LLVM vector IR.
 
 numba's own loops are turned into vector code by LLVM only where it can prove that this is allowed,
-which for reductions, exponentials and matrix products means `fastmath` and luck. Here the vectors are
-written out, so the same code is vectorised on every machine (AVX-512, AVX2, SSE2, NEON), needs no
-`fastmath` (NaN and infinity keep their meaning) and calls no library.
+which for reductions, exponentials and matrix products means `fastmath` and luck. Here the vectors
+are written out, so the same code is vectorised on every machine (AVX-512, AVX2, SSE2, NEON), needs
+no `fastmath` (NaN and infinity keep their meaning) and calls no library.
 
 Inside an `njit` function::
 
@@ -12,8 +12,8 @@ Inside an `njit` function::
         store(x, j, p)
         total += p
 
-Arrays are one-dimensional, C-contiguous, float32 or float64; `load` and `store` do not check bounds.
-A matrix in such an array is given by its offset and its row stride.
+Arrays are one-dimensional, C-contiguous, float32 or float64; `load` and `store` do not check
+bounds. A matrix in such an array is given by its offset and its row stride.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ TARGET = host_target()
 def cache_key(*files: str) -> int:
     """A number that changes when this file or one of `files` does.
 
-    numba's on-disk cache notices a change in the file of the cached function alone. A kernel that is
-    built from functions of other files takes this number as the default of an argument, which makes
-    it part of the signature, and so of the cache's key.
+    numba's on-disk cache notices a change in the file of the cached function alone. A kernel that
+    is built from functions of other files takes this number as the default of an argument, which
+    makes it part of the signature, and so of the cache's key.
     """
     digest = hashlib.sha256()
     for file in (__file__, *files):
@@ -102,7 +102,7 @@ def cache_key(*files: str) -> int:
 # --------------------------------------------------------------------------- the vector type
 
 
-class VectorType(types.Type):  # type: ignore[misc]
+class VectorType(types.Type):
     """numba type of a register of `lanes` elements of `dtype`."""
 
     def __init__(self, dtype: types.Float) -> None:
@@ -194,7 +194,7 @@ for _op, _instruction in _BINARY.items():
     _register_operator(_op, _instruction)
 
 
-def _pointer(context: Any, b: ir.IRBuilder, array_type: Any, array: Any, index: Any) -> Any:
+def element_pointer(context: Any, b: ir.IRBuilder, array_type: Any, array: Any, index: Any) -> Any:
     data = context.make_array(array_type)(context, b, array).data
     return b.gep(data, [index])
 
@@ -238,7 +238,7 @@ def load(typing_context: Any, array: Any, index: Any) -> Any:
     vector = VectorType(array.dtype)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, b, sig.args[0], args[0], args[1])
+        pointer = element_pointer(context, b, sig.args[0], args[0], args[1])
         return _load_vector(b, pointer, context.get_value_type(vector))
 
     return vector(array, types.intp), generate
@@ -249,7 +249,7 @@ def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
     """`store(array, index, vector)`: write the lanes to consecutive elements from `index` on."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        _store_vector(b, args[2], _pointer(context, b, sig.args[0], args[0], args[1]))
+        _store_vector(b, args[2], element_pointer(context, b, sig.args[0], args[0], args[1]))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
@@ -314,7 +314,8 @@ def _exp2(b: ir.IRBuilder, x: Any, target: VectorTarget) -> Any:
     smallest = _constant(value_type, float(-bias))
     x = b.select(b.fcmp_ordered("<", x, smallest), smallest, x)
     # Adding 1.5 * 2**mantissa_bits rounds to an integer, which is then in the lowest bits; with the
-    # bias added they are 2**n's exponent. (`rint` is a call of the C library where there is only SSE2.)
+    # bias added they are 2**n's exponent. (`rint` is a call of the C library where there is only
+    # SSE2.)
     magic = _constant(value_type, 1.5 * 2.0**mantissa_bits + bias)
     shifted = b.fadd(x, magic)
     f = b.fsub(x, b.fsub(shifted, magic))
@@ -330,15 +331,22 @@ def _exp2(b: ir.IRBuilder, x: Any, target: VectorTarget) -> Any:
 def exp2(typing_context: Any, x: Any) -> Any:
     """`exp2(x)`: 2**x for x <= 0 (a little above is accurate too), of a vector or a scalar.
 
-    Exact at 0; 0 where the result is below the normal numbers, so at -inf; NaN stays NaN. Takes no part
-    in `fastmath`, which would reassociate the rounding away.
+    Exact at 0; 0 where the result is below the normal numbers, so at -inf; NaN stays NaN. Takes no
+    part in `fastmath`, which would reassociate the rounding away.
     """
     return x(x), lambda context, b, sig, args: _exp2(b, args[0], TARGET)
 
 
 @intrinsic
 def transpose_block(
-    typing_context: Any, source: Any, i: Any, i_row: Any, target: Any, j: Any, j_row: Any, scale: Any
+    typing_context: Any,
+    source: Any,
+    i: Any,
+    i_row: Any,
+    target: Any,
+    j: Any,
+    j_row: Any,
+    scale: Any,
 ) -> Any:
     """`transpose_block(source, i, i_row, target, j, j_row, scale)`: a square of `lanes` rows.
 
@@ -349,7 +357,7 @@ def transpose_block(
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         vector = context.get_value_type(VectorType(source.dtype))
         n = vector.count
-        first = _pointer(context, b, sig.args[0], args[0], args[1])
+        first = element_pointer(context, b, sig.args[0], args[0], args[1])
         rows = [
             _load_vector(b, b.gep(first, [b.mul(args[2], ir.Constant(INT64, r))]), vector)
             for r in range(n)
@@ -365,7 +373,7 @@ def transpose_block(
                     rows[r | step] = _shuffle(b, x, y, lower)
             step *= 2
         factor = _splat(b, args[6], vector)
-        first = _pointer(context, b, sig.args[3], args[3], args[4])
+        first = element_pointer(context, b, sig.args[3], args[3], args[4])
         for c in range(n):
             pointer = b.gep(first, [b.mul(args[5], ir.Constant(INT64, c))])
             _store_vector(b, b.fmul(rows[c], factor), pointer)
@@ -381,8 +389,8 @@ def transpose_block(
 def _opaque(b: ir.IRBuilder, value: Any) -> Any:
     """The same value, of which LLVM can no longer tell how it was computed.
 
-    Else it computes the addresses of a block's rows one from the other, a chain of additions as long
-    as all of the step's multiplications.
+    Else it computes the addresses of a block's rows one from the other, a chain of additions as
+    long as all of the step's multiplications.
     """
     return b.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
 
@@ -396,9 +404,9 @@ def build_matrix_product_block(
 ) -> None:  # fmt: skip
     """Emit the micro-kernel: C = A B, or C += A B, for one block of C held in registers.
 
-    A (rows, depth) with any strides, B (depth, columns), C (rows, columns); a, b_matrix and c point to
-    their first elements; depth >= 1. Each step loads `block_vectors` vectors of B's row and, for each
-    row of A, one element that is broadcast; nothing of C is touched before the end.
+    A (rows, depth) with any strides, B (depth, columns), C (rows, columns); a, b_matrix and c point
+    to their first elements; depth >= 1. Each step loads `block_vectors` vectors of B's row and, for
+    each row of A, one element that is broadcast; nothing of C is touched before the end.
     """
     rows, vectors, lane_count = target.block_rows, target.block_vectors, vector.count
     zero, one = ir.Constant(INT64, 0), ir.Constant(INT64, 1)
@@ -418,9 +426,7 @@ def build_matrix_product_block(
     results = []
     for r in range(rows):
         element = _splat(b, b.load(b.gep(a_pointer, [row_offsets[r]])), vector)
-        results.append(
-            [_fma(b, element, b_vectors[v], sums[r][v], target) for v in range(vectors)]
-        )
+        results.append([_fma(b, element, b_vectors[v], sums[r][v], target) for v in range(vectors)])
     for r in range(rows):
         for v in range(vectors):
             sums[r][v].add_incoming(_constant(vector, 0.0), entry)
@@ -434,7 +440,9 @@ def build_matrix_product_block(
     b.position_at_end(done)
     c_pointers = [
         [
-            b.gep(c, [b.add(b.mul(ir.Constant(INT64, r), c_row), ir.Constant(INT64, v * lane_count))])
+            b.gep(
+                c, [b.add(b.mul(ir.Constant(INT64, r), c_row), ir.Constant(INT64, v * lane_count))]
+            )
             for v in range(vectors)
         ]
         for r in range(rows)
@@ -465,7 +473,9 @@ def matrix_product_block(
 
     def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
         vector = context.get_value_type(VectorType(array.dtype))
-        pointers = [_pointer(context, builder, sig.args[0], args[0], args[n]) for n in (1, 4, 6)]
+        pointers = [
+            element_pointer(context, builder, sig.args[0], args[0], args[n]) for n in (1, 4, 6)
+        ]
         build_matrix_product_block(
             builder, TARGET, vector, pointers[0], args[2], args[3], pointers[1], args[5],
             pointers[2], args[7], args[8], args[9],
@@ -473,56 +483,3 @@ def matrix_product_block(
         return context.get_dummy_value()
 
     return types.void(array, *[types.intp] * 8, types.boolean), generate
-
-
-# --------------------------------------------------------------------------- sharing work
-
-
-@intrinsic
-def fetch_add(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """`fetch_add(array, index, value) -> int`: add to an int64 atomically, return the old value."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, b, sig.args[0], args[0], args[1])
-        return b.atomic_rmw("add", pointer, args[2], "seq_cst")
-
-    return types.int64(array, types.intp, types.int64), generate
-
-
-@intrinsic
-def store_release(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """`store_release(array, index, value)`: write an int64 after all earlier writes."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        b.store_atomic(args[2], _pointer(context, b, sig.args[0], args[0], args[1]), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.int64), generate
-
-
-def _pause(b: ir.IRBuilder, target: VectorTarget) -> None:
-    """The instruction that tells the processor that this is a waiting loop."""
-    arguments = [ir.Constant(INT32, 1)] if target.arm else []
-    name = "llvm.aarch64.hint" if target.arm else "llvm.x86.sse2.pause"
-    function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    b.call(cgutils.get_or_insert_function(b.module, function, name), arguments)
-
-
-@intrinsic
-def wait_until(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """`wait_until(array, index, value)`: return when the int64 there, which others write, is value."""
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, b, sig.args[0], args[0], args[1])
-        check, pause = b.append_basic_block("wait.check"), b.append_basic_block("wait.pause")
-        done = b.append_basic_block("wait.done")
-        b.branch(check)
-        b.position_at_end(check)
-        b.cbranch(b.icmp_signed("==", b.load_atomic(pointer, "acquire", 8), args[2]), done, pause)
-        b.position_at_end(pause)
-        _pause(b, TARGET)
-        b.branch(check)
-        b.position_at_end(done)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.int64), generate

@@ -1,10 +1,10 @@
 """Run a compiled worker on several threads at once.
 
-A kernel here is one `njit(nogil=True)` function that every thread calls with the same arguments; the
-threads take tasks from a shared counter (`simd.fetch_add`) until none is left, so work of unequal length
-is balanced. Against numba's `prange`: no static division of the work; a third of the compile time,
-since a parallel loop is compiled at four nested levels; and threads that sleep, never spin, between
-calls.
+A kernel here is one `njit(nogil=True)` function that every thread calls with the same arguments;
+the threads take tasks from a shared counter (`simd.fetch_add`) until none is left, so work of
+unequal length is balanced. Against numba's `prange`: no static division of the work; a third of the
+compile time, since a parallel loop is compiled at four nested levels; and threads that sleep, never
+spin, between calls.
 """
 
 from __future__ import annotations
@@ -14,6 +14,12 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .simd import INT32, TARGET, VectorTarget, element_pointer
 
 Job = tuple[Callable[..., Any], tuple[Any, ...], "SimpleQueue[BaseException | None]"]
 
@@ -64,3 +70,58 @@ def run_on_threads(count: int, worker: Callable[..., Any], *arguments: Any) -> N
     for error in errors:
         if error is not None:
             raise error
+
+
+# --------------------------------------------------------------------------- inside kernels
+
+
+@intrinsic
+def fetch_add(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """`fetch_add(array, index, value) -> int`: add to an int64 atomically, return the old value."""
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        pointer = element_pointer(context, b, sig.args[0], args[0], args[1])
+        return b.atomic_rmw("add", pointer, args[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), generate
+
+
+@intrinsic
+def store_release(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """`store_release(array, index, value)`: write an int64 after all earlier writes."""
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        b.store_atomic(
+            args[2], element_pointer(context, b, sig.args[0], args[0], args[1]), "release", 8
+        )
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), generate
+
+
+def _pause(b: ir.IRBuilder, target: VectorTarget) -> None:
+    """The instruction that tells the processor that this is a waiting loop."""
+    arguments = [ir.Constant(INT32, 1)] if target.arm else []
+    name = "llvm.aarch64.hint" if target.arm else "llvm.x86.sse2.pause"
+    function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+    b.call(cgutils.get_or_insert_function(b.module, function, name), arguments)
+
+
+@intrinsic
+def wait_until(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
+    """`wait_until(array, index, value)`: return when others have set the int64 there to value."""
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        pointer = element_pointer(context, b, sig.args[0], args[0], args[1])
+        check, pause = b.append_basic_block("wait.check"), b.append_basic_block("wait.pause")
+        done = b.append_basic_block("wait.done")
+        b.branch(check)
+        b.position_at_end(check)
+        b.cbranch(b.icmp_signed("==", b.load_atomic(pointer, "acquire", 8), args[2]), done, pause)
+        b.position_at_end(pause)
+        _pause(b, TARGET)
+        b.branch(check)
+        b.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), generate

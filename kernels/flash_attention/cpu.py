@@ -1,11 +1,11 @@
 """FlashAttention on the CPU: numpy arrays in, numpy arrays out, on all of numba's threads.
 
-`forward` and `backward` here prepare what the kernels read; the algorithm is in `cpu_forward.py` and
-`cpu_backward.py`. Inputs are read where they lie, whatever their (non-negative) strides, and a
+`forward` and `backward` here prepare what the kernels read; the algorithm is in `cpu_forward.py`
+and `cpu_backward.py`. Inputs are read where they lie, whatever their (non-negative) strides, and a
 broadcast dimension is never expanded: each matrix of a stack is found through a table of offsets.
 
-The results do not depend on the number of threads: a row's sums run over the keys in an order that the
-shape alone decides.
+The results do not depend on the number of threads: a row's sums run over the keys in an order that
+the shape alone decides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ MASK_KINDS = {"none": NO_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}
 class TileSizes(NamedTuple):
     """Rows and columns of the tiles of scores; multiples of 32.
 
-    They decide the speed, and the order in which gradients of queries are summed; not the dropout mask.
+    They decide the speed, and the order in which gradients of queries are summed; not the dropout
+    mask.
     """
 
     forward_q: int = 64
@@ -79,7 +80,7 @@ class _FlatView:
 
 
 def _flatten(array: Array) -> tuple[Array, Shape]:
-    """A flat array over the array's memory, and the strides in elements; a copy only where it must."""
+    """A flat array over the array's memory and the strides in elements; seldom a copy."""
     size = array.itemsize
     if any(stride < 0 or stride % size for stride in array.strides):
         array = np.ascontiguousarray(array)
@@ -101,7 +102,9 @@ def _head_offsets(shape: Shape, strides: Shape, leading: Shape, gqa: bool) -> Ar
         if gqa and axis == len(leading) - 1 and n not in (0, leading[-1]):
             index = np.repeat(index, leading[-1] // n)  # heads of queries that share a head of keys
         offset = offset + index.reshape(-1, *(1,) * (len(leading) - 1 - axis))
-    return np.array(np.broadcast_to(offset, leading), order="C").reshape(-1)  # writable: see _FlatView
+    return np.array(np.broadcast_to(offset, leading), order="C").reshape(
+        -1
+    )  # writable: see _FlatView
 
 
 def _stack(array: Array, problem: AttentionProblem, gqa: bool = False) -> Stack:
@@ -207,7 +210,7 @@ class Slots(NamedTuple):
 
 
 def _head_index(shape: Shape, problem: AttentionProblem, gqa: bool = False) -> Array:
-    """For each head of the problem, which matrix of an array with these leading dimensions it uses."""
+    """For each head, which matrix of an array with these leading dimensions it uses."""
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
     return _head_offsets(shape, strides, problem.leading, gqa)
 
@@ -219,7 +222,7 @@ def _slots(index: Array, count: int) -> Slots:
 
 
 def _sum_over_heads(gradient: Array, index: Array, shape: Shape) -> Array:
-    """Sum gradients (heads, rows, columns) of heads that used the same matrix; to the input's shape."""
+    """Sum the gradients (heads, rows, columns) of heads that used the same matrix."""
     count = math.prod(shape[:-2])
     if len(index) == count and np.array_equal(index, np.arange(count)):
         return gradient.reshape(shape)
@@ -245,8 +248,8 @@ def backward(
 
     Args:
         out, logsumexp: what `forward` gave for the same problem and inputs.
-        grad_out, grad_logsumexp: gradients with respect to them, (..., Nq, Dv) and (..., Nq) or None.
-        needs_mask_grad: also give the gradient of an additive `attn_mask`.
+        grad_out, grad_logsumexp: gradients with respect to them, (..., Nq, Dv) and (..., Nq) or
+        None. needs_mask_grad: also give the gradient of an additive `attn_mask`.
     """
     dtype, heads = problem.dtype, problem.batch_heads
     k_index = _head_index(problem.key_shape[:-2], problem, problem.enable_gqa)
@@ -282,7 +285,7 @@ def backward(
 
 
 class _Common(NamedTuple):
-    """Arguments of both workers of the backward pass: before, and after, the gradients they write."""
+    """Arguments of both workers of the backward pass: before and after what they write."""
 
     matrices: tuple[Any, ...]
     settings: tuple[Any, ...]
@@ -309,12 +312,15 @@ def _common_arguments(
     lse = np.ascontiguousarray(logsumexp, dtype).reshape(-1)
     grad_lse = np.empty(0, dtype)
     if grad_logsumexp is not None:
-        grad_lse = np.broadcast_to(grad_logsumexp, problem.logsumexp_shape).astype(dtype).reshape(-1)
+        grad_lse = (
+            np.broadcast_to(grad_logsumexp, problem.logsumexp_shape).astype(dtype).reshape(-1)
+        )
     delta, logsumexp2 = np.empty_like(lse), np.empty_like(lse)
     run_on_threads(
         min(numba.get_num_threads(), problem.batch_heads), delta_worker,
         np.ascontiguousarray(out, dtype).reshape(-1), grad_stack.data, *grad_stack[1:],
-        lse, grad_lse, problem.seqlen_q, problem.value_dim, delta, logsumexp2, np.zeros(1, np.int64),
+        lse, grad_lse, problem.seqlen_q, problem.value_dim, delta, logsumexp2,
+        np.zeros(1, np.int64),
     )  # fmt: skip
     settings = (
         q_stack.offset, k_stack.offset, v_stack.offset, mask.offset, grad_stack.offset,

@@ -1,7 +1,8 @@
 """FlashAttention's backward pass on the CPU.
 
-Algorithm 2 of "FlashAttention-2" (Dao, 2023). A task is a tile of keys, with all heads of queries that
-share them; past it go the tiles of queries, for each of which P is computed anew from the logsumexp L:
+Algorithm 2 of "FlashAttention-2" (Dao, 2023). A task is a tile of keys, with all heads of queries
+that share them; past it go the tiles of queries, for each of which P is computed anew from the
+logsumexp L:
 
     S = Q K^T,  P = exp(S - L)                  (tile_q, tile_k)
     dV += P^T dO                                (tile_k, value_dim)
@@ -10,13 +11,10 @@ share them; past it go the tiles of queries, for each of which P is computed ane
     dK += dS^T Q                                (tile_k, head_dim)
     dQ += dS K                                  (tile_q, head_dim)
 
-dK and dV stay with the task. dQ is added up over tasks: each waits for its turn at a tile of dQ, so that
-the order of the sums, and every bit of the result, is the same however many threads there are. (Tasks
-are taken in the order of the keys, so what a task waits for is already being computed.)
+dK and dV stay with the task. dQ is added up over tasks: each waits for its turn at a tile of dQ, so
+that the order of the sums, and every bit of the result, is the same however many threads there are.
+(Tasks are taken in the order of the keys, so what a task waits for is already being computed.)
 """
-
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
-# ruff: noqa: E741
 
 from __future__ import annotations
 
@@ -25,20 +23,18 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .. import philox
+from .. import philox, threads
 from ..simd import (
     block_rows,
     cache_key,
     exp2,
-    fetch_add,
     lanes,
     load,
     splat,
     store,
-    store_release,
     sum_of,
-    wait_until,
 )
+from ..threads import fetch_add, store_release, wait_until
 from . import cpu_tiles
 from .cpu_tiles import (
     LOG2_E,
@@ -60,7 +56,7 @@ from .cpu_tiles import (
     visible_columns,
 )
 
-BACKWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__)
+BACKWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__, threads.__file__)
 
 
 class Tiles(NamedTuple):
@@ -109,7 +105,8 @@ def delta_worker(
     out, grad_out, grad_out_offset, row_stride, column_stride, logsumexp, grad_logsumexp,
     seqlen_q, value_dim, delta, logsumexp2, next_task, key=BACKWARD_KEY,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dL, and the logsumexp in units of log 2, for heads until none is left.
+    """delta = rowsum(dO * O) - dL, and the logsumexp in units of log 2, for heads until none is
+    left.
 
     A row that saw no key gets +inf, with which all its P become 0, and delta 0.
     """
@@ -139,7 +136,7 @@ def delta_worker(
 
 @njit
 def gradient_row(w, p, ds, length, logsumexp2, delta, factor):
-    """One row: scores at p become P = 2**(S - L), dP at ds becomes dS = P * (dP - delta) * factor."""
+    """One row: scores become P = 2**(S - L), and dP becomes dS = P * (dP - delta) * factor."""
     for j in range(0, length, lanes(w)):
         p_j = exp2(load(w, p + j) - logsumexp2)
         store(w, p + j, p_j)
@@ -151,7 +148,7 @@ def recompute_tile(
     w, t, mask, dropout, i, row0, n, key0, keys, start, stop, masked, sizes, factor,
     logsumexp2, delta,
 ):  # fmt: skip
-    """From the tiles q, do, kt, vt: P, with dropout, in tile s, and dS times `factor` in tile ds."""
+    """From tiles q, do, kt, vt: P, with dropout, in tile s, and dS * factor in tile ds."""
     # S = scale Q K^T and dP = dO V^T
     matrix_product(
         w, t.q, t.ld_q, 1, t.kt + start, t.ld_s, t.s + start, t.ld_s,
@@ -174,9 +171,7 @@ def recompute_tile(
 
 
 @njit
-def load_queries(
-    w, t, q, q_offset, do, do_offset, strides, i, row0, n, sizes, logsumexp2
-):
+def load_queries(w, t, q, q_offset, do, do_offset, strides, i, row0, n, sizes, logsumexp2):
     """Tiles q and do of n rows of head i; dO counts as 0 in rows that saw no key."""
     padded = round_up(n, block_rows())
     load_tile(
@@ -196,9 +191,7 @@ def load_queries(
 def load_keys(w, t, k, k_offset, v, v_offset, strides, i, key0, keys, sizes, scale):
     """Tiles k, kt and vt of head i's keys key0 ... key0 + keys."""
     first = k_offset[i] + key0 * strides[2]
-    load_tile(
-        w, t.k, t.ld_q, sizes.tile_k, k, first, strides[2], strides[3], keys, sizes.head_dim
-    )
+    load_tile(w, t.k, t.ld_q, sizes.tile_k, k, first, strides[2], strides[3], keys, sizes.head_dim)
     load_tile_transposed(
         w, t.kt, t.ld_s, k, first, strides[2], strides[3], keys, sizes.head_dim,
         scale * w.dtype.type(LOG2_E),
@@ -235,7 +228,7 @@ def backward_worker(
     q_offset, k_offset, v_offset, mask_offset, grad_out_offset,  # (batch_heads,)
     strides, mask_kind, sizes, scale, dropout_threshold, seed, keep_scale,
     logsumexp2, delta,  # (batch_heads * seqlen_q,)
-    slot_start, slot_heads,  # keys' gradient s sums heads slot_heads[slot_start[s]:slot_start[s + 1]]
+    slot_start, slot_heads,  # dK, dV of slot s: heads slot_heads[slot_start[s]:slot_start[s + 1]]
     turn,  # (batch_heads * tiles of queries,): how many tasks have added to this tile of dQ
     next_task, key=BACKWARD_KEY,
 ):  # fmt: skip

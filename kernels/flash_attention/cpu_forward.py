@@ -1,7 +1,7 @@
 """FlashAttention's forward pass on the CPU.
 
-Algorithm 1 of "FlashAttention-2" (Dao, 2023). A task is a block of queries of one head; for it, tiles of
-keys and values pass by, and for each tile and each smaller tile of the block's queries:
+Algorithm 1 of "FlashAttention-2" (Dao, 2023). A task is a block of queries of one head; for it,
+tiles of keys and values pass by, and for each tile and each smaller tile of the block's queries:
 
     S = Q K^T                                   (tile_q, tile_k)
     m_new = max(m, rowmax(S))
@@ -9,8 +9,8 @@ keys and values pass by, and for each tile and each smaller tile of the block's 
     l = exp(m - m_new) l + rowsum(P)
     O = diag(exp(m - m_new)) O + P V            (tile_q, value_dim)
 
-and in the end O = diag(1/l) O and logsumexp = m + log(l). Neither S nor P is ever larger than a tile.
-Exponentials are powers of two, with log2(e) folded into the scale of the scores.
+and in the end O = diag(1/l) O and logsumexp = m + log(l). Neither S nor P is ever larger than a
+tile. Exponentials are powers of two, with log2(e) folded into the scale of the scores.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .. import philox
-from ..simd import block_rows, cache_key, exp2, fetch_add
+from .. import philox, threads
+from ..simd import block_rows, cache_key, exp2
+from ..threads import fetch_add
 from . import cpu_tiles
 from .cpu_tiles import (
     Dropout,
@@ -43,7 +44,7 @@ from .cpu_tiles import (
     visible_columns,
 )
 
-FORWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__)
+FORWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__, threads.__file__)
 LN_2 = np.log(2.0)
 
 
@@ -61,7 +62,12 @@ def forward_worker(
     sizes = Sizes(*sizes)
     mask = Mask(mask_kind, bools, bias, mask_offset, strides[6], strides[7])
     dropout = Dropout(dropout_threshold, np.uint64(seed), keep_scale)
-    head_dim, value_dim, tile_q, tile_k = sizes.head_dim, sizes.value_dim, sizes.tile_q, sizes.tile_k
+    head_dim, value_dim, tile_q, tile_k = (
+        sizes.head_dim,
+        sizes.value_dim,
+        sizes.tile_q,
+        sizes.tile_k,
+    )
     depth = max(head_dim, 1)
     ld_q, ld_v = leading_dimension(out, head_dim), leading_dimension(out, value_dim)
     ld_s = leading_dimension(out, tile_k)
@@ -98,7 +104,8 @@ def forward_worker(
             keys = min(tile_k, sizes.seqlen_k - key0)
             load_tile_transposed(
                 w, kt_tile, ld_s,
-                k_data, k_offset[i] + key0 * strides[2], strides[2], strides[3], keys, head_dim, scale,
+                k_data, k_offset[i] + key0 * strides[2], strides[2], strides[3],
+                keys, head_dim, scale,
             )  # fmt: skip
             load_tile(
                 w, v_tile, ld_v, tile_k,
@@ -120,7 +127,8 @@ def forward_worker(
                 # m, l, P, and O = diag(exp(m - m_new)) O
                 for r in range(n):
                     softmax_row(
-                        w, s_tile + r * ld_s + start, s_tile + r * ld_s + stop, m + r0 + r, l + r0 + r,
+                        w, s_tile + r * ld_s + start, s_tile + r * ld_s + stop,
+                        m + r0 + r, l + r0 + r,
                         o_tile + (r0 + r) * ld_v, o_tile + (r0 + r + 1) * ld_v,
                     )  # fmt: skip
                 if dropout.threshold > 0:  # after l: the softmax is over all keys
@@ -128,8 +136,8 @@ def forward_worker(
                     tile_multiply(w, s_tile, z_tile, ld_s, n, start, stop)
                 # O += P V
                 matrix_product(
-                    w, s_tile + start, ld_s, 1, v_tile + start * ld_v, ld_v, o_tile + r0 * ld_v, ld_v,
-                    n, value_dim, stop - start, True,
+                    w, s_tile + start, ld_s, 1, v_tile + start * ld_v, ld_v,
+                    o_tile + r0 * ld_v, ld_v, n, value_dim, stop - start, True,
                 )  # fmt: skip
         write_rows(
             w, o_tile, ld_v, m, l, i * sizes.seqlen_q + row0, rows, value_dim, out, logsumexp
@@ -138,7 +146,7 @@ def forward_worker(
 
 @njit(error_model="numpy")
 def softmax_row(w, start, stop, m, l, o_start, o_stop):
-    """One row's step of the online softmax: scores w[start:stop] become P; m, l and O are updated."""
+    """One row's step of the online softmax: scores w[start:stop] become P; updates m, l, O."""
     minus_infinity, zero = w.dtype.type(-np.inf), w.dtype.type(0)
     m_old = w[m]
     m_new = row_max(w, start, stop, m_old)
@@ -161,7 +169,8 @@ def write_rows(w, o_tile, ld_v, m, l, first_row, rows, value_dim, out, logsumexp
             for c in range(value_dim):
                 out[row * value_dim + c] = zero
         else:
-            # m is -inf with l not 0 only where every score was NaN: then l is NaN, and so is the sum.
+            # m is -inf with l not 0 only where every score was NaN: then l is NaN, and so is the
+            # sum.
             inverse = one / w[l + r]
             logsumexp[row] = w[m + r] * w.dtype.type(LN_2) + np.log(w[l + r])
             for c in range(value_dim):

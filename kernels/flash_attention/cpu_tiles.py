@@ -1,10 +1,10 @@
 """What the CPU's forward and backward kernels do with one tile.
 
-Every tile lies in one array, the worker's workspace `w`, which stays in the level-2 cache: a tile is an
-offset into it and a leading dimension, the distance between its rows. Leading dimensions are odd
-numbers of vectors, so that the rows of a power-of-two matrix do not compete for the same cache sets.
-Padding (rows up to a multiple of the register block, columns up to its width) is filled with zeros, so
-that what lies beyond the end of a sequence is never read.
+Every tile lies in one array, the worker's workspace `w`, which stays in the level-2 cache: a tile
+is an offset into it and a leading dimension, the distance between its rows. Leading dimensions are
+odd numbers of vectors, so that the rows of a power-of-two matrix do not compete for the same cache
+sets. Padding (rows up to a multiple of the register block, columns up to its width) is filled with
+zeros, so that what lies beyond the end of a sequence is never read.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def needs_band(row0, rows, key0, start, stop, sizes):
 
 @njit
 def visible_columns(w, mask, i, row0, rows, key0, keys, sizes):
-    """(start, stop, masked): the columns to compute, none if empty; whether some entry is masked."""
+    """(start, stop, masked): the columns to compute, and whether an entry is masked."""
     start, stop = tile_columns(w, row0, rows, key0, sizes)
     if start >= stop:
         return 0, 0, False

@@ -1,7 +1,7 @@
 """What is to be computed: one frozen description of an attention call, and all validation of it.
 
-`AttentionProblem.of(...)` is the only constructor and raises before any work is done; everything below
-it (the CPU's and the GPU's kernels) takes a problem and checks nothing.
+`AttentionProblem.of(...)` is the only constructor and raises before any work is done; everything
+below it (the CPU's and the GPU's kernels) takes a problem and checks nothing.
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ Window = tuple[int | None, int | None]
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """softmax(scale * Q K^T + mask) V for queries (..., Nq, D), keys (..., Nk, D), values (..., Nk, Dv).
+    """softmax(scale * Q K^T + mask) V for queries (..., Nq, D), keys (..., Nk, D), values (..., Nk,
+    Dv).
 
     The leading dimensions of Q, K and V broadcast to `leading`. Which keys a query may see:
 
-    - the band: key j for query i iff `i + offset - left <= j <= i + offset + right`, where `None` is
-      unbounded. `is_causal` is `right = 0`. `offset` is 0, which aligns the first query with the first
-      key ("top-left", as PyTorch does), or with "bottom-right" Nk - Nq, which aligns the last with the
-      last (queries that continue a cache of keys)::
+    - the band: key j for query i iff `i + offset - left <= j <= i + offset + right`, where `None`
+    is
+      unbounded. `is_causal` is `right = 0`. `offset` is 0, which aligns the first query with the
+      first key ("top-left", as PyTorch does), or with "bottom-right" Nk - Nq, which aligns the last
+      with the last (queries that continue a cache of keys)::
 
           top-left          bottom-right        (Nq = 2, Nk = 4)
           1 . . .           1 1 1 .
           1 1 . .           1 1 1 1
 
       A window without `is_causal` is aligned top-left.
-    - `attn_mask`: boolean, True where the key takes part; or floating point, added to the scaled score.
+    - `attn_mask`: boolean, True where the key takes part; or floating point, added to the scaled
+    score.
       It combines with the band: a key must be allowed by both. (PyTorch refuses the two together.)
 
-    A query that may see no key has output 0, logsumexp -inf and zero gradients. A NaN or an infinity in
-    a key or value that is masked out may still reach other queries of the same tile, through 0 * NaN.
+    A query that may see no key has output 0, logsumexp -inf and zero gradients. A NaN or an
+    infinity in a key or value that is masked out may still reach other queries of the same tile,
+    through 0 * NaN.
     """
 
     query_shape: Shape
@@ -80,10 +84,14 @@ class AttentionProblem:
             dropout_p: probability, in [0, 1], with which an attention weight is dropped.
             scale: factor of the scores; None is 1 / sqrt(D).
             window: (left, right), each None or -1 (unbounded) or a number of keys >= 0.
-            enable_gqa: the third-last dimension (heads) of query may be a multiple of key's and value's.
+            enable_gqa: query's third-last dimension (heads) may be a multiple of key's and value's.
             seed: 64-bit key of the dropout mask.
         """
-        query_shape, key_shape, value_shape = tuple(query_shape), tuple(key_shape), tuple(value_shape)
+        query_shape, key_shape, value_shape = (
+            tuple(query_shape),
+            tuple(key_shape),
+            tuple(value_shape),
+        )
         kind = np.dtype(dtype)
         if kind not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"attention is computed in float32 or float64, not in {kind}.")
@@ -175,7 +183,8 @@ def _leading_shape(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> 
             raise ValueError(f"{name} has shape {shape}; wanted (..., length, head size).")
     if query[-1] != key[-1]:
         raise ValueError(
-            f"query has shape {query} and key {key}; their last dimensions (head size) must be equal."
+            f"query has shape {query} and key {key}; their last dimensions (head size) must "
+            "be equal."
         )
     if key[-2] != value[-2]:
         raise ValueError(
@@ -262,7 +271,9 @@ def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(max(head_dim, 1))
     if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; wanted a finite number, or None for 1 / sqrt(head size).")
+        raise ValueError(
+            f"scale is {scale}; wanted a finite number, or None for 1 / sqrt(head size)."
+        )
     return float(scale)
 
 

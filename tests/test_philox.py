@@ -1,0 +1,61 @@
+"""Philox 4x32-10 against the known answers that its authors publish, and the dropout mask."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minitorch.kernels.philox import attention_dropout_mask, philox4x32, philox4x32_cpu
+
+ONES = 0xFFFFFFFF
+
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (  # the digits of pi
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
+def test_known_answers(counter: Any, key: Any, words: Any) -> None:
+    arguments = [np.array([word], np.uint64) for word in (*counter, *key)]
+    assert tuple(int(word[0]) for word in philox4x32(*arguments)) == words
+
+
+@pytest.mark.parametrize("counter, key, words", KNOWN_ANSWERS)
+def test_known_answers_compiled(counter: Any, key: Any, words: Any) -> None:
+    assert philox4x32_cpu(*[np.uint64(word) for word in (*counter, *key)]) == words
+
+
+def test_mask_is_a_function_of_position_alone() -> None:
+    mask = attention_dropout_mask(6, 50, 77, 0.3, seed=5)
+    assert mask.shape == (6, 50, 77)
+    np.testing.assert_array_equal(
+        attention_dropout_mask(3, 20, 10, 0.3, seed=5), mask[:3, :20, :10]
+    )
+
+
+def test_mask_follows_its_definition_word_by_word() -> None:
+    seed, p = 0x123456789ABCDEF0, 0.4
+    mask = attention_dropout_mask(2, 3, 9, p, seed)
+    for batch_head, row, column in np.ndindex(mask.shape):
+        counter = (column // 4, row, batch_head, 0)
+        arguments = [np.array([n], np.uint64) for n in (*counter, seed & ONES, seed >> 32)]
+        word = int(philox4x32(*arguments)[column % 4][0])
+        assert mask[batch_head, row, column] == (word >= round(p * 2**32))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.17, 0.5, 0.9, 1.0])
+def test_mask_drops_the_wanted_fraction(p: Any) -> None:
+    mask = attention_dropout_mask(4, 128, 250, p, seed=2**63 + 11)
+    deviation = np.sqrt(p * (1 - p) / mask.size)
+    assert abs((1 - mask.mean()) - p) <= 4 * deviation
+
+
+def test_seeds_give_different_masks() -> None:
+    one, other = (attention_dropout_mask(1, 64, 64, 0.5, seed) for seed in (1, 2**32 + 1))
+    assert 0.4 < (one != other).mean() < 0.6
