@@ -169,7 +169,7 @@ class AttentionProblem:
         stop = min(max(last_row + self.upper, 0), self.seqlen_k)
         return start, max(start, stop)
 
-    def dense_band(self) -> NDArray[np.bool_]:
+    def allowed_positions(self) -> NDArray[np.bool_]:
         """The band as a boolean mask (Nq, Nk), True where allowed: for tests and for teaching."""
         row = np.arange(self.seqlen_q)[:, None]
         column = np.arange(self.seqlen_k)[None, :]

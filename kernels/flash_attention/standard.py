@@ -1,0 +1,131 @@
+"""Standard attention in numpy, with the whole score matrix in memory.
+
+The baseline of FlashAttention, in memory and in speed, and the text to read before it: the same
+arguments and results as `cpu.forward` and `cpu.backward`, in a page. (Algorithms 0 and 3 of
+"FlashAttention", Dao et al. 2022.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..philox import attention_dropout_mask
+from .problem import AttentionProblem, Shape
+
+Array = NDArray[Any]
+
+
+def standard_attention(
+    problem: AttentionProblem, q: Array, k: Array, v: Array, attn_mask: Array | None = None
+) -> tuple[Array, Array]:
+    """(out, logsumexp) of shapes (..., Nq, Dv) and (..., Nq); the latter in natural units."""
+    k, v = _repeat_heads(problem, k), _repeat_heads(problem, v)
+    s = _scores(problem, q, k, attn_mask)  # (..., Nq, Nk)
+    m = s.max(axis=-1, keepdims=True, initial=-np.inf)
+    m = np.where(np.isneginf(m), 0, m)  # a row that sees no key
+    p = np.exp(s - m)
+    l = p.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logsumexp = (m + np.log(l))[..., 0]
+        p = np.where(l == 0, 0, p / l)
+    out = (p * _dropout_factors(problem)) @ v
+    return _as_leading(problem, out), _as_leading(problem, logsumexp, dims=1)
+
+
+def standard_attention_backward(
+    problem: AttentionProblem,
+    q: Array,
+    k: Array,
+    v: Array,
+    attn_mask: Array | None,
+    out: Array,
+    logsumexp: Array,
+    grad_out: Array,
+    grad_logsumexp: Array | None = None,
+    needs_mask_grad: bool = False,
+) -> tuple[Array, Array, Array, Array | None]:
+    """(dq, dk, dv, dmask) in the shapes of the inputs; dmask is None unless it is asked for."""
+    key, value = _repeat_heads(problem, k), _repeat_heads(problem, v)
+    s = _scores(problem, q, key, attn_mask)
+    empty = np.isneginf(logsumexp)[..., None]  # rows that see no key
+    p = np.where(empty, 0, np.exp(s - np.where(empty, 0, logsumexp[..., None])))
+    do = np.where(empty, 0, grad_out)
+    z = _dropout_factors(problem)
+    delta = (do * out).sum(axis=-1, keepdims=True)
+    if grad_logsumexp is not None:
+        delta = delta - np.where(empty, 0, grad_logsumexp[..., None])
+    ds = p * (z * (do @ _transpose(value)) - delta)  # (..., Nq, Nk)
+    dq = problem.scale * (ds @ key)
+    dk = problem.scale * (_transpose(ds) @ q)
+    dv = _transpose(p * z) @ do
+    dmask = sum_to_shape(ds, attn_mask.shape) if needs_mask_grad and attn_mask is not None else None
+    return (
+        sum_to_shape(dq, q.shape),
+        sum_to_shape(_sum_heads(problem, dk, k.shape), k.shape),
+        sum_to_shape(_sum_heads(problem, dv, v.shape), v.shape),
+        dmask,
+    )
+
+
+def _scores(problem: AttentionProblem, q: Array, k: Array, attn_mask: Array | None) -> Array:
+    """scale * Q K^T, masked: (..., Nq, Nk)."""
+    s = problem.dtype.type(problem.scale) * (q @ _transpose(k))
+    allowed = problem.allowed_positions()
+    if attn_mask is not None and problem.mask_kind == "additive":
+        s = s + attn_mask.astype(problem.dtype, copy=False)
+    elif attn_mask is not None:
+        allowed = allowed & attn_mask
+    masked: Array = np.where(allowed, s, problem.dtype.type(-np.inf))
+    return masked
+
+
+def _dropout_factors(problem: AttentionProblem) -> Array:
+    """What the weights are multiplied by: 1 / (1 - dropout_p) where kept, 0 where dropped."""
+    p, dtype = problem.dropout_p, problem.dtype
+    if p == 0:
+        return np.ones((), dtype)
+    lengths = problem.seqlen_q, problem.seqlen_k
+    kept = attention_dropout_mask(problem.batch_heads, *lengths, p, problem.seed)
+    factor = dtype.type(1 / (1 - p) if p < 1 else 0)
+    factors: Array = np.where(kept, factor, dtype.type(0))
+    return factors.reshape(*problem.leading, *lengths)
+
+
+def _transpose(x: Array) -> Array:
+    return np.swapaxes(x, -1, -2)
+
+
+def _repeat_heads(problem: AttentionProblem, x: Array) -> Array:
+    """With enable_gqa: each head of keys or values, as often as there are queries' heads for it."""
+    if not problem.enable_gqa:
+        return x
+    return np.repeat(x, problem.query_shape[-3] // x.shape[-3], axis=-3)
+
+
+def _sum_heads(problem: AttentionProblem, gradient: Array, shape: Shape) -> Array:
+    """Undo `_repeat_heads`."""
+    if not problem.enable_gqa:
+        return gradient
+    group = problem.query_shape[-3] // shape[-3]
+    grouped = gradient.reshape(*gradient.shape[:-3], shape[-3], group, *gradient.shape[-2:])
+    return np.asarray(grouped.sum(axis=-3))
+
+
+def _as_leading(problem: AttentionProblem, x: Array, dims: int = 2) -> Array:
+    """With all of the problem's leading dimensions, also one that only V has."""
+    shape = (*problem.leading, *x.shape[x.ndim - dims :])
+    return x if x.shape == shape else np.broadcast_to(x, shape).copy()
+
+
+def sum_to_shape(gradient: Array, shape: Shape) -> Array:
+    """Undo broadcasting: sum over the dimensions that `shape` lacks or has as 1."""
+    gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
+    ones = tuple(a for a, n in enumerate(shape) if n == 1 and gradient.shape[a] != 1)
+    summed: Array = gradient.sum(axis=ones, keepdims=True)
+    if math.prod(summed.shape) == math.prod(shape):
+        return summed.reshape(shape)
+    return np.broadcast_to(summed, shape).copy()  # a size that another input alone has
