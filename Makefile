@@ -40,6 +40,8 @@ types: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python project/bench_attention.py
 	$(BIN)/python project/bench_transformer.py
+	$(BIN)/python project/run_transformer.py train --out runs/bench \
+		--record project/results/training_cpu.md
 	$(BIN)/python project/readme_tables.py
 
 doctor: $(VENV)/train.stamp

@@ -5,18 +5,36 @@ from pathlib import Path
 
 import pytest
 
+from project.readme_tables import condensed, rendered
 from project.transformer import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CODE = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-SHELL = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+CODE = [text for language, text in BLOCKS if language == "python"]
+SHELL = [text for language, text in BLOCKS if not language]
 PROGRAM = "python project/run_transformer.py"
 
 
 @pytest.mark.parametrize("code", CODE)
 def test_code_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_figures_are_those_of_the_result_files() -> None:
+    assert rendered(README) == README, "run python project/readme_tables.py"
+
+
+def test_pages_are_condensed(tmp_path: Path) -> None:
+    table = "| a |\n|---|\n" + "| 1 |\n" * 20
+    (tmp_path / "x.md").write_text(f"# Title\n\nA line.\n\n| b |\n|---|\n| 2 |\n\n{table}")
+    readme = "before\n<!-- results: x -->\nold\n<!-- end of results -->\nafter\n"
+    new = rendered(readme, tmp_path)
+    assert new.startswith("before\n<!-- results: x -->\nA line.\n\n| b |")
+    assert "<summary>all 20 rows</summary>\n\n| a |" in new
+    assert new.endswith("<!-- end of results -->\nafter\n")
+    assert rendered(new, tmp_path) == new
+    assert "Title" not in condensed("# Title\n\ntext")
 
 
 def test_links_lead_somewhere() -> None:

@@ -247,7 +247,10 @@ def test_train_then_resume_then_sample(
 ) -> None:
     out = str(tmp_path / "run")
     values = {**TINY, "data": text, "tokenizer": "char"}
-    assert cli.main(["--out", out, *arguments(values)]) == 0  # train is the default
+    record = tmp_path / "page.md"
+    command = ["--out", out, "--record", str(record), *arguments(values)]
+    assert cli.main(command) == 0  # train is the default
+    assert "12 steps of 32 tokens" in record.read_text(encoding="utf-8")
     printed = capsys.readouterr().out
     for wanted in ("4-gram", "this transformer", "checkpoint.safetensors", "loss.png", "sample"):
         assert wanted in printed

@@ -52,8 +52,8 @@ def _run(values: dict[str, Any]) -> int:
         return sample_command(**values, terminal=terminal)
     if command == "compare":
         return compare_command(values, terminal)
-    out, resume = values.pop("out"), values.pop("resume")
-    return train_command(values, out, resume, terminal)
+    files = {name: values.pop(name) for name in ("out", "resume", "record")}
+    return train_command(values, **files, terminal=terminal)
 
 
 def _check_packages() -> None:
@@ -82,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         action="store_true",
         help="go on with the run in --out, which keeps its own options",
+    )
+    run.add_argument(
+        "--record", metavar="FILE", default="", help="also write the result as a Markdown page"
     )
     _add_options(train, {})
     _add_sample(commands.add_parser("sample", help="write text with a trained model"))

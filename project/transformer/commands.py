@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from minitorch.checkpoint import write_atomically
+
 from . import data
 from . import model as models
 from .errors import UserError
 from .ngram import ngram_losses
 from .options import RunOptions, flag
-from .report import Terminal, draw_losses
+from .report import Terminal, draw_losses, training_page
 from .run_files import RunFolder, Snapshot, load_snapshot
 from .sampling import generate, stream_text
 from .training import Trainer, train
@@ -20,13 +22,16 @@ from .training import Trainer, train
 PROGRAM = "python project/run_transformer.py"
 
 
-def train_command(given: dict[str, object], out: str, resume: bool, terminal: Terminal) -> int:
+def train_command(
+    given: dict[str, object], out: str, resume: bool, record: str, terminal: Terminal
+) -> int:
     """Train, from the start or from where a run stopped.
 
     Args:
         given: the options named on the command line.
         out: the run's folder.
         resume: whether to go on with what is in it.
+        record: a file for the result as a Markdown page, or "".
         terminal: where to print.
 
     Returns:
@@ -51,7 +56,11 @@ def train_command(given: dict[str, object], out: str, resume: bool, terminal: Te
         terminal.say(f"interrupted after step {trainer.step}; saved to {folder.checkpoint}")
         terminal.say(f"go on with: {PROGRAM} train --resume --out {out}")
         return 130
-    _conclude(trainer, folder, terminal)
+    own, ngrams = _conclude(trainer, folder, terminal)
+    if record:
+        page = training_page(folder.read_metrics(), trainer.tokens_per_step, own, ngrams)
+        write_atomically(record, page.encode())
+        terminal.say(f"recorded    {record}")
     return 0
 
 
@@ -91,7 +100,8 @@ def _show_sample(trainer: Trainer, title: str, terminal: Terminal, count: int = 
     )
 
 
-def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> None:
+def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> tuple[float, list[float]]:
+    """Show what was reached and where it lies; returns the losses of the model and the n-grams."""
     corpus = trainer.corpus
     _show_sample(trainer, "sample after training", terminal)
     ngrams = ngram_losses(corpus.train_text, corpus.valid_text)
@@ -104,6 +114,7 @@ def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> None:
     terminal.say(f"loss curve  {folder.picture}")
     prompt = corpus.tokenizer.decode(corpus.valid_ids[:12]).split("\n")[0]
     terminal.say(f"next, try:  {PROGRAM} sample --out {folder.path} --prompt {prompt!r}")
+    return own, ngrams
 
 
 def sample_command(

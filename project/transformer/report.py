@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import platform
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from minitorch.doctor import usable_cores
 
 from .ngram import SMOOTHING
 
@@ -93,6 +99,46 @@ class Terminal:
             table.add_row(f"{order}-gram (counts, smoothing {SMOOTHING:g})", f"{loss:.3f}")
         table.add_row("this transformer", f"{own:.3f}", style="bold")
         self.console.print(table)
+
+
+def training_page(
+    rows: Sequence[Row], tokens_per_step: int, own: float, ngrams: Sequence[float]
+) -> str:
+    """The result of a run as a Markdown page.
+
+    Args:
+        rows: its metrics.
+        tokens_per_step: tokens that a step learns from.
+        own: its validation loss, nats per character.
+        ngrams: those of the n-gram models, by order.
+
+    """
+    steps = len(rows)
+    times = [row["seconds"] for row in rows]
+    titles = " | ".join(f"{order}-gram" for order in range(1, len(ngrams) + 1))
+    losses = " | ".join(f"{loss:.3f}" for loss in ngrams)
+    return f"""# Training run
+
+{date.today()}; {machine()}. {steps} steps of {tokens_per_step} tokens, {sum(times):.0f} s in all,
+{statistics.median(times) * 1000:.1f} ms a step (median).
+
+Nats per character on the held-out text (lower is better):
+
+| {titles} | this transformer |
+|{"---|" * (len(ngrams) + 1)}
+| {losses} | {own:.3f} |
+"""
+
+
+def machine() -> str:
+    """Processor, cores and versions, in a line."""
+    import llvmlite.binding as llvm
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "numba"))
+    return (
+        f"{llvm.get_host_cpu_name()} ({platform.machine()}), {usable_cores()} cores, "
+        f"python {platform.python_version()}, {packages}"
+    )
 
 
 def draw_losses(
