@@ -321,7 +321,8 @@ def markdown(result: dict[str, Any]) -> str:
         "# FlashAttention on the CPU against PyTorch's scaled_dot_product_attention",
         "",
         f"{about['date']}; {about['processor']}, {about['cores']} cores, "
-        f"{result['threads']} threads each; {packages}; float32. Environment: {environment}. Command: `{result['command']}`.",
+        f"{result['threads']} threads each; {packages}; float32. Environment: {environment}. "
+        f"Command: `{result['command']}`.",
         "",
         "Ratios are PyTorch's time divided by ours, forward / forward + backward.",
         "",
@@ -353,7 +354,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"First forward + backward of a process: {warm['first_call']:.2f} s with a warm "
-            f"compile cache, {cold['first_call']:.1f} s with a cold one (import: {warm['import']:.2f} s).",
+            f"compile cache, {cold['first_call']:.1f} s with a cold one "
+            f"(import: {warm['import']:.2f} s).",
         ]
     titles = " | ".join(TITLES[mode] for mode in modes)
     first = next(iter(modes))

@@ -179,13 +179,13 @@ def test_lengths(nq: Any, nk: Any, is_causal: Any, dtype: Any) -> None:
         random(2, nk, 59, dtype=dtype),
         random(2, nk, 32, dtype=dtype),
     )
-    check(q, k, v, is_causal=is_causal, tiles=cpu.DEFAULT_TILES)
+    check(q, k, v, is_causal=is_causal, tiles=TileSizes())
 
 
 @pytest.mark.parametrize("d, dv", [(1, 1), (8, 24), (59, 111), (111, 59), (256, 256), (300, 7)])
 def test_head_sizes(d: Any, dv: Any) -> None:
     q, k, v = random(3, 70, d), random(3, 90, d), random(3, 90, dv)
-    check(q, k, v, is_causal=True, tiles=cpu.DEFAULT_TILES)
+    check(q, k, v, is_causal=True, tiles=TileSizes())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_error_is_near_that_of_float32_standard_attention(d: Any, is_causal: Any
     theirs = torch.softmax(scores, -1) @ inputs[2]
     grads = torch.autograd.grad(theirs, inputs, torch.from_numpy(do))
     naive = [x.detach().numpy() for x in (theirs, *grads)]
-    ours = run(q, k, v, do, is_causal=is_causal, tiles=cpu.DEFAULT_TILES)
+    ours = run(q, k, v, do, is_causal=is_causal, tiles=TileSizes())
     want = references.attention(q, k, v, do, is_causal=is_causal)
     exact = (want.out, want.grad_query, want.grad_key, want.grad_value)
     pairs = zip((ours[0], *ours[2:5]), naive, exact, (2, 3, 3, 3), strict=True)
@@ -262,10 +262,10 @@ def test_nothing_outside_the_arrays_is_read(nq: Any, nk: Any, d: Any, dv: Any) -
         return inner
 
     q, k, v, do = poisoned(2, nq, d), poisoned(2, nk, d), poisoned(2, nk, dv), poisoned(2, nq, dv)
-    results = run(q, k, v, do, tiles=cpu.DEFAULT_TILES)
+    results = run(q, k, v, do, tiles=TileSizes())
     assert all(np.isfinite(x).all() for x in results[:5])
     copies = [np.ascontiguousarray(x) for x in (q, k, v, do)]
-    for got, want in zip(results, run(*copies, tiles=cpu.DEFAULT_TILES), strict=True):
+    for got, want in zip(results, run(*copies, tiles=TileSizes()), strict=True):
         np.testing.assert_array_equal(got, want)
 
 

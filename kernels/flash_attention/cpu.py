@@ -33,17 +33,24 @@ MASK_KINDS = {"none": NO_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}
 class TileSizes(NamedTuple):
     """Rows and columns of the tiles of scores; multiples of 32.
 
-    They decide the speed, and the order in which gradients of queries are summed; not the dropout
-    mask.
+    They decide the speed, and the order in which sums are formed; not the dropout mask. A tile of
+    scores should fit into the level-1 or level-2 cache beside what it is computed from.
     """
 
-    forward_q: int = 64
-    forward_k: int = 128
-    backward_q: int = 64
-    backward_k: int = 128
+    forward_q: int = 32
+    forward_k: int = 256
+    backward_q: int = 32
+    backward_k: int = 256
 
 
-DEFAULT_TILES = TileSizes()
+def default_tiles(problem: AttentionProblem) -> TileSizes:
+    """Narrower tiles of keys, the backward pass's unit of work, where there are few heads.
+
+    The shape alone decides, not the number of threads, so that results do not depend on it.
+    """
+    wide = TileSizes()
+    tasks = problem.batch_heads * math.ceil(problem.seqlen_k / wide.backward_k)
+    return wide if tasks >= 16 else wide._replace(backward_k=128 if tasks >= 8 else 64)
 
 
 class Result(NamedTuple):
@@ -142,6 +149,12 @@ def _block_q(problem: AttentionProblem, tile_q: int, threads: int) -> int:
     return max(1, math.ceil(rows / tile_q)) * tile_q
 
 
+def _threads(problem: AttentionProblem) -> int:
+    """How many threads may share the work; one where waking another would take longer than it."""
+    products = problem.seqlen_q * problem.seqlen_k * (problem.head_dim + problem.value_dim)
+    return 1 if problem.batch_heads * products < 1_000_000 else numba.get_num_threads()
+
+
 def _dropout_arguments(problem: AttentionProblem) -> tuple[int, np.uint64, np.floating[Any]]:
     """threshold, seed and factor of the weights that are kept."""
     p = problem.dropout_p
@@ -173,15 +186,16 @@ def forward_with_count(
     k: Array,
     v: Array,
     attn_mask: Array | None = None,
-    tiles: TileSizes = DEFAULT_TILES,
+    tiles: TileSizes | None = None,
 ) -> Result:
     """`forward` with tile sizes of one's choice, which also counts the tiles that it computed."""
+    tiles = tiles or default_tiles(problem)
     out = np.empty(problem.out_shape, problem.dtype)
     logsumexp = np.empty(problem.logsumexp_shape, problem.dtype)
     q_stack, k_stack = _stack(q, problem), _stack(k, problem, problem.enable_gqa)
     v_stack = _stack(v, problem, problem.enable_gqa)
     bools, bias, mask = _mask_stack(attn_mask, problem)
-    threads = numba.get_num_threads()
+    threads = _threads(problem)
     block_q = _block_q(problem, tiles.forward_q, threads)
     tasks = problem.batch_heads * math.ceil(problem.seqlen_q / block_q)
     tile_count = np.zeros(1, np.int64)
@@ -242,7 +256,7 @@ def backward(
     grad_out: Array,
     grad_logsumexp: Array | None = None,
     needs_mask_grad: bool = False,
-    tiles: TileSizes = DEFAULT_TILES,
+    tiles: TileSizes | None = None,
 ) -> tuple[Array, Array, Array, Array | None]:
     """(dq, dk, dv, dmask) in the shapes of the inputs; dmask is None unless it is asked for.
 
@@ -252,6 +266,7 @@ def backward(
         None. needs_mask_grad: also give the gradient of an additive `attn_mask`.
     """
     dtype, heads = problem.dtype, problem.batch_heads
+    tiles = tiles or default_tiles(problem)
     k_index = _head_index(problem.key_shape[:-2], problem, problem.enable_gqa)
     v_index = _head_index(problem.value_shape[:-2], problem, problem.enable_gqa)
     # Keys and values that are shared in the same way are the common case: dK and dV are summed in
@@ -271,7 +286,7 @@ def backward(
         query_tiles = math.ceil(problem.seqlen_q / tiles.backward_q)
         tasks = slot_count * math.ceil(problem.seqlen_k / tiles.backward_k)
         run_on_threads(
-            min(numba.get_num_threads(), tasks), backward_worker, *common.matrices,
+            min(_threads(problem), tasks), backward_worker, *common.matrices,
             dq.reshape(-1), dk.reshape(-1), dv.reshape(-1), *common.settings,
             slots.start, slots.heads, np.zeros(heads * query_tiles, np.int64),
             np.zeros(1, np.int64),
@@ -317,7 +332,7 @@ def _common_arguments(
         )
     delta, logsumexp2 = np.empty_like(lse), np.empty_like(lse)
     run_on_threads(
-        min(numba.get_num_threads(), problem.batch_heads), delta_worker,
+        min(_threads(problem), problem.batch_heads), delta_worker,
         np.ascontiguousarray(out, dtype).reshape(-1), grad_stack.data, *grad_stack[1:],
         lse, grad_lse, problem.seqlen_q, problem.value_dim, delta, logsumexp2,
         np.zeros(1, np.int64),
@@ -340,7 +355,7 @@ def _mask_gradient(problem: AttentionProblem, dmask: Array, common: _Common) -> 
     index = _head_index(shape[:-2], problem)
     slots = _slots(index, math.prod(shape[:-2]))
     run_on_threads(
-        numba.get_num_threads(), mask_gradient_worker, *common.matrices, dmask.reshape(-1),
+        _threads(problem), mask_gradient_worker, *common.matrices, dmask.reshape(-1),
         *common.settings, slots.start, slots.heads, rows * columns,
         columns if rows > 1 else 0, 1 if columns > 1 else 0, np.zeros(1, np.int64),
     )  # fmt: skip
