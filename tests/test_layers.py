@@ -20,10 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module imports from its own layer and from those below; `kernels`
 # stands under them all.
 LAYERS: list[tuple[str, set[str]]] = [
-    ("data and mathematics", {"dtypes", "operators", "rng", "tensor_data"}),
+    ("data and mathematics", {"dtypes", "jit", "operators", "rng", "tensor_data"}),
     (
         "engine and backends",
-        {"autodiff", "fused_ops", "tensor_ops", "fast_ops", "cuda_ops", "cuda_kernel_ops"},
+        {
+            "autodiff",
+            "cuda_kernel_ops",
+            "cuda_ops",
+            "fast_fused",
+            "fast_ops",
+            "fused_ops",
+            "tensor_ops",
+        },
     ),
     (
         "tensors",
