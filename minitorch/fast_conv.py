@@ -1,0 +1,237 @@
+"""Convolution in one and two dimensions, forward and backward; loops compiled for all cores.
+
+As in MiniTorch the output has the size of the input, and the kernel is anchored on the left (and
+top): an output sees what follows it, and 0 past the end.
+
+    out[b, o, y, x] = sum over c, i, j of  input[b, c, y + i, x + j] * weight[o, c, i, j]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba import prange
+
+from .autodiff import Context
+from .tensor_data import TensorData
+from .tensor_functions import Function
+
+if TYPE_CHECKING:
+    from .tensor import Tensor
+
+    Array = npt.NDArray[Any]
+
+
+def _check(input: Tensor, weight: Tensor, dims: int) -> None:
+    """Raise ValueError unless the shapes are those of a convolution in `dims` dimensions."""
+    name = f"conv{dims}d"
+    if input.dims != dims + 2 or weight.dims != dims + 2:
+        raise ValueError(
+            f"{name}: input (batch, in_channels, ...) and weight (out_channels, in_channels, ...) "
+            f"must have {dims + 2} dimensions, got {input.shape} and {weight.shape}"
+        )
+    if input.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}: input and weight must have the same in_channels, "
+            f"got {input.shape[1]} and {weight.shape[1]}"
+        )
+
+
+def _arrays(a: Tensor, b: Tensor, dims: int) -> tuple[Array, Array]:
+    """Contiguous arrays of four dimensions and one dtype."""
+    dtype = np.promote_types(a.dtype, b.dtype)
+    first, second = (np.array(t._tensor.array, dtype, order="C", copy=None) for t in (a, b))
+    if dims == 1:
+        return first[:, :, None, :], second[:, :, None, :]
+    return first, second
+
+
+def _wrap(like: Tensor, array: Array) -> Tensor:
+    return like._new(
+        TensorData.from_array(array.reshape(*array.shape[:2], *array.shape[4 - like.dims + 2 :]))
+    )
+
+
+def _convolve(a: Array, b: Array, reverse: bool) -> Array:
+    """a (B, C, H, W) with b (O, C, KH, KW) -> (B, O, H, W)."""
+    out = np.zeros((a.shape[0], b.shape[0], *a.shape[2:]), a.dtype)
+    _convolution(out, a, b, reverse)
+    return out
+
+
+class Conv1dFun(Function):
+    """Convolution in one dimension."""
+
+    @staticmethod
+    def forward(ctx: Context, input: Tensor, weight: Tensor) -> Tensor:
+        """Same-size convolution.
+
+        Args:
+            ctx: keeps the inputs.
+            input: (batch, in_channels, width)
+            weight: (out_channels, in_channels, kernel width)
+
+        Returns:
+            (batch, out_channels, width)
+
+        Raises:
+            ValueError: other shapes.
+
+        """
+        _check(input, weight, 1)
+        ctx.save_for_backward(input, weight)
+        return _wrap(input, _convolve(*_arrays(input, weight, 1), False))
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of input and weight."""
+        return _backward(*ctx.saved_values, grad_output, 1)
+
+
+class Conv2dFun(Function):
+    """Convolution in two dimensions."""
+
+    @staticmethod
+    def forward(ctx: Context, input: Tensor, weight: Tensor) -> Tensor:
+        """Same-size convolution.
+
+        Args:
+            ctx: keeps the inputs.
+            input: (batch, in_channels, height, width)
+            weight: (out_channels, in_channels, kernel height, kernel width)
+
+        Returns:
+            (batch, out_channels, height, width)
+
+        Raises:
+            ValueError: other shapes.
+
+        """
+        _check(input, weight, 2)
+        ctx.save_for_backward(input, weight)
+        return _wrap(input, _convolve(*_arrays(input, weight, 2), False))
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of input and weight."""
+        return _backward(*ctx.saved_values, grad_output, 2)
+
+
+def _backward(
+    input: Tensor, weight: Tensor, grad_output: Tensor, dims: int
+) -> tuple[Tensor, Tensor]:
+    """The input's gradient is a convolution anchored on the right, channels exchanged."""
+    grad, weights = _arrays(grad_output, weight, dims)
+    _, inputs = _arrays(grad_output, input, dims)
+    dinput = _convolve(grad, np.array(weights.swapaxes(0, 1), order="C"), True)
+    dweight = np.zeros_like(weights)
+    _weight_gradient(dweight, inputs, grad)
+    return _wrap(input, dinput), _wrap(weight, dweight)
+
+
+conv1d = Conv1dFun.apply
+conv2d = Conv2dFun.apply
+
+
+# ----- loops -----
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _convolution(out, a, b, reverse):  # type: ignore[no-untyped-def]
+    """out (B, O, H, W) += a (B, C, H, W) * b (O, C, KH, KW); looks ahead, or back if `reverse`."""
+    batch, out_channels, height, width = out.shape
+    channels, kh, kw = b.shape[1], b.shape[2], b.shape[3]
+    for plane in prange(batch * out_channels):
+        n, o = plane // out_channels, plane % out_channels
+        for c in range(channels):
+            for i in range(min(kh, height)):
+                for j in range(min(kw, width)):
+                    w = b[o, c, i, j]
+                    rows, columns = height - i, width - j
+                    for y in range(rows):
+                        if reverse:
+                            to, x = out[n, o, y + i][j : j + columns], a[n, c, y][:columns]
+                        else:
+                            to, x = out[n, o, y][:columns], a[n, c, y + i][j : j + columns]
+                        for k in range(columns):
+                            to[k] += w * x[k]
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _weight_gradient(dweight, a, grad):  # type: ignore[no-untyped-def]
+    """dweight[o, c, i, j] = sum over n, y, x of grad[n, o, y, x] * a[n, c, y + i, x + j]"""
+    out_channels, channels, kh, kw = dweight.shape
+    batch, height, width = grad.shape[0], grad.shape[2], grad.shape[3]
+    for pair in prange(out_channels * channels):
+        o, c = pair // channels, pair % channels
+        for i in range(min(kh, height)):
+            for j in range(min(kw, width)):
+                total = 0.0
+                for n in range(batch):
+                    for y in range(height - i):
+                        g, x = grad[n, o, y], a[n, c, y + i]
+                        for k in range(width - j):
+                            total += g[k] * x[k + j]
+                dweight[o, c, i, j] = total
+
+
+def tensor_conv1d(
+    out: Array,
+    out_shape: Array,
+    out_strides: Array,
+    out_size: int,
+    input: Array,
+    input_shape: Array,
+    input_strides: Array,
+    weight: Array,
+    weight_shape: Array,
+    weight_strides: Array,
+    reverse: bool,
+) -> None:
+    """Convolution of storages with shapes and strides, MiniTorch's signature; see `Conv1dFun`.
+
+    Args:
+        out: receives (batch, out_channels, width).
+        out_size: number of elements of `out`.
+        input: (batch, in_channels, width).
+        weight: (out_channels, in_channels, kernel width).
+        reverse: anchor the kernel on the right: an output sees what comes before it.
+
+    """
+    target = _view(out, out_shape, out_strides)
+    a, b = _view(input, input_shape, input_strides), _view(weight, weight_shape, weight_strides)
+    result = _convolve(*(np.array(x[:, :, None], order="C") for x in (a, b)), reverse)
+    target[...] = result[:, :, 0, : target.shape[2]]
+
+
+def tensor_conv2d(
+    out: Array,
+    out_shape: Array,
+    out_strides: Array,
+    out_size: int,
+    input: Array,
+    input_shape: Array,
+    input_strides: Array,
+    weight: Array,
+    weight_shape: Array,
+    weight_strides: Array,
+    reverse: bool,
+) -> None:
+    """As `tensor_conv1d`, in two dimensions; see `Conv2dFun`."""
+    target = _view(out, out_shape, out_strides)
+    a, b = _view(input, input_shape, input_strides), _view(weight, weight_shape, weight_strides)
+    result = _convolve(np.array(a, order="C"), np.array(b, order="C"), reverse)
+    target[...] = result[:, :, : target.shape[2], : target.shape[3]]
+
+
+def _view(storage: Array, shape: Array, strides: Array) -> Array:
+    """A numpy view of a storage; `strides` in elements."""
+    step = storage.itemsize
+    steps = tuple(int(s) * step for s in strides)
+    return np.ndarray(tuple(int(n) for n in shape), storage.dtype, storage, strides=steps)
+
+
+__all__ = ["Conv1dFun", "Conv2dFun", "conv1d", "conv2d", "tensor_conv1d", "tensor_conv2d"]
