@@ -10,6 +10,7 @@ spin, between calls.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -107,19 +108,35 @@ def _pause(b: ir.IRBuilder, target: VectorTarget) -> None:
     b.call(cgutils.get_or_insert_function(b.module, function, name), arguments)
 
 
+SPINS = 256  # looks at the value before the waiting thread offers its core to others
+
+
 @intrinsic
 def wait_until(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """`wait_until(array, index, value)`: return when others have set the int64 there to value."""
+    """`wait_until(array, index, value)`: return when others have set the int64 there to value.
+
+    The wait is short as a rule; but on a busy machine the thread that is waited for may have no core,
+    and the one that waits must not be what keeps it from one.
+    """
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         pointer = element_pointer(context, b, sig.args[0], args[0], args[1])
-        check, pause = b.append_basic_block("wait.check"), b.append_basic_block("wait.pause")
+        entry = b.block
+        check, again = b.append_basic_block("wait.check"), b.append_basic_block("wait.again")
         done = b.append_basic_block("wait.done")
         b.branch(check)
         b.position_at_end(check)
-        b.cbranch(b.icmp_signed("==", b.load_atomic(pointer, "acquire", 8), args[2]), done, pause)
-        b.position_at_end(pause)
+        spins = b.phi(INT32)
+        spins.add_incoming(ir.Constant(INT32, 1), entry)
+        b.cbranch(b.icmp_signed("==", b.load_atomic(pointer, "acquire", 8), args[2]), done, again)
+        b.position_at_end(again)
         _pause(b, TARGET)
+        if sys.platform != "win32":
+            long = b.icmp_unsigned("==", b.urem(spins, ir.Constant(INT32, SPINS)), spins.type(0))
+            with b.if_then(long, likely=False):
+                system_yield = ir.FunctionType(INT32, [])
+                b.call(cgutils.get_or_insert_function(b.module, system_yield, "sched_yield"), [])
+        spins.add_incoming(b.add(spins, ir.Constant(INT32, 1)), b.block)
         b.branch(check)
         b.position_at_end(done)
         return context.get_dummy_value()
