@@ -115,8 +115,8 @@ SPINS = 256  # looks at the value before the waiting thread offers its core to o
 def wait_until(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     """`wait_until(array, index, value)`: return when others have set the int64 there to value.
 
-    The wait is short as a rule; but on a busy machine the thread that is waited for may have no core,
-    and the one that waits must not be what keeps it from one.
+    The wait is short as a rule; but on a busy machine the thread that is waited for may have no
+    core, and the one that waits must not be what keeps it from one.
     """
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
