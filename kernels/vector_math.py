@@ -1,7 +1,7 @@
 """The exponential function and sums over a row, as LLVM vectorises them on every machine.
 
-numba calls the C library for `exp`, an element at a time, and adds up rows likewise. `exp` here is a
-polynomial without branches, so that a loop over it becomes vector code; the sums of a row are
+numba calls the C library for `exp`, one element at a time, and adds up rows likewise. This `exp` is
+a polynomial without branches, so that a loop over it becomes vector code; the sums of a row are
 written with vectors, in a fixed order: the same input gives the same bits.
 """
 

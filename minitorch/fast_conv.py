@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba import prange
 
 from .autodiff import Context
+from .kernels import threads
+from .kernels.simd import cache_key
+from .kernels.threads import fetch_add, run_on_threads
 from .tensor_data import TensorData
 from .tensor_functions import Function
 
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
     from .tensor import Tensor
 
     Array = npt.NDArray[Any]
+
+
+# Below this many multiplications one core is done before a second one has woken up.
+SERIAL = 1 << 17
+KEY = cache_key(threads.__file__)
 
 
 def _check(input: Tensor, weight: Tensor, dims: int) -> None:
@@ -58,8 +65,17 @@ def _wrap(like: Tensor, array: Array) -> Tensor:
 def _convolve(a: Array, b: Array, reverse: bool) -> Array:
     """a (B, C, H, W) with b (O, C, KH, KW) -> (B, O, H, W)."""
     out = np.zeros((a.shape[0], b.shape[0], *a.shape[2:]), a.dtype)
-    _convolution(out, a, b, reverse)
+    _run(_convolution_worker, out.shape[0] * out.shape[1], out.size * b[0].size, out, a, b, reverse)
     return out
+
+
+def _run(worker: Any, tasks: int, work: int, *arguments: Any) -> None:
+    """Call a worker on as many threads as there are tasks and `work` multiplications are worth."""
+    next_task = np.zeros(1, np.int64)
+    if work < SERIAL:
+        worker(*arguments, next_task)
+    else:
+        run_on_threads(min(numba.get_num_threads(), tasks), worker, *arguments, next_task)
 
 
 class Conv1dFun(Function):
@@ -128,7 +144,8 @@ def _backward(
     _, inputs = _arrays(grad_output, input, dims)
     dinput = _convolve(grad, np.array(weights.swapaxes(0, 1), order="C"), True)
     dweight = np.zeros_like(weights)
-    _weight_gradient(dweight, inputs, grad)
+    pairs = weights.shape[0] * weights.shape[1]
+    _run(_weight_gradient_worker, pairs, grad.size * weights[0].size, dweight, inputs, grad)
     return _wrap(input, dinput), _wrap(weight, dweight)
 
 
@@ -136,45 +153,50 @@ conv1d = Conv1dFun.apply
 conv2d = Conv2dFun.apply
 
 
-# ----- loops -----
+# ----- loops: threads take planes, or pairs of channels, from a shared counter -----
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _convolution(out, a, b, reverse):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _convolution_worker(out, a, b, reverse, next_plane, key=KEY):  # type: ignore[no-untyped-def]
     """out (B, O, H, W) += a (B, C, H, W) * b (O, C, KH, KW); looks ahead, or back if `reverse`."""
     batch, out_channels, height, width = out.shape
-    channels, kh, kw = b.shape[1], b.shape[2], b.shape[3]
-    for plane in prange(batch * out_channels):
+    channels, kh, kw = b.shape[1], min(b.shape[2], height), min(b.shape[3], width)
+    while True:
+        plane = fetch_add(next_plane, 0, 1)
+        if plane >= batch * out_channels:
+            return
         n, o = plane // out_channels, plane % out_channels
         for c in range(channels):
-            for i in range(min(kh, height)):
-                for j in range(min(kw, width)):
-                    w = b[o, c, i, j]
-                    rows, columns = height - i, width - j
-                    for y in range(rows):
+            for i in range(kh):
+                for j in range(kw):
+                    weight = b[o, c, i, j]
+                    for y in range(height - i):
                         if reverse:
-                            to, x = out[n, o, y + i][j : j + columns], a[n, c, y][:columns]
+                            to, x = out[n, o, y + i][j:], a[n, c, y][: width - j]
                         else:
-                            to, x = out[n, o, y][:columns], a[n, c, y + i][j : j + columns]
-                        for k in range(columns):
-                            to[k] += w * x[k]
+                            to, x = out[n, o, y][: width - j], a[n, c, y + i][j:]
+                        for k in range(len(to)):
+                            to[k] += weight * x[k]
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _weight_gradient(dweight, a, grad):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _weight_gradient_worker(dweight, a, grad, next_pair, key=KEY):  # type: ignore[no-untyped-def]
     """dweight[o, c, i, j] = sum over n, y, x of grad[n, o, y, x] * a[n, c, y + i, x + j]"""
     out_channels, channels, kh, kw = dweight.shape
     batch, height, width = grad.shape[0], grad.shape[2], grad.shape[3]
-    for pair in prange(out_channels * channels):
+    while True:
+        pair = fetch_add(next_pair, 0, 1)
+        if pair >= out_channels * channels:
+            return
         o, c = pair // channels, pair % channels
         for i in range(min(kh, height)):
             for j in range(min(kw, width)):
                 total = 0.0
                 for n in range(batch):
                     for y in range(height - i):
-                        g, x = grad[n, o, y], a[n, c, y + i]
-                        for k in range(width - j):
-                            total += g[k] * x[k + j]
+                        g, x = grad[n, o, y], a[n, c, y + i][j:]
+                        for k in range(len(x)):
+                            total += g[k] * x[k]
                 dweight[o, c, i, j] = total
 
 

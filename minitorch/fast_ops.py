@@ -16,6 +16,8 @@ from numba import prange
 
 from .fast_fused import FastFusedOps
 from .jit import compiled, specialise
+from .kernels import simd, threads
+from .kernels.threads import fetch_add, run_on_threads
 from .tensor_data import TensorData, shape_broadcast
 from .tensor_ops import MapFn, MapProto, ZipFn, check_matmul, empty_output
 
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-# Below this many elements one core is quicker than waking another (about 10 microseconds).
-SERIAL = 1 << 16
-# Elements that one iteration of a parallel loop handles.
+# Below this many elements one core is done before a second one has woken up.
+SERIAL = 1 << 17
+# Elements that a thread takes at a time.
 CHUNK = 1 << 14
 # Sums that a reduction carries along side by side.
 LANES = 64
@@ -38,11 +40,11 @@ class FastOps(FastFusedOps):
     @staticmethod
     def map(fn: MapFn) -> MapProto:
         """See `TensorOps.map`."""
-        kernel = tensor_map(fn, keep=True)
+        worker = _worker(_map_worker, fn, keep=True)
 
         def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
             target = empty_output(a, a.shape) if out is None else out
-            kernel(*target.tuple(), *a.tuple())
+            _run(worker, target.size, *target.tuple(), *a.tuple())
             return target
 
         return apply
@@ -55,7 +57,7 @@ class FastOps(FastFusedOps):
     @staticmethod
     def zip(fn: ZipFn) -> Callable[[Tensor, Tensor], Tensor]:
         """See `TensorOps.zip`. Tensors of two dtypes are computed in the larger one."""
-        kernel = tensor_zip(fn, keep=True)
+        worker = _worker(_zip_worker, fn, keep=True)
 
         def apply(a: Tensor, b: Tensor) -> Tensor:
             if a.dtype == b.dtype:
@@ -64,7 +66,7 @@ class FastOps(FastFusedOps):
                 dtype = np.promote_types(a.dtype, b.dtype)
                 a, b = _cast(a, dtype), _cast(b, dtype)
             out = empty_output(a, shape_broadcast(a.shape, b.shape), dtype)
-            kernel(*out.tuple(), *a.tuple(), *b.tuple())
+            _run(worker, out.size, *out.tuple(), *a.tuple(), *b.tuple())
             return out
 
         return apply
@@ -72,14 +74,14 @@ class FastOps(FastFusedOps):
     @staticmethod
     def reduce(fn: ZipFn, start: float = 0.0) -> Callable[[Tensor, int], Tensor]:
         """See `TensorOps.reduce`. Folds in float64, in the order of the elements."""
-        kernel = tensor_reduce(fn, keep=True)
+        worker = _worker(_reduce_worker, fn, keep=True)
 
         def apply(a: Tensor, dim: int) -> Tensor:
             shape = list(a.shape)
             shape[dim] = 1
             out = empty_output(a, tuple(shape))
             out._tensor._storage.fill(start)
-            kernel(*out.tuple(), *a.tuple(), dim)
+            _run(worker, a.size, *out.tuple(), *a.tuple(), dim)
             return out
 
         return apply
@@ -89,6 +91,22 @@ class FastOps(FastFusedOps):
         """See `TensorOps.matrix_multiply`; by BLAS."""
         check_matmul(a, b)
         return a._new(TensorData.from_array(matmul(a._tensor.array, b._tensor.array)))
+
+
+def _worker(template: Callable[..., Any], fn: Callable[..., float], keep: bool) -> Any:
+    """The loop of `template` with the scalar function `fn` in it."""
+    if not keep:
+        return specialise(template, fn=compiled(fn))
+    return specialise(template, source=fn, files=(simd.__file__, threads.__file__), fn=compiled(fn))
+
+
+def _run(worker: Any, size: int, *arguments: Any) -> None:
+    """Call a worker on as many threads as `size` elements are worth."""
+    next_chunk = np.zeros(1, np.int64)
+    if size < SERIAL:
+        worker(*arguments, next_chunk)
+    else:
+        run_on_threads(numba.get_num_threads(), worker, *arguments, next_chunk)
 
 
 def _cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
@@ -147,191 +165,188 @@ def tensor_matrix_multiply(
     target[...] = matmul(a.array, b.array)
 
 
-# ----- map: out[i] = fn(a[i]) -----
+# ----- loops -----
+#
+# A worker takes chunks of the output from a shared counter until none is left. FastOps calls it on
+# the library's threads; `tensor_map` and its like wrap it in a parallel loop of numba's. In it the
+# name `fn` stands for the scalar function, see `jit`.
 
 
-def tensor_map(fn: MapFn, keep: bool = False) -> Any:
-    """The compiled loop of `FastOps.map`.
+def tensor_map(fn: MapFn) -> Any:
+    """The compiled parallel loop out[i] = fn(a[i]), where `a` broadcasts to `out`.
 
     Args:
         fn: float -> float; compiled by numba or plain.
-        keep: on disk, for other processes; numba's `parallel_diagnostics` then knows it no more.
 
     Returns:
         A numba dispatcher: (out, out_shape, out_strides, in_storage, in_shape, in_strides) -> None.
 
     """
-    segment = specialise(_map_segment, fn=compiled(fn))
-    return specialise(_map_kernel, parallel=True, source=fn if keep else None, segment=segment)
+    worker = _worker(_map_worker, fn, keep=False)
+    return specialise(_map_kernel, parallel=True, worker=worker)
 
 
 def _map_kernel(out, out_shape, out_strides, a, a_shape, a_strides):  # type: ignore[no-untyped-def]
-    size = np.int64(1)
-    for n in out_shape:
-        size *= n
-    a_steps = steps(out_shape, a_shape, a_strides)
-    flat = is_flat(out_shape, out_strides) and is_flat(out_shape, a_steps)
-    if size < SERIAL:
-        segment(out, out_shape, out_strides, a, a_steps, flat, 0, size)  # type: ignore[name-defined]  # noqa: F821
-    else:
-        for chunk in prange((size + CHUNK - 1) // CHUNK):
-            begin = chunk * CHUNK
-            end = min(size, begin + CHUNK)
-            segment(out, out_shape, out_strides, a, a_steps, flat, begin, end)  # type: ignore[name-defined]  # noqa: F821
+    next_chunk = np.zeros(1, np.int64)
+    for _ in prange(1 if count(out_shape) < SERIAL else numba.get_num_threads()):
+        worker(out, out_shape, out_strides, a, a_shape, a_strides, next_chunk)  # type: ignore[name-defined]  # noqa: F821
 
 
-def _map_segment(out, shape, out_steps, a, a_steps, flat, begin, end):  # type: ignore[no-untyped-def]
-    """Elements begin ... end in row-major order: pieces of rows, which are evenly spaced."""
-    last = len(shape) - 1
-    width = end if flat or last < 0 else shape[last]
-    out_step = 1 if flat or last < 0 else out_steps[last]
-    a_step = 1 if flat or last < 0 else a_steps[last]
-    i = begin
-    while i < end:
-        column = i % width if width else 0
-        n = min(width - column, end - i)
-        p = column * out_step + row_offset(i // width, shape, out_steps, last)
-        q = column * a_step + row_offset(i // width, shape, a_steps, last)
-        if out_step == 1 and a_step == 1:  # slices: their bounds are known, so LLVM vectorises
-            to, x = out[p : p + n], a[q : q + n]
-            for j in range(n):
-                to[j] = fn(x[j])  # type: ignore[name-defined]  # noqa: F821
-        else:
-            for j in range(n):
-                out[p + j * out_step] = fn(a[q + j * a_step])  # type: ignore[name-defined]  # noqa: F821
-        i += n
+def _map_worker(out, shape, out_steps, a, a_shape, a_strides, next_chunk):  # type: ignore[no-untyped-def]
+    size, last = count(shape), len(shape) - 1
+    a_steps = steps(shape, a_shape, a_strides)
+    # Contiguous: one long row. Else rows along the last dimension.
+    flat = is_flat(shape, out_steps) and is_flat(shape, a_steps)
+    width = max(size, 1) if flat else shape[last]
+    out_step = 1 if flat else out_steps[last]
+    a_step = 1 if flat else a_steps[last]
+    while True:
+        i = fetch_add(next_chunk, 0, 1) * CHUNK
+        if i >= size:
+            return
+        end = min(size, i + CHUNK)
+        while i < end:  # the piece of a row from element i on
+            column, row = i % width, i // width
+            n = min(width - column, end - i)
+            p = column * out_step + row_offset(row, shape, out_steps, last)
+            q = column * a_step + row_offset(row, shape, a_steps, last)
+            if out_step == 1 and a_step == 1:  # slices: LLVM knows their bounds, and vectorises
+                to, x = out[p : p + n], a[q : q + n]
+                for j in range(n):
+                    to[j] = fn(x[j])  # type: ignore[name-defined]  # noqa: F821
+            else:
+                for j in range(n):
+                    out[p + j * out_step] = fn(a[q + j * a_step])  # type: ignore[name-defined]  # noqa: F821
+            i += n
 
 
-# ----- zip: out[i] = fn(a[i], b[i]) -----
-
-
-def tensor_zip(fn: ZipFn, keep: bool = False) -> Any:
-    """The compiled loop of `FastOps.zip`.
+def tensor_zip(fn: ZipFn) -> Any:
+    """The compiled parallel loop out[i] = fn(a[i], b[i]), where `a` and `b` broadcast to `out`.
 
     Args:
         fn: (float, float) -> float; compiled by numba or plain.
-        keep: as for `tensor_map`.
 
     Returns:
         A numba dispatcher: storage, shape and strides of out, of a, and of b -> None.
 
     """
-    segment = specialise(_zip_segment, fn=compiled(fn))
-    return specialise(_zip_kernel, parallel=True, source=fn if keep else None, segment=segment)
+    worker = _worker(_zip_worker, fn, keep=False)
+    return specialise(_zip_kernel, parallel=True, worker=worker)
 
 
 def _zip_kernel(  # type: ignore[no-untyped-def]
     out, out_shape, out_strides, a, a_shape, a_strides, b, b_shape, b_strides
 ):
-    size = np.int64(1)
-    for n in out_shape:
-        size *= n
-    a_steps = steps(out_shape, a_shape, a_strides)
-    b_steps = steps(out_shape, b_shape, b_strides)
-    flat = is_flat(out_shape, out_strides) and is_flat(out_shape, a_steps)
-    flat = flat and is_flat(out_shape, b_steps)
-    if size < SERIAL:
-        segment(out, out_shape, out_strides, a, a_steps, b, b_steps, flat, 0, size)  # type: ignore[name-defined]  # noqa: F821
-    else:
-        for chunk in prange((size + CHUNK - 1) // CHUNK):
-            begin = chunk * CHUNK
-            end = min(size, begin + CHUNK)
-            segment(out, out_shape, out_strides, a, a_steps, b, b_steps, flat, begin, end)  # type: ignore[name-defined]  # noqa: F821
+    next_chunk = np.zeros(1, np.int64)
+    for _ in prange(1 if count(out_shape) < SERIAL else numba.get_num_threads()):
+        worker(  # type: ignore[name-defined]  # noqa: F821
+            out, out_shape, out_strides, a, a_shape, a_strides, b, b_shape, b_strides, next_chunk
+        )
 
 
-def _zip_segment(out, shape, out_steps, a, a_steps, b, b_steps, flat, begin, end):  # type: ignore[no-untyped-def]
-    """Elements begin ... end in row-major order, see `_map_segment`."""
-    last = len(shape) - 1
-    width = end if flat or last < 0 else shape[last]
-    out_step = 1 if flat or last < 0 else out_steps[last]
-    a_step = 1 if flat or last < 0 else a_steps[last]
-    b_step = 1 if flat or last < 0 else b_steps[last]
-    i = begin
-    while i < end:
-        column, row = i % width, i // width
-        n = min(width - column, end - i)
-        p = column * out_step + row_offset(row, shape, out_steps, last)
-        q = column * a_step + row_offset(row, shape, a_steps, last)
-        r = column * b_step + row_offset(row, shape, b_steps, last)
-        if out_step == 1 and a_step == 1 and b_step == 1:
-            to, x, y = out[p : p + n], a[q : q + n], b[r : r + n]
-            for j in range(n):
-                to[j] = fn(x[j], y[j])  # type: ignore[name-defined]  # noqa: F821
-        else:
-            for j in range(n):
-                out[p + j * out_step] = fn(a[q + j * a_step], b[r + j * b_step])  # type: ignore[name-defined]  # noqa: F821
-        i += n
+def _zip_worker(  # type: ignore[no-untyped-def]
+    out, shape, out_steps, a, a_shape, a_strides, b, b_shape, b_strides, next_chunk
+):
+    """As `_map_worker`, with two inputs."""
+    size, last = count(shape), len(shape) - 1
+    a_steps, b_steps = steps(shape, a_shape, a_strides), steps(shape, b_shape, b_strides)
+    flat = is_flat(shape, out_steps) and is_flat(shape, a_steps) and is_flat(shape, b_steps)
+    width = max(size, 1) if flat else shape[last]
+    out_step = 1 if flat else out_steps[last]
+    a_step = 1 if flat else a_steps[last]
+    b_step = 1 if flat else b_steps[last]
+    while True:
+        i = fetch_add(next_chunk, 0, 1) * CHUNK
+        if i >= size:
+            return
+        end = min(size, i + CHUNK)
+        while i < end:
+            column, row = i % width, i // width
+            n = min(width - column, end - i)
+            p = column * out_step + row_offset(row, shape, out_steps, last)
+            q = column * a_step + row_offset(row, shape, a_steps, last)
+            r = column * b_step + row_offset(row, shape, b_steps, last)
+            if out_step == 1 and a_step == 1 and b_step == 1:
+                to, x, y = out[p : p + n], a[q : q + n], b[r : r + n]
+                for j in range(n):
+                    to[j] = fn(x[j], y[j])  # type: ignore[name-defined]  # noqa: F821
+            else:
+                for j in range(n):
+                    out[p + j * out_step] = fn(a[q + j * a_step], b[r + j * b_step])  # type: ignore[name-defined]  # noqa: F821
+            i += n
 
 
-# ----- reduce: out[i] = fn(...fn(fn(out[i], a[i, 0]), a[i, 1])...) -----
-
-
-def tensor_reduce(fn: ZipFn, keep: bool = False) -> Any:
-    """The compiled loop of `FastOps.reduce`; `out` holds the start of each fold.
+def tensor_reduce(fn: ZipFn) -> Any:
+    """The compiled parallel loop out[i] = fn(...fn(fn(out[i], a[i, 0]), a[i, 1])...).
 
     Args:
         fn: (float, float) -> float; compiled by numba or plain.
-        keep: as for `tensor_map`.
 
     Returns:
-        A numba dispatcher: storage, shape and strides of out, of a, and the dimension -> None.
+        A numba dispatcher: storage, shape and strides of out (which holds the start of each fold),
+        of a, and the dimension that is folded -> None.
 
     """
-    segment = specialise(_reduce_segment, fn=compiled(fn))
-    return specialise(_reduce_kernel, parallel=True, source=fn if keep else None, segment=segment)
+    worker = _worker(_reduce_worker, fn, keep=False)
+    return specialise(_reduce_kernel, parallel=True, worker=worker)
 
 
 def _reduce_kernel(out, out_shape, out_strides, a, a_shape, a_strides, reduce_dim):  # type: ignore[no-untyped-def]
-    size = np.int64(1)
-    for n in out_shape:
-        size *= n
-    # The dimension along which folds run side by side: the last that is not folded.
-    side = len(out_shape) - 1
+    next_chunk = np.zeros(1, np.int64)
+    for _ in prange(1 if count(a_shape) < SERIAL else numba.get_num_threads()):
+        worker(out, out_shape, out_strides, a, a_shape, a_strides, reduce_dim, next_chunk)  # type: ignore[name-defined]  # noqa: F821
+
+
+def _reduce_worker(  # type: ignore[no-untyped-def]
+    out, shape, out_steps, a, a_shape, a_steps, reduce_dim, next_chunk
+):
+    """Folds LANES outputs at once, in float64: memory is read in order, no sum waits for itself."""
+    size, length = count(shape), a_shape[reduce_dim]
+    side = len(shape) - 1  # along which folds lie side by side: the last that is not folded
     if side == reduce_dim:
         side -= 1
-    length = a_shape[reduce_dim]
-    per_chunk = max(LANES, CHUNK // max(length, 1))
-    if size * length < SERIAL:
-        segment(out, out_shape, out_strides, a, a_strides, length, reduce_dim, side, 0, size)  # type: ignore[name-defined]  # noqa: F821
-    else:
-        for chunk in prange((size + per_chunk - 1) // per_chunk):
-            begin = chunk * per_chunk
-            end = min(size, begin + per_chunk)
-            segment(out, out_shape, out_strides, a, a_strides, length, reduce_dim, side, begin, end)  # type: ignore[name-defined]  # noqa: F821
-
-
-def _reduce_segment(  # type: ignore[no-untyped-def]
-    out, shape, out_steps, a, a_steps, length, reduce_dim, side, begin, end
-):
-    """Outputs begin ... end, LANES at once: memory is read in order, no sum waits for itself."""
-    total = np.empty(LANES, np.float64)
-    width = np.int64(1) if side < 0 else shape[side]
-    out_step = np.int64(0) if side < 0 else out_steps[side]
-    a_side = np.int64(0) if side < 0 else a_steps[side]
+    width = 1 if side < 0 else shape[side]
+    out_step = 0 if side < 0 else out_steps[side]
+    a_side = 0 if side < 0 else a_steps[side]
     a_step = a_steps[reduce_dim]
-    i = begin
-    while i < end:
-        column, row = i % width, i // width
-        n = min(width - column, end - i, LANES)
-        p = column * out_step + row_offset(row, shape, out_steps, side)
-        q = column * a_side + row_offset(row, shape, a_steps, side)
-        for j in range(n):
-            total[j] = out[p + j * out_step]
-        for _ in range(length):
-            if a_side == 1:
-                x = a[q : q + n]
-                for j in range(n):
-                    total[j] = fn(total[j], x[j])  # type: ignore[name-defined]  # noqa: F821
-            else:
-                for j in range(n):
-                    total[j] = fn(total[j], a[q + j * a_side])  # type: ignore[name-defined]  # noqa: F821
-            q += a_step
-        for j in range(n):
-            out[p + j * out_step] = total[j]
-        i += n
+    per_chunk = max(LANES, CHUNK // max(length, 1))
+    total = np.empty(LANES, np.float64)
+    while True:
+        i = fetch_add(next_chunk, 0, 1) * per_chunk
+        if i >= size:
+            return
+        end = min(size, i + per_chunk)
+        while i < end:
+            column, row = i % width, i // width
+            n = min(width - column, end - i, LANES)
+            p = column * out_step + row_offset(row, shape, out_steps, side)
+            q = column * a_side + row_offset(row, shape, a_steps, side)
+            for j in range(n):
+                total[j] = out[p + j * out_step]
+            for _ in range(length):
+                if a_side == 1:
+                    x = a[q : q + n]
+                    for j in range(n):
+                        total[j] = fn(total[j], x[j])  # type: ignore[name-defined]  # noqa: F821
+                else:
+                    for j in range(n):
+                        total[j] = fn(total[j], a[q + j * a_side])  # type: ignore[name-defined]  # noqa: F821
+                q += a_step
+            for j in range(n):
+                out[p + j * out_step] = total[j]
+            i += n
 
 
 # ----- index arithmetic inside the loops -----
+
+
+@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def count(shape):  # type: ignore[no-untyped-def]
+    """Number of elements."""
+    size = np.int64(1)
+    for n in shape:
+        size *= n
+    return size
 
 
 @numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -29,6 +29,7 @@ def specialise(
     *,
     parallel: bool = False,
     source: Callable[..., float] | None = None,
+    files: Sequence[str] = (),
     **names: Any,
 ) -> Any:
     """Compile `template` with some of its global names replaced.
@@ -38,6 +39,7 @@ def specialise(
         parallel: whether its `prange` loops run on all cores.
         source: the scalar function that the names depend on; the result is kept on disk if a
             digest can tell whether this function has changed. None: it is not kept.
+        files: source files that the template uses functions of.
         names: the replacements.
 
     Returns:
@@ -45,7 +47,7 @@ def specialise(
 
     """
     assert isinstance(template, FunctionType)
-    digest = None if source is None else source_digest(source)
+    digest = None if source is None else source_digest(source, files)
     scope = {**template.__globals__, **names}
     loop = FunctionType(template.__code__, scope, template.__name__, template.__defaults__)
     loop.__module__ = template.__module__
@@ -55,7 +57,7 @@ def specialise(
     return njit(parallel=parallel, cache=digest is not None, error_model="numpy")(loop)
 
 
-def source_digest(fn: Callable[..., float]) -> str | None:
+def source_digest(fn: Callable[..., float], files: Sequence[str] = ()) -> str | None:
     """A digest of all that the value of `fn` depends on; None if that cannot be told.
 
     It can be told for a function in a file that reads nothing from outside but modules, numbers and
@@ -67,7 +69,9 @@ def source_digest(fn: Callable[..., float]) -> str | None:
     file = inspect.getsourcefile(plain)
     if file is None or not Path(file).is_file():
         return None
-    digest = hashlib.sha256(Path(__file__).read_bytes() + Path(file).read_bytes())
+    digest = hashlib.sha256()
+    for part in (__file__, file, *files):
+        digest.update(Path(part).read_bytes())
     code = plain.__code__
     numbers = [value for value in code.co_consts if not isinstance(value, CodeType)]
     identity = (plain.__module__, plain.__qualname__, code.co_firstlineno, code.co_names, numbers)
