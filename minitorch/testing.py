@@ -304,7 +304,9 @@ def with_layout(values: Array, layout: str, order: Sequence[int] | None = None) 
     if layout == "expanded":
         repeated = range(min(dims, 1)) if order is None else order
         first = tuple(slice(0, 1) if d in repeated else slice(None) for d in range(dims))
-        return np.broadcast_to(values[first].copy(), values.shape)
+        array = np.broadcast_to(values[first].copy(), values.shape)
+        array.flags.writeable = True  # numba compiles every loop again for read-only arrays
+        return array
     raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout}")
 
 

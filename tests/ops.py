@@ -189,6 +189,12 @@ MOVEMENT = [
     Op("transpose", lambda x: x.transpose(0, -1), lambda x: x.swapaxes(0, -1), ANY),
     Op("view", lambda x: x.contiguous().view(1, x.size), lambda x: x.reshape(1, -1), ANY),
     Op("contiguous", lambda x: x.contiguous(), np.array, ANY),
+    Op(
+        "copy",
+        lambda x: x.transpose(0, 1).contiguous(),
+        lambda x: x.swapaxes(0, 1),
+        one(st.tuples(st.just(2), st.just(3))),
+    ),
     Op("slice", lambda x: x[..., 1::2], lambda x: x[..., 1::2], ANY),
     Op("index", lambda x: x[None, 0:2], lambda x: x[None, 0:2], ANY),
     Op(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 import minitorch
@@ -58,12 +58,13 @@ def test_the_table_covers_every_function() -> None:
     """Each class with a derivative is reached by a row, or by the tests below."""
     reached = {"Cast", "FlashAttention"}
     for op in OPS:
-        shapes = find(op.shapes, lambda _: True)
+        example = settings(phases=[Phase.generate], database=None, max_examples=1)
+        shapes = find(op.shapes, lambda _: True, settings=example)
         out = op.function(*(minitorch.tensor(np.full(s, op.high)) for s in shapes))
         graph: list[Any] = list(topological_sort(out))
         reached |= {v.history.last_fn.__name__ for v in graph if not v.is_leaf()}
     ours = {c.__name__ for c in subclasses(Function) if c.__module__.startswith("minitorch.")}
-    assert ours <= reached
+    assert ours - reached == set()
 
 
 def subclasses(cls: type) -> set[type]:
