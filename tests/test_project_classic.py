@@ -11,6 +11,7 @@ import pytest
 
 import minitorch
 from project import (
+    parallel_check,
     points,
     run_digits,
     run_fast_tensor,
@@ -60,6 +61,13 @@ def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit):
         run_manual.main(arguments)
     assert "error" in capsys.readouterr().err
+
+
+def test_parallel_check(capsys: pytest.CaptureFixture[str]) -> None:
+    parallel_check.main(["--level", "1"])
+    out = capsys.readouterr().out
+    assert all(f"===== {loop} =====" in out for loop in ("map", "zip", "reduce"))
+    assert out.count("Parallel loop listing") == 3
 
 
 def test_picture() -> None:
