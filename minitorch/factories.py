@@ -1,0 +1,138 @@
+"""How tensors are made: from lists, from numpy arrays, from random numbers.
+
+As in MiniTorch, `tensor` and `rand` give leaves that collect a gradient unless told otherwise; `zeros` and `ones` give
+constants.
+"""
+
+from __future__ import annotations
+
+import random
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .dtypes import check_dtype, get_default_dtype
+from .tensor import Tensor
+from .tensor_data import Storage, TensorData, UserShape
+from .tensor_ops import SimpleBackend, TensorBackend
+
+__all__ = [
+    "_tensor",
+    "ones",
+    "ones_tensor_from_numpy",
+    "rand",
+    "tensor",
+    "tensor_from_numpy",
+    "zeros",
+    "zeros_tensor_from_numpy",
+]
+
+
+def _shape(shape: UserShape | int) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
+
+
+def _leaf(data: TensorData, backend: TensorBackend, requires_grad: bool) -> Tensor:
+    out = Tensor(data, backend=backend)
+    out._type_(backend)
+    out.requires_grad_(requires_grad)
+    return out
+
+
+def _dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
+    return get_default_dtype() if dtype is None else check_dtype(dtype)
+
+
+def zeros(
+    shape: UserShape,
+    backend: TensorBackend = SimpleBackend,
+    requires_grad: bool = False,
+    dtype: npt.DTypeLike | None = None,
+) -> Tensor:
+    """Zeros of `shape`."""
+    array = np.zeros(_shape(shape), _dtype(dtype))
+    return _leaf(TensorData.from_array(array), backend, requires_grad)
+
+
+def ones(
+    shape: UserShape,
+    backend: TensorBackend = SimpleBackend,
+    requires_grad: bool = False,
+    dtype: npt.DTypeLike | None = None,
+) -> Tensor:
+    """Ones of `shape`."""
+    array = np.ones(_shape(shape), _dtype(dtype))
+    return _leaf(TensorData.from_array(array), backend, requires_grad)
+
+
+def rand(
+    shape: UserShape,
+    backend: TensorBackend = SimpleBackend,
+    requires_grad: bool | None = None,
+    dtype: npt.DTypeLike | None = None,
+) -> Tensor:
+    """Uniform numbers in [0, 1), one `random.random()` an element in row-major order."""
+    wanted = _shape(shape)
+    values = np.array([random.random() for _ in range(prod(wanted))], _dtype(dtype))
+    return _leaf(TensorData(values, wanted), backend, requires_grad is not False)
+
+
+def _tensor(
+    ls: Any,
+    shape: UserShape,
+    backend: TensorBackend = SimpleBackend,
+    requires_grad: bool | None = None,
+) -> Tensor:
+    """A tensor of `shape` from a flat list or storage."""
+    return _leaf(TensorData(ls, _shape(shape)), backend, requires_grad is not False)
+
+
+def tensor(
+    ls: Any,
+    backend: TensorBackend = SimpleBackend,
+    requires_grad: bool | None = None,
+    dtype: npt.DTypeLike | None = None,
+) -> Tensor:
+    """A tensor from a number, nested lists or an array; the values are copied.
+
+    Args:
+        ls: float32 and float64 arrays keep their dtype, all else becomes the default dtype.
+        backend: its operations.
+        requires_grad: None or True: a leaf that collects a gradient; False: a constant.
+        dtype: float32 or float64, in place of the rule above.
+
+    Raises:
+        ValueError: lists of different lengths.
+        TypeError: `dtype` is something else.
+
+    """
+    try:
+        array = np.asarray(ls) if hasattr(ls, "__array__") else np.array(ls, _dtype(dtype))
+    except ValueError as error:
+        raise ValueError(f"tensor: nested lists must all have the same length ({error})") from None
+    if dtype is not None:
+        array = array.astype(check_dtype(dtype))
+    return _leaf(
+        TensorData.from_array(np.array(array, order="C")),
+        backend,
+        requires_grad is not False,
+    )
+
+
+def tensor_from_numpy(
+    ls: Storage, backend: TensorBackend = SimpleBackend, requires_grad: bool = False
+) -> Tensor:
+    """A contiguous copy of an array: float32 and float64 keep their dtype, all else becomes the default one."""
+    return _leaf(TensorData.from_array(np.array(ls, order="C")), backend, requires_grad)
+
+
+def zeros_tensor_from_numpy(shape: UserShape, backend: TensorBackend = SimpleBackend) -> Tensor:
+    """`zeros`, under the transformer course's name."""
+    return zeros(shape, backend)
+
+
+def ones_tensor_from_numpy(shape: UserShape, backend: TensorBackend = SimpleBackend) -> Tensor:
+    """`ones`, under the transformer course's name."""
+    return ones(shape, backend)

@@ -1,0 +1,188 @@
+"""Functions of neural networks: pooling, softmax, dropout, GELU, losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .factories import rand
+from .tensor import Tensor
+from .tensor_data import TensorData
+from .tensor_functions import (
+    GELUFun,
+    LogSoftmax,
+    LogSumExp,
+    Max,
+    Softmax,
+    SoftmaxLoss,
+    check_dim,
+)
+
+# ----- pooling -----
+
+
+def tile(input: Tensor, kernel: tuple[int, int]) -> tuple[Tensor, int, int]:
+    """Cut an image into the tiles that pooling reduces.
+
+    Args:
+        input: (batch, channel, height, width).
+        kernel: (kernel_height, kernel_width), which must divide height and width.
+
+    Returns:
+        Tensor (batch, channel, new_height, new_width, kernel_height * kernel_width), new_height, new_width.
+
+    Raises:
+        ValueError: the kernel does not divide the image.
+
+    """
+    batch, channel, height, width = input.shape
+    kh, kw = kernel
+    if height % kh or width % kw:
+        raise ValueError(f"kernel {kernel} must divide height and width, got ({height}, {width})")
+    new_height, new_width = height // kh, width // kw
+    blocks = input.contiguous().view(batch, channel, new_height, kh, new_width, kw)
+    tiles = blocks.permute(0, 1, 2, 4, 3, 5).contiguous()
+    return tiles.view(batch, channel, new_height, new_width, kh * kw), new_height, new_width
+
+
+def avgpool2d(input: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """Mean of each tile: (batch, channel, height, width) -> (batch, channel, height / kh, width / kw)."""
+    tiles, height, width = tile(input, kernel)
+    return tiles.mean(4).view(*input.shape[:2], height, width)
+
+
+def maxpool2d(input: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """Maximum of each tile: (batch, channel, height, width) -> (batch, channel, height / kh, width / kw)."""
+    tiles, height, width = tile(input, kernel)
+    return max(tiles, 4).view(*input.shape[:2], height, width)
+
+
+def max(input: Tensor, dim: int | Tensor) -> Tensor:
+    """Maximum along a dimension, which is kept with size 1."""
+    return Max.apply(input, dim)
+
+
+def argmax(input: Tensor, dim: int) -> Tensor:
+    """1.0 where an element is the maximum along `dim`, else 0.0 (one-hot if there is no tie)."""
+    axis = check_dim(dim, input.dims)
+    return input == input.f.max_reduce(input.detach(), axis)
+
+
+# ----- softmax -----
+
+
+def softmax(input: Tensor, dim: int) -> Tensor:
+    """exp(x) / sum(exp(x)) along a dimension; a slice that is -inf throughout gives zeros."""
+    return Softmax.apply(input, dim)
+
+
+def logsoftmax(input: Tensor, dim: int) -> Tensor:
+    """Logarithm of the softmax, computed as x - logsumexp(x)."""
+    return LogSoftmax.apply(input, dim)
+
+
+def logsumexp(input: Tensor, dim: int) -> Tensor:
+    """log(sum(exp(x))) along a dimension, which is kept with size 1; stable for large x."""
+    return LogSumExp.apply(input, dim)
+
+
+# ----- dropout, activation, normalisation -----
+
+
+def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
+    """Set elements to 0 with probability `rate`. As in MiniTorch the others are not rescaled.
+
+    Args:
+        input: any tensor.
+        rate: 0 keeps everything, 1 drops everything.
+        ignore: if True nothing is dropped.
+
+    """
+    if ignore:
+        return input
+    return input * (rand(input.shape, backend=input.backend, requires_grad=False) > rate).to(
+        input.dtype
+    )
+
+
+def GELU(input: Tensor) -> Tensor:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), Hendrycks & Gimpel 2016, section 2."""
+    return GELUFun.apply(input)
+
+
+def layer_norm(input: Tensor, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) over the last dimension, without weights."""
+    last = input.dims - 1
+    return (input - input.mean(last)) / ((input.var(last) + eps) ** 0.5)
+
+
+# ----- losses -----
+
+
+def one_hot(input: Tensor, num_classes: int) -> Tensor:
+    """A row with a single 1.0 for each class number: (...) -> (..., num_classes).
+
+    Raises:
+        ValueError: a class number outside 0 ... num_classes - 1.
+
+    """
+    ids = class_numbers(input, num_classes, "input")
+    rows = np.eye(num_classes, dtype=input.dtype)[ids]
+    return input._new(TensorData.from_array(rows))
+
+
+def softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of each row: logsumexp(logits) - logits[target].
+
+    Args:
+        logits: (batch, C).
+        target: (batch,), class numbers stored as floats.
+
+    Returns:
+        Loss of each row, (batch,).
+
+    Raises:
+        ValueError: shapes that do not fit, or a class number outside 0 ... C - 1.
+
+    """
+    if logits.dims != 2 or target.shape != logits.shape[:1]:
+        raise ValueError(
+            f"softmax_loss needs logits (batch, C) and target (batch,), got {logits.shape} and {target.shape}"
+        )
+    class_numbers(target, logits.shape[1], "target")
+    return SoftmaxLoss.apply(logits, target.detach())
+
+
+def class_numbers(ids: Tensor, num_classes: int, name: str) -> Any:
+    """The class numbers held by a tensor of floats, as an int64 array.
+
+    Raises:
+        ValueError: one of them is not a whole number from 0 to num_classes - 1; `name` is named.
+
+    """
+    values = ids._tensor.array
+    whole = values.astype(np.int64)
+    wrong = (whole != values) | (whole < 0) | (whole >= num_classes)
+    if wrong.any():
+        raise ValueError(
+            f"{name} must hold whole numbers from 0 to {num_classes - 1}, got {values[wrong][0]:g}"
+        )
+    return whole
+
+
+__all__ = [
+    "GELU",
+    "argmax",
+    "avgpool2d",
+    "dropout",
+    "layer_norm",
+    "logsoftmax",
+    "logsumexp",
+    "max",
+    "maxpool2d",
+    "one_hot",
+    "softmax",
+    "softmax_loss",
+    "tile",
+]

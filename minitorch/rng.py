@@ -1,0 +1,57 @@
+"""Random numbers: one call seeds them all, and their state can be saved for a run that is resumed.
+
+Three generators are in use, because MiniTorch's API fixes two of them: `random` (factory `rand`), numpy's global
+one (`Dropout`, `Embedding`), and one of our own that gives each call of fused attention its dropout seed.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+
+_attention_seeds = np.random.Generator(np.random.PCG64(0))
+
+
+def manual_seed(seed: int) -> None:
+    """Seed every random number that the library draws.
+
+    Args:
+        seed: a whole number, 0 <= seed < 2**32.
+
+    Raises:
+        ValueError: `seed` is outside that range.
+
+    """
+    if not 0 <= int(seed) < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+    global _attention_seeds
+    random.seed(int(seed))
+    np.random.seed(int(seed))
+    _attention_seeds = np.random.Generator(np.random.PCG64(int(seed)))
+
+
+def next_seed() -> int:
+    """Draw the 64-bit seed of the next dropout mask inside attention."""
+    return int(_attention_seeds.integers(0, 2**64, dtype=np.uint64))
+
+
+def get_rng_state() -> dict[str, Any]:
+    """The state of all three generators, as values that JSON can hold; `set_rng_state` takes it back."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "attention": _attention_seeds.bit_generator.state,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put all three generators back into a state that `get_rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    _attention_seeds.bit_generator.state = state["attention"]

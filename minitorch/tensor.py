@@ -1,0 +1,629 @@
+"""`Tensor`: an array that remembers how it was computed. Each operation is one line to its `Function`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import count
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from . import dtypes, rng
+from .attention import standard_attention
+from .autodiff import Variable, backpropagate
+from .kernels.flash_attention.problem import AttentionProblem
+from .tensor_data import (
+    IndexingError,
+    Shape,
+    Storage,
+    Strides,
+    TensorData,
+    UserIndex,
+    UserShape,
+    UserStrides,
+    shape_broadcast,
+)
+from .tensor_functions import (
+    EQ,
+    LT,
+    Add,
+    All,
+    Attn_Softmax,
+    Cast,
+    Copy,
+    Exp,
+    FlashAttention,
+    Function,
+    History,
+    Inv,
+    IsClose,
+    LayerNorm,
+    Log,
+    MatMul,
+    Mul,
+    Neg,
+    Permute,
+    PowerScalar,
+    ReLU,
+    Sigmoid,
+    Slice,
+    Sum,
+    Tanh,
+    View,
+    check_dim,
+)
+from .tensor_ops import SimpleBackend, TensorBackend
+
+if TYPE_CHECKING:
+    from .autodiff import Context
+
+TensorLike: TypeAlias = Union[float, int, "Tensor"]
+
+_ids = count(1)
+
+
+class Tensor:
+    """A multi-dimensional array with a gradient.
+
+    Args:
+        v: the elements.
+        back: how it was computed; an empty `History` for a leaf, None for a constant.
+        name: for messages.
+        backend: the operations to use; `SimpleBackend` if not given.
+
+    """
+
+    grad: Tensor | None
+
+    def __init__(
+        self,
+        v: TensorData,
+        back: History | None = None,
+        name: str | None = None,
+        backend: TensorBackend | None = None,
+    ) -> None:
+        if not isinstance(v, TensorData):
+            raise TypeError(
+                f"v must be a TensorData, got {type(v).__name__}: minitorch.tensor() takes lists and arrays"
+            )
+        self.unique_id = next(_ids)
+        self._tensor = v
+        self.history = back
+        self.backend = SimpleBackend if backend is None else backend
+        self.grad = None
+        self.name = name if name is not None else str(self.unique_id)
+
+    # ----- what it is -----
+
+    @property
+    def f(self) -> TensorBackend:
+        """The backend, by the short name that functions use."""
+        return self.backend
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of each dimension."""
+        return self._tensor.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self._tensor.size
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions."""
+        return len(self._tensor.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float32 or float64."""
+        return self._tensor.dtype
+
+    def requires_grad_(self, x: bool) -> None:
+        """Make this tensor a leaf that collects a gradient, or (False) a constant."""
+        self.history = History() if x else None
+
+    def requires_grad(self) -> bool:
+        """Whether a gradient is computed for this tensor."""
+        return self.history is not None
+
+    # ----- to and from other forms -----
+
+    def numpy(self) -> npt.NDArray[Any]:
+        """The elements as a numpy array that shares this tensor's memory; a graph knows nothing of writes to it."""
+        return self._tensor.array
+
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """A contiguous copy of the elements."""
+        return self._tensor.array.copy(order="C")
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        return np.array(self._tensor.array, dtype=dtype, copy=copy)
+
+    def item(self) -> float:
+        """The only element, as a Python float.
+
+        Raises:
+            ValueError: there is not exactly one.
+
+        """
+        if self.size != 1:
+            raise ValueError(f"item() needs a tensor of one element, got shape {self.shape}")
+        return self._tensor.array.item()  # type: ignore[no-any-return]
+
+    def __float__(self) -> float:
+        return self.item()
+
+    def __bool__(self) -> bool:
+        """Whether every element is true (not zero). MiniTorch's `is_close` relies on a truth value of whole tensors."""
+        return bool(np.all(self._tensor.array))
+
+    def to(self, dtype: npt.DTypeLike) -> Tensor:
+        """The same values as float32 or float64; the gradient comes back in this tensor's dtype.
+
+        Raises:
+            TypeError: another dtype.
+
+        """
+        wanted = dtypes.check_dtype(dtype)
+        return self if wanted == self.dtype else Cast.apply(self, wanted)
+
+    def tuple(self) -> tuple[Storage, Shape, Strides]:
+        """Storage, shape and strides."""
+        return self._tensor.tuple()
+
+    def __repr__(self) -> str:
+        text = np.array2string(
+            self._tensor.array, precision=4, separator=", ", prefix="tensor(", threshold=100
+        )
+        dtype = "" if self.dtype == dtypes.get_default_dtype() else f", dtype={self.dtype.name}"
+        if self.history is None or self.history.last_fn is None:
+            return f"tensor({text}{dtype})"
+        return f"tensor({text}{dtype}, grad_fn={self.history.last_fn.__name__})"
+
+    __str__ = __repr__
+
+    # ----- elementwise -----
+
+    def _ensure_tensor(self, b: TensorLike) -> Tensor:
+        """`b`, or a constant of shape (1,) in this tensor's dtype if it is a number."""
+        if isinstance(b, Tensor):
+            return b
+        if isinstance(b, int | float | np.number):
+            return self._new(TensorData(np.array([b], dtype=self.dtype), (1,)))
+        raise TypeError(f"expected a number or a Tensor, got {type(b).__name__}")
+
+    def __add__(self, b: TensorLike) -> Tensor:
+        return Add.apply(self, self._ensure_tensor(b))
+
+    def __sub__(self, b: TensorLike) -> Tensor:
+        return Add.apply(self, self._ensure_tensor(-b))
+
+    def __mul__(self, b: TensorLike) -> Tensor:
+        return Mul.apply(self, self._ensure_tensor(b))
+
+    def __truediv__(self, b: TensorLike) -> Tensor:
+        return Mul.apply(self, Inv.apply(self._ensure_tensor(b)))
+
+    def __rtruediv__(self, b: TensorLike) -> Tensor:
+        return Mul.apply(self._ensure_tensor(b), Inv.apply(self))
+
+    def __pow__(self, b: TensorLike) -> Tensor:
+        return PowerScalar.apply(self, self._ensure_tensor(b))
+
+    def __matmul__(self, b: Tensor) -> Tensor:
+        return MatMul.apply(self, b)
+
+    def __lt__(self, b: TensorLike) -> Tensor:
+        return LT.apply(self, self._ensure_tensor(b))
+
+    def __gt__(self, b: TensorLike) -> Tensor:
+        return LT.apply(self._ensure_tensor(b), self)
+
+    def __le__(self, b: TensorLike) -> Tensor:
+        return (self < b) + (self == b)
+
+    def __ge__(self, b: TensorLike) -> Tensor:
+        return (self > b) + (self == b)
+
+    def __eq__(self, b: TensorLike) -> Tensor:  # type: ignore[override]
+        return EQ.apply(self, self._ensure_tensor(b))
+
+    def __ne__(self, b: TensorLike) -> Tensor:  # type: ignore[override]
+        return 1.0 - (self == b)
+
+    __hash__ = object.__hash__
+
+    def __neg__(self) -> Tensor:
+        return Neg.apply(self)
+
+    def __radd__(self, b: TensorLike) -> Tensor:
+        return self + b
+
+    def __rmul__(self, b: TensorLike) -> Tensor:
+        return self * b
+
+    def __rsub__(self, b: TensorLike) -> Tensor:
+        return self._ensure_tensor(b) - self
+
+    def is_close(self, y: Tensor) -> Tensor:
+        """1.0 where the two differ by less than 0.01."""
+        return IsClose.apply(self, self._ensure_tensor(y))
+
+    def sigmoid(self) -> Tensor:
+        """1 / (1 + exp(-x))"""
+        return Sigmoid.apply(self)
+
+    def tanh(self) -> Tensor:
+        """Hyperbolic tangent."""
+        return Tanh.apply(self)
+
+    def relu(self) -> Tensor:
+        """max(x, 0)"""
+        return ReLU.apply(self)
+
+    def log(self) -> Tensor:
+        """log(x + 1e-6), as MiniTorch has it."""
+        return Log.apply(self)
+
+    def exp(self) -> Tensor:
+        """e ** x"""
+        return Exp.apply(self)
+
+    # ----- reduction: the dimension is kept with size 1; without one, everything is reduced to shape (1,) -----
+
+    def all(self, dim: int | None = None) -> Tensor:
+        """1.0 where every element along `dim` is true."""
+        return All.apply(self._flat(), 0) if dim is None else All.apply(self, dim)
+
+    def sum(self, dim: int | None = None) -> Tensor:
+        """Sum along `dim`."""
+        return Sum.apply(self._flat(), 0) if dim is None else Sum.apply(self, dim)
+
+    def mean(self, dim: int | None = None) -> Tensor:
+        """Mean along `dim`."""
+        n = self.size if dim is None else self.shape[check_dim(dim, self.dims)]
+        return self.sum(dim) / float(n)
+
+    def var(self, dim: int | None = None) -> Tensor:
+        """Biased variance along `dim`: the mean of the squared distances to the mean."""
+        distance = self - self.mean(dim)
+        return (distance * distance).mean(dim)
+
+    def _flat(self) -> Tensor:
+        return self.contiguous().view(self.size)
+
+    # ----- movement -----
+
+    def permute(self, *order: int) -> Tensor:
+        """The dimensions in the given order."""
+        return Permute.apply(self, order)
+
+    def transpose(self, dim0: int, dim1: int) -> Tensor:
+        """Two dimensions exchanged."""
+        order = list(range(self.dims))
+        a, b = check_dim(dim0, self.dims), check_dim(dim1, self.dims)
+        order[a], order[b] = order[b], order[a]
+        return Permute.apply(self, order)
+
+    def view(self, *shape: int) -> Tensor:
+        """The same elements in another shape; one size may be -1, to be worked out.
+
+        Raises:
+            AssertionError: the tensor is not contiguous.
+            ValueError: the shape has another number of elements.
+
+        """
+        known = prod(n for n in shape if n != -1)
+        given = shape
+        if shape.count(-1) == 1 and known and self.size % known == 0:
+            shape = tuple(self.size // known if n == -1 else n for n in shape)
+        if min(shape, default=0) < 0 or prod(shape) != self.size:
+            raise ValueError(f"view: shape {given} does not hold the {self.size} elements of {self.shape}")
+        return View.apply(self, shape)
+
+    def contiguous(self) -> Tensor:
+        """This tensor if its elements lie in row-major order, else a copy in which they do."""
+        return self if self._tensor.is_contiguous() else Copy.apply(self)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A number for a full index of whole numbers; a tensor (differentiable, no copy) for slices and partial indices."""
+        full = key if isinstance(key, tuple) else (key,)
+        if len(full) == self.dims and all(isinstance(i, int | np.integer) for i in full):
+            return self._tensor.get(self._count_from_start(full))
+        for i in full:
+            if not (i is None or i is Ellipsis or isinstance(i, int | np.integer | slice)):
+                raise TypeError(
+                    f"an index may hold whole numbers, slices, None and ..., got {type(i).__name__}"
+                )
+        try:
+            return Slice.apply(self, key)
+        except IndexError as error:
+            raise IndexingError(f"index {key} does not fit shape {self.shape}: {error}") from None
+
+    def __setitem__(self, key: int | UserIndex, val: float) -> None:
+        """Change one element in place; a graph knows nothing of it."""
+        full = tuple(key) if isinstance(key, Sequence) else (key,)
+        self._tensor.set(self._count_from_start(full), val)
+
+    def _count_from_start(self, index: Sequence[Any]) -> tuple[int, ...]:
+        """An index in which negative numbers, which count from the end, have been replaced."""
+        if len(index) != self.dims:
+            return tuple(index)
+        return tuple(
+            int(i) + n if -n <= i < 0 else int(i) for i, n in zip(index, self.shape, strict=True)
+        )
+
+    def broadcast_to(self, shape: UserShape) -> Tensor:
+        """A constant view of this tensor repeated to `shape`, without a copy."""
+        array = np.broadcast_to(self._tensor.array, tuple(shape))
+        array.flags.writeable = True  # numba compiles every loop again for read-only arrays
+        return self._new(TensorData.from_array(array))
+
+    # ----- fused -----
+
+    def attn_softmax(self, mask: Tensor) -> Tensor:
+        """softmax(self + mask) along the last dimension; self (B, H, from, to), mask broadcasts to it."""
+        return Attn_Softmax.apply(self, mask)
+
+    def layernorm(self, gamma: Tensor, beta: Tensor, eps: float = 1e-8) -> Tensor:
+        """Layer norm of the last dimension; self (..., D), gamma and beta (D,)."""
+        return LayerNorm.apply(self, gamma, beta, eps)
+
+    # ----- attention -----
+
+    def flash_attention(
+        self,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | npt.NDArray[Any] | None = None,
+        is_causal: bool | str = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        seed: int | None = None,
+    ) -> Any:
+        """Attention of this query over key and value, in tiles: memory grows with N, not with N squared.
+
+        softmax(query @ key^T * scale + attn_mask) @ value, with PyTorch's `scaled_dot_product_attention` names and
+        meanings. Source: Dao 2023 (FlashAttention-2), algorithms 1 and 2; the loops are in `kernels/flash_attention/`.
+
+        Args:
+            key: (..., Hk, Nk, D), where self is (..., H, Nq, D); leading dimensions broadcast.
+            value: (..., Hk, Nk, Dv).
+            attn_mask: broadcastable to (..., Nq, Nk). A bool numpy array: True takes part. A float array or Tensor: added to
+                the scores; a Tensor that requires a gradient gets one. Mind that comparisons of tensors give floats (1.0
+                and 0.0), which would be added: pass `mask.numpy() > 0`.
+            is_causal: True or "top-left": row i sees keys up to i, as in PyTorch. "bottom-right": row i sees keys up to
+                i + Nk - Nq, for a cache of keys.
+            dropout_p: probability that an attention weight is dropped; the others are scaled by 1 / (1 - dropout_p).
+            scale: of the scores; 1 / sqrt(D) if not given.
+            window: (left, right): a row sees that many keys before and after its own position; None or -1 is unbounded.
+            enable_gqa: H may be a multiple of Hk; each key head serves H / Hk query heads.
+            return_lse: also return the logsumexp of the scores, (..., Nq), natural logarithm; it has a gradient.
+            seed: of the dropout mask (see `attention_dropout_mask`); drawn from `manual_seed`'s sequence if not given.
+
+        Returns:
+            Output (..., H, Nq, Dv) in this tensor's dtype, or (output, logsumexp). A row with no allowed key gives output 0
+            and logsumexp -inf.
+
+        Raises:
+            ValueError: shapes, mask or options that do not fit together.
+            TypeError: dtypes differ or are not float32 or float64.
+
+        """
+        problem = self._attention_problem(
+            key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
+        )
+        needs_mask_grad = isinstance(attn_mask, Tensor) and attn_mask.requires_grad()
+        out = FlashAttention.apply(
+            self, key, value, attn_mask, problem, needs_mask_grad, return_lse
+        )
+        return (out[..., :-1], out[..., -1]) if return_lse else out
+
+    def attention(
+        self,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | npt.NDArray[Any] | None = None,
+        is_causal: bool | str = False,
+        dropout_p: float = 0.0,
+        scale: float | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        seed: int | None = None,
+    ) -> Any:
+        """Standard attention: `flash_attention` with the whole score matrix in memory. Arguments and result are the same.
+
+        Source: Vaswani et al. 2017, equation 1; the steps are in `attention.py`.
+        """
+        problem = self._attention_problem(
+            key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
+        )
+        return standard_attention(self, key, value, attn_mask, problem, return_lse)
+
+    def flash_attention_causal(self, key: Tensor, value: Tensor) -> Tensor:
+        """`flash_attention(key, value, is_causal=True)`, as versions of the transformer course call it."""
+        out: Tensor = self.flash_attention(key, value, is_causal=True)
+        return out
+
+    def _attention_problem(
+        self,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | npt.NDArray[Any] | None,
+        is_causal: bool | str,
+        dropout_p: float,
+        scale: float | None,
+        window: tuple[int | None, int | None] | None,
+        enable_gqa: bool,
+        seed: int | None,
+    ) -> AttentionProblem:
+        """The validated description of an attention call on this query; draws the dropout seed if none is given."""
+        for name, given in (("key", key), ("value", value)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
+        problem = AttentionProblem.of(
+            self.shape,
+            key.shape,
+            value.shape,
+            self._common_dtype(key, value),
+            attn_mask=attn_mask._tensor.array if isinstance(attn_mask, Tensor) else attn_mask,
+            is_causal=is_causal,
+            dropout_p=dropout_p,
+            scale=scale,
+            window=window,
+            enable_gqa=enable_gqa,
+            seed=0 if seed is None else seed,
+        )
+        if seed is None and dropout_p > 0:  # drawn last: bad input draws nothing
+            problem = replace(problem, seed=rng.next_seed())
+        return problem
+
+    def _common_dtype(self, *others: Tensor) -> np.dtype[Any]:
+        """This tensor's dtype, which the others must have too."""
+        given = [self.dtype, *(other.dtype for other in others)]
+        if len(set(given)) > 1:
+            names = ", ".join(dtype.name for dtype in given)
+            raise TypeError(f"query, key and value must have one dtype, got {names}: convert with .to()")
+        return self.dtype
+
+    # ----- making others like it -----
+
+    def _new(self, tensor_data: TensorData) -> Tensor:
+        """A constant on the same backend."""
+        return Tensor(tensor_data, backend=self.backend)
+
+    @staticmethod
+    def make(
+        storage: Storage | list[float],
+        shape: UserShape,
+        strides: UserStrides | None = None,
+        backend: TensorBackend | None = None,
+    ) -> Tensor:
+        """A constant tensor from storage, shape and strides."""
+        return Tensor(TensorData(storage, shape, strides), backend=backend)
+
+    def zeros(self, shape: UserShape | None = None) -> Tensor:
+        """Zeros of `shape` (of this one if not given), with this tensor's dtype and backend."""
+        wanted = self.shape if shape is None else tuple(shape)
+        return self._new(TensorData(np.zeros(prod(wanted), self.dtype), wanted))
+
+    def expand(self, other: Tensor | float) -> Tensor:
+        """`other`, a gradient, brought to this tensor's shape: repeated where it is smaller, summed where it is larger."""
+        other = self._ensure_tensor(other)
+        if other.shape == self.shape:
+            return other
+        shape = shape_broadcast(self.shape, other.shape)
+        out = other if other.shape == shape else other.broadcast_to(shape)
+        added = len(shape) - self.dims
+        for dim in range(len(shape)):
+            if shape[dim] != 1 and (dim < added or self.shape[dim - added] == 1):
+                out = self.f.add_reduce(out, dim)
+        contiguous = out.detach().contiguous()
+        return self._new(TensorData(contiguous._tensor._storage, self.shape))
+
+    def detach(self) -> Tensor:
+        """A constant that shares this tensor's elements."""
+        return Tensor(self._tensor, backend=self.backend)
+
+    def _type_(self, backend: TensorBackend) -> None:
+        """Move this tensor to another backend, in place."""
+        self.backend = backend
+        if backend.cuda:
+            self._tensor.to_cuda_()
+
+    # ----- the variable of the autodiff engine -----
+
+    def accumulate_derivative(self, x: Any) -> None:
+        """Add `x` to the gradient of this leaf; it is copied, so that no two gradients share memory."""
+        if not self.is_leaf():
+            raise RuntimeError("only leaves collect a derivative")
+        if self.grad is None:
+            self.grad = self._new(TensorData.from_array(x._tensor.array.astype(self.dtype)))
+        else:
+            self.grad = (self.grad + x).detach()
+
+    def is_leaf(self) -> bool:
+        """Whether no function made this tensor and it wants a gradient."""
+        return self.history is not None and self.history.last_fn is None
+
+    def is_constant(self) -> bool:
+        """Whether no gradient is wanted."""
+        return self.history is None
+
+    @property
+    def parents(self) -> Iterable[Variable]:
+        """The tensors that this one was computed from."""
+        inputs = () if self.history is None else self.history.inputs
+        return [x for x in inputs if isinstance(x, Tensor)]
+
+    def chain_rule(self, d_output: Any) -> Iterable[tuple[Variable, Any]]:
+        """Each input that wants a gradient, with its gradient in its shape."""
+        history = self.history
+        if history is None or history.last_fn is None or history.ctx is None:
+            raise RuntimeError("chain_rule needs a tensor that a function made")
+        ctx: Context = history.ctx
+        _ = ctx.saved_values  # raises if the graph has been released
+        grads = history.last_fn._backward(ctx, d_output)
+        without = history.inputs[len(grads) :]  # plain values at the end need no gradient
+        if len(grads) > len(history.inputs) or any(isinstance(x, Tensor) for x in without):
+            raise RuntimeError(
+                f"{history.last_fn.__name__}.backward returned {len(grads)} gradients for "
+                f"{len(history.inputs)} inputs"
+            )
+        return [
+            (x, x.expand(grad))
+            for x, grad in zip(history.inputs, grads, strict=False)
+            if isinstance(x, Tensor) and x.history is not None
+        ]
+
+    def release_graph(self) -> None:
+        """Forget what the function that made this tensor had saved, and its inputs."""
+        if self.history is not None and self.history.ctx is not None:
+            self.history.ctx.release()
+            self.history.inputs = ()
+
+    def backward(self, grad_output: Tensor | None = None, retain_graph: bool = False) -> None:
+        """Add the gradient of this tensor to the `grad` of every leaf that it was computed from.
+
+        Args:
+            grad_output: gradient of the final result with respect to this tensor, of its shape; 1 if it has one element.
+            retain_graph: keep what the forward pass saved, for another call.
+
+        Raises:
+            RuntimeError: no gradient is recorded, or an earlier call has released the graph.
+            ValueError: `grad_output` is missing for more than one element, or has another shape.
+
+        """
+        if self.history is None:
+            raise RuntimeError("this tensor does not require a gradient: nothing to go back to")
+        if grad_output is None:
+            if self.size != 1:
+                raise ValueError(
+                    f"backward() of a tensor of shape {self.shape} needs grad_output; sum() it first otherwise"
+                )
+            grad_output = self._new(TensorData(np.ones(1, self.dtype), self.shape))
+        elif grad_output.shape != self.shape:
+            raise ValueError(
+                f"grad_output must have shape {self.shape}, got {grad_output.shape}"
+            )
+        backpropagate(self, grad_output.detach(), retain_graph)
+
+    def zero_grad_(self) -> None:
+        """Forget the gradient."""
+        self.grad = None
+
+
+__all__ = ["Function", "History", "Tensor", "TensorLike"]

@@ -1,0 +1,304 @@
+"""Storage, shape and strides: how the elements of a tensor lie in memory. No mathematics here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .dtypes import get_default_dtype, storage_dtype
+
+MAX_DIMS = 32
+
+Storage: TypeAlias = npt.NDArray[Any]
+OutIndex: TypeAlias = npt.NDArray[np.int32]
+Index: TypeAlias = npt.NDArray[np.int32]
+Shape: TypeAlias = npt.NDArray[np.int64]
+Strides: TypeAlias = npt.NDArray[np.int64]
+
+UserIndex: TypeAlias = Sequence[int]
+UserShape: TypeAlias = Sequence[int]
+UserStrides: TypeAlias = Sequence[int]
+
+
+class IndexingError(RuntimeError, IndexError):
+    """An index or a shape that does not fit."""
+
+
+# Plain Python on purpose: numba compiles these three for the CPU and for the GPU.
+
+
+def index_to_position(index: Index, strides: Strides) -> int:
+    """The position in storage of the element at `index`: the dot product with the strides.
+
+    Args:
+        index: one number for each dimension.
+        strides: likewise, in elements.
+
+    """
+    position = 0
+    for i in range(len(strides)):
+        position += index[i] * strides[i]
+    return position
+
+
+def to_index(ordinal: int, shape: Shape, out_index: OutIndex) -> None:
+    """Write into `out_index` the index of element number `ordinal` in row-major order.
+
+    Args:
+        ordinal: 0 <= ordinal < product of `shape`.
+        shape: the tensor's shape.
+        out_index: receives one number for each dimension.
+
+    """
+    remaining = ordinal + 0  # a copy: numba keeps the type of an argument
+    for i in range(len(shape) - 1, -1, -1):
+        out_index[i] = remaining % shape[i]
+        remaining = remaining // shape[i]
+
+
+def broadcast_index(big_index: Index, big_shape: Shape, shape: Shape, out_index: OutIndex) -> None:
+    """Write into `out_index` the index in a tensor of `shape` that broadcasts to `big_index` in `big_shape`.
+
+    Args:
+        big_index: index in the larger shape.
+        big_shape: the larger shape.
+        shape: the smaller shape: dimensions missing on the left or of size 1 are repeated.
+        out_index: receives one number for each dimension of `shape`.
+
+    """
+    offset = len(big_shape) - len(shape)
+    for i in range(len(shape)):
+        out_index[i] = big_index[i + offset] if shape[i] > 1 else 0
+
+
+def shape_broadcast(shape1: UserShape, shape2: UserShape) -> tuple[int, ...]:
+    """The shape that two shapes broadcast to, by numpy's rules.
+
+    Raises:
+        IndexingError: two sizes differ and neither is 1.
+
+    """
+    a, b = tuple(shape1), tuple(shape2)
+    if a == b:
+        return a
+    dims = max(len(a), len(b))
+    padded_a = (1,) * (dims - len(a)) + a
+    padded_b = (1,) * (dims - len(b)) + b
+    out = []
+    for size_a, size_b in zip(padded_a, padded_b, strict=True):
+        if size_a != size_b and size_a != 1 and size_b != 1:
+            raise IndexingError(f"shapes {a} and {b} cannot be broadcast together")
+        out.append(size_b if size_a == 1 else size_a)
+    return tuple(out)
+
+
+def strides_from_shape(shape: UserShape) -> tuple[int, ...]:
+    """The strides of a contiguous (row-major) tensor, in elements."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))[: len(shape)]
+
+
+class TensorData:
+    """A one-dimensional storage seen through a shape and strides.
+
+    Args:
+        storage: the elements; a list gets the default dtype, a float32 or float64 array keeps its own and is not copied.
+        shape: sizes, as a tuple.
+        strides: elements between neighbours along each dimension, as a tuple; contiguous if not given.
+
+    Raises:
+        IndexingError: `strides` has another length than `shape`.
+        ValueError: shape and strides do not fit the storage.
+
+    """
+
+    __slots__ = ("_shape_array", "_storage", "_strides_array", "shape", "size", "strides")
+
+    _storage: Storage
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    size: int
+
+    def __init__(
+        self,
+        storage: Sequence[float] | Storage,
+        shape: UserShape,
+        strides: UserStrides | None = None,
+    ) -> None:
+        if not isinstance(shape, tuple):
+            raise TypeError(f"shape must be a tuple, got {type(shape).__name__}")
+        if strides is not None and not isinstance(strides, tuple):
+            raise TypeError(f"strides must be a tuple, got {type(strides).__name__}")
+        if strides is not None and len(strides) != len(shape):
+            raise IndexingError(f"strides {strides} and shape {shape} must have the same length")
+        if any(size < 0 for size in shape):
+            raise ValueError(f"shape must have no negative size, got {shape}")
+        storage = _as_storage(storage)
+        size = prod(shape)
+        fits = len(storage) == size
+        if strides is not None and size > 0:
+            last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+            fits = min(strides, default=0) >= 0 and last < len(storage)
+        if not fits:
+            raise ValueError(
+                f"a storage of {len(storage)} elements does not hold shape {shape} with strides {strides}"
+            )
+        self._set(storage, shape, strides_from_shape(shape) if strides is None else strides, size)
+
+    def _set(
+        self, storage: Storage, shape: tuple[int, ...], strides: tuple[int, ...], size: int
+    ) -> None:
+        self._storage = storage
+        self.shape = shape
+        self.strides = strides
+        self.size = size
+        self._shape_array: Shape | None = None
+        self._strides_array: Strides | None = None
+
+    @staticmethod
+    def from_array(array: npt.NDArray[Any]) -> TensorData:
+        """The same elements as `array`, which is not copied unless a stride is negative or its dtype is not a float of ours."""
+        dtype = storage_dtype(array.dtype)
+        if array.dtype != dtype:
+            array = array.astype(dtype)
+        data = TensorData.__new__(TensorData)
+        shape = array.shape
+        if not array.flags.c_contiguous and any(
+            stride < 0 or stride % array.itemsize for stride in array.strides
+        ):
+            array = np.ascontiguousarray(array).reshape(shape)
+        if array.flags.c_contiguous:
+            data._set(array.reshape(-1), shape, strides_from_shape(shape), array.size)
+            return data
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        storage = np.lib.stride_tricks.as_strided(array, (span,), (array.itemsize,))
+        data._set(storage, shape, strides, array.size)
+        return data
+
+    @property
+    def array(self) -> npt.NDArray[Any]:
+        """A numpy view of the elements in this shape; writing to it writes to the storage."""
+        storage = self._storage
+        if self.is_contiguous():
+            return storage[: self.size].reshape(self.shape)
+        step = storage.itemsize
+        return np.ndarray(
+            self.shape, storage.dtype, storage, strides=tuple(s * step for s in self.strides)
+        )
+
+    @property
+    def _shape(self) -> Shape:
+        if self._shape_array is None:
+            self._shape_array = np.array(self.shape, dtype=np.int64)
+        return self._shape_array
+
+    @property
+    def _strides(self) -> Strides:
+        if self._strides_array is None:
+            self._strides_array = np.array(self.strides, dtype=np.int64)
+        return self._strides_array
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The dtype of the elements."""
+        dtype: np.dtype[Any] = self._storage.dtype
+        return dtype
+
+    def to_cuda_(self) -> None:
+        """Move the storage to the GPU, in place."""
+        import numba.cuda
+
+        if not hasattr(self._storage, "copy_to_host"):
+            self._storage = numba.cuda.to_device(self._storage)
+
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie in row-major order with no gap."""
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return self.size == 0
+            expected *= size
+        return True
+
+    @staticmethod
+    def shape_broadcast(shape_a: UserShape, shape_b: UserShape) -> tuple[int, ...]:
+        """`shape_broadcast` of this module, where MiniTorch has it too."""
+        return shape_broadcast(shape_a, shape_b)
+
+    def index(self, index: int | UserIndex) -> int:
+        """The position in storage of one element.
+
+        Args:
+            index: one number for each dimension; a bare number for one dimension.
+
+        Raises:
+            IndexingError: wrong number of dimensions, or outside the shape (negative numbers too).
+
+        """
+        given = (index,) if isinstance(index, int) else tuple(index)
+        if len(given) != len(self.shape):
+            raise IndexingError(f"index {given} must have {len(self.shape)} numbers: shape {self.shape}")
+        for i, size in zip(given, self.shape, strict=True):
+            if not 0 <= i < size:
+                raise IndexingError(f"index {given} is out of range for shape {self.shape}")
+        return sum(i * stride for i, stride in zip(given, self.strides, strict=True))
+
+    def indices(self) -> Iterable[tuple[int, ...]]:
+        """Every index, in row-major order."""
+        return np.ndindex(*self.shape)
+
+    def sample(self) -> tuple[int, ...]:
+        """A random valid index."""
+        return tuple(random.randint(0, size - 1) for size in self.shape)
+
+    def get(self, key: UserIndex) -> float:
+        """The element at a full index."""
+        return self._storage[self.index(key)].item()  # type: ignore[no-any-return]
+
+    def set(self, key: UserIndex, val: float) -> None:
+        """Change the element at a full index."""
+        self._storage[self.index(key)] = val
+
+    def tuple(self) -> tuple[Storage, Shape, Strides]:
+        """Storage, shape and strides, as the kernels of `map`, `zip` and `reduce` take them."""
+        return self._storage, self._shape, self._strides
+
+    def permute(self, *order: int) -> TensorData:
+        """The same storage with its dimensions in another order.
+
+        Raises:
+            IndexingError: `order` is not a permutation of the dimensions.
+
+        """
+        if sorted(order) != list(range(len(self.shape))):
+            raise IndexingError(f"order {order} must name each of the {self.dims} dimensions once")
+        data = TensorData.__new__(TensorData)
+        shape = tuple(self.shape[i] for i in order)
+        data._set(self._storage, shape, tuple(self.strides[i] for i in order), self.size)
+        return data
+
+    def to_string(self) -> str:
+        """The values, nested in brackets."""
+        return np.array2string(self.array, precision=4, separator=", ")
+
+
+def _as_storage(storage: Sequence[float] | Storage) -> Storage:
+    """A one-dimensional array of a dtype that we have."""
+    if isinstance(storage, np.ndarray):
+        return np.ascontiguousarray(storage, dtype=storage_dtype(storage.dtype)).reshape(-1)
+    if hasattr(storage, "copy_to_host"):  # on the GPU already
+        return storage
+    return np.array(storage, dtype=get_default_dtype()).reshape(-1)

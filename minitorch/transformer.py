@@ -1,0 +1,343 @@
+"""A decoder-only transformer: attention, feed-forward, layer, language model.
+
+Pre-norm, as in GPT-2 (Radford et al. 2019, section 2.3); attention after Vaswani et al. 2017, section 3.2.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .dtypes import get_default_dtype
+from .factories import tensor_from_numpy
+from .module import Module
+from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
+from .nn import GELU, softmax
+from .tensor import Tensor
+from .tensor_data import TensorData
+from .tensor_ops import SimpleBackend, TensorBackend
+
+
+class KeyValueCache:
+    """Keys and values of the positions that one attention layer has seen, for generating text token by token.
+
+    Args:
+        batch: number of sequences.
+        n_head: number of heads.
+        max_positions: how many positions there is room for.
+        head_dim: size of a head.
+        dtype: of keys and values.
+
+    """
+
+    def __init__(
+        self, batch: int, n_head: int, max_positions: int, head_dim: int, dtype: np.dtype[np.floating]
+    ) -> None:
+        self.length = 0
+        self._keys = np.zeros((batch, n_head, max_positions, head_dim), dtype)
+        self._values = np.zeros_like(self._keys)
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new positions, (batch, n_head, new, head_dim) each, and return views of all of them.
+
+        Raises:
+            ValueError: the cache is full.
+
+        """
+        end = self.length + key.shape[2]
+        if end > self._keys.shape[2]:
+            raise ValueError(
+                f"the cache has room for {self._keys.shape[2]} positions, {end} are wanted"
+            )
+        self._keys[:, :, self.length : end] = key.numpy()
+        self._values[:, :, self.length : end] = value.numpy()
+        self.length = end
+        return (
+            key._new(TensorData.from_array(self._keys[:, :, :end])),
+            value._new(TensorData.from_array(self._values[:, :, :end])),
+        )
+
+
+class MultiHeadAttention(Module):
+    """Attention of a sequence over itself in several heads.
+
+    Args:
+        n_embd: size of the embedding.
+        n_head: number of heads; divides n_embd.
+        causal: whether a position sees only itself and what is before it.
+        p_dropout: dropout on the attention weights and on the output.
+        bias: whether the projections have one.
+        backend: where the weights live.
+        use_fused_kernel: softmax and mask in one operation (`attn_softmax`).
+        use_flash_attention: the whole attention in one operation, without a score matrix.
+
+    Raises:
+        ValueError: n_head does not divide n_embd.
+
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        causal: bool = False,
+        p_dropout: float = 0.1,
+        bias: bool = True,
+        backend: TensorBackend | None = None,
+        use_fused_kernel: bool = False,
+        use_flash_attention: bool = False,
+    ) -> None:
+        super().__init__()
+        if n_head < 1 or n_embd % n_head:
+            raise ValueError(f"n_head must divide n_embd = {n_embd}, got {n_head}")
+        backend = SimpleBackend if backend is None else backend
+        self.backend = backend
+        self.n_embd = n_embd
+        self.n_head = n_head
+        self.causal = causal
+        self.attn_hidden_dim = n_embd // n_head
+        self.use_fused_kernel = use_fused_kernel
+        self.use_flash_attention = use_flash_attention
+        self.q_projection = Linear(n_embd, n_embd, bias, backend)
+        self.k_projection = Linear(n_embd, n_embd, bias, backend)
+        self.v_projection = Linear(n_embd, n_embd, bias, backend)
+        self.out_projection = Linear(n_embd, n_embd, bias, backend)
+        self.dropout = Dropout(p_dropout)
+
+    def create_causal_mask(self, *sizes: int) -> Tensor:
+        """Additive mask (1, 1, T, T), -inf above the diagonal; T is the last of `sizes`."""
+        seq_len = sizes[-1]
+        mask = np.triu(np.full((1, 1, seq_len, seq_len), -np.inf, get_default_dtype()), 1)
+        return tensor_from_numpy(mask, self.backend)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(B, T, E) -> (B, H, T, E / H), a view."""
+        batch, seq_len, _ = x.shape
+        return x.view(batch, seq_len, self.n_head, self.attn_hidden_dim).permute(0, 2, 1, 3)
+
+    def project_to_query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, E) -> query (B, H, T, E / H), key transposed (B, H, E / H, T), value (B, H, T, E / H)."""
+        q = self._split_heads(self.q_projection(x))
+        k = self._split_heads(self.k_projection(x))
+        v = self._split_heads(self.v_projection(x))
+        return q, k.permute(0, 1, 3, 2), v
+
+    def self_attention(self, q: Tensor, kT: Tensor, v: Tensor) -> Tensor:
+        """softmax(q @ kT / sqrt(head size) + mask) @ v, heads joined again: (B, T, E)."""
+        batch, _, seq_len, head_dim = q.shape
+        if self.use_flash_attention:
+            out = self._flash_attention(q, kT, v)
+        else:
+            scores = (q @ kT) / float(np.sqrt(head_dim))  # (B, H, T, T_k)
+            if self.use_fused_kernel:
+                mask = self._mask(seq_len, kT.shape[-1])
+                weights = scores.attn_softmax(mask)
+            else:
+                if self.causal:
+                    scores = scores + self._mask(seq_len, kT.shape[-1])
+                weights = softmax(scores, 3)
+            out = self.dropout(weights) @ v
+        joined = out.permute(0, 2, 1, 3).contiguous()  # (B, T, H, E / H)
+        return joined.view(batch, seq_len, self.n_embd)
+
+    def _flash_attention(self, q: Tensor, kT: Tensor, v: Tensor) -> Tensor:
+        """One fused operation; queries are the last positions of the keys."""
+        out: Tensor = q.flash_attention(
+            kT.transpose(-2, -1),
+            v,
+            is_causal="bottom-right" if self.causal else False,
+            dropout_p=self.dropout.p_dropout if self.training else 0.0,
+        )
+        return out
+
+    def _mask(self, seqlen_q: int, seqlen_k: int) -> Tensor:
+        """The causal mask's last `seqlen_q` rows, or zeros: (1, 1, seqlen_q, seqlen_k)."""
+        if self.causal:
+            rows: Tensor = self.create_causal_mask(seqlen_k)[:, :, seqlen_k - seqlen_q :]
+            return rows
+        return tensor_from_numpy(np.zeros((1, 1, 1, seqlen_k), get_default_dtype()), self.backend)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, E) -> (B, T, E); with a cache, x continues the positions that the cache holds."""
+        q, kT, v = self.project_to_query_key_value(x)
+        if cache is not None:
+            k, v = cache.append(kT.permute(0, 1, 3, 2), v)
+            kT = k.permute(0, 1, 3, 2)
+        return self.out_projection(self.self_attention(q, kT, v))
+
+
+class FeedForward(Module):
+    """linear_out(GELU(linear_in(x))), with dropout.
+
+    Args:
+        n_embd: size of the embedding.
+        middle_dim: size in between.
+        p_dropout: dropout on the output.
+        bias: whether the layers have one.
+        backend: where the weights live.
+
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        middle_dim: int = 256,
+        p_dropout: float = 0.1,
+        bias: bool = True,
+        backend: TensorBackend | None = None,
+    ) -> None:
+        super().__init__()
+        backend = SimpleBackend if backend is None else backend
+        self.linear_in = Linear(n_embd, middle_dim, bias, backend)
+        self.linear_out = Linear(middle_dim, n_embd, bias, backend)
+        self.dropout = Dropout(p_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E)"""
+        return self.dropout(self.linear_out(GELU(self.linear_in(x))))
+
+
+class TransformerLayer(Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); causal.
+
+    Args:
+        n_embd: size of the embedding.
+        n_head: number of heads.
+        p_dropout: everywhere.
+        ln_eps: of the layer norms.
+        bias: of the linear layers.
+        backend: where the weights live.
+        use_fused_kernel: see `MultiHeadAttention`.
+        use_flash_attention: see `MultiHeadAttention`.
+        middle_dim: of the feed-forward layer, 256 as in the course if not given.
+
+    """
+
+    def __init__(
+        self,
+        n_embd: int,
+        n_head: int,
+        p_dropout: float = 0.1,
+        ln_eps: float = 1e-5,
+        bias: bool = True,
+        backend: TensorBackend | None = None,
+        use_fused_kernel: bool = False,
+        use_flash_attention: bool = False,
+        middle_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        backend = SimpleBackend if backend is None else backend
+        self.ln_1 = LayerNorm1d(n_embd, ln_eps, backend)
+        self.ln_2 = LayerNorm1d(n_embd, ln_eps, backend)
+        self.attention = MultiHeadAttention(
+            n_embd, n_head, True, p_dropout, bias, backend, use_fused_kernel, use_flash_attention
+        )
+        self.ff = FeedForward(n_embd, middle_dim, p_dropout, bias, backend)
+
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """(B, T, E) -> (B, T, E)"""
+        x = x + self.attention(self.ln_1(x), cache)
+        return x + self.ff(self.ln_2(x))
+
+
+class DecoderLM(Module):
+    """A language model: embeddings, `n_layer` transformer layers, layer norm, scores for the next token.
+
+    Args:
+        n_vocab: number of tokens.
+        n_embd: size of the embedding.
+        n_head: number of heads.
+        n_positions: longest sequence.
+        p_dropout: everywhere.
+        ln_eps: of the layer norms.
+        bias: of the linear layers.
+        backend: where the weights live.
+        use_fused_kernel: see `MultiHeadAttention`.
+        use_flash_attention: see `MultiHeadAttention`.
+        n_layer: number of layers, `t_layer_1` and so on; 4 in the course.
+        middle_dim: of the feed-forward layers, 256 as in the course if not given.
+
+    """
+
+    def __init__(
+        self,
+        n_vocab: int,
+        n_embd: int,
+        n_head: int,
+        n_positions: int,
+        p_dropout: float = 0.1,
+        ln_eps: float = 1e-5,
+        bias: bool = True,
+        backend: TensorBackend | None = None,
+        use_fused_kernel: bool = False,
+        use_flash_attention: bool = False,
+        n_layer: int = 4,
+        middle_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        backend = SimpleBackend if backend is None else backend
+        self.backend = backend
+        self.n_vocab = n_vocab
+        self.n_embd = n_embd
+        self.n_head = n_head
+        self.n_positions = n_positions
+        self.n_layer = n_layer
+        self.token_embeddings = Embedding(n_vocab, n_embd, backend)
+        self.position_embeddings = Embedding(n_positions, n_embd, backend)
+        for number in range(1, n_layer + 1):
+            layer = TransformerLayer(
+                n_embd,
+                n_head,
+                p_dropout,
+                ln_eps,
+                bias,
+                backend,
+                use_fused_kernel,
+                use_flash_attention,
+                middle_dim,
+            )
+            setattr(self, f"t_layer_{number}", layer)
+        self.dropout = Dropout(p_dropout)
+        self.ln = LayerNorm1d(n_embd, ln_eps, backend)
+        self.lm_head = Linear(n_embd, n_vocab, bias, backend)
+
+    def layers(self) -> list[TransformerLayer]:
+        """The transformer layers, first to last."""
+        return [getattr(self, f"t_layer_{number}") for number in range(1, self.n_layer + 1)]
+
+    def init_cache(self, batch: int = 1) -> list[KeyValueCache]:
+        """An empty cache for each layer, with room for n_positions."""
+        dtype = self.token_embeddings.weights.value.dtype
+        head_dim = self.n_embd // self.n_head
+        return [
+            KeyValueCache(batch, self.n_head, self.n_positions, head_dim, dtype)
+            for _ in range(self.n_layer)
+        ]
+
+    def forward(self, idx: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
+        """Token numbers (B, T), stored as floats -> scores (B, T, n_vocab).
+
+        Args:
+            idx: the tokens; with a cache, those that follow what it holds.
+            cache: from `init_cache`; it is extended.
+
+        Raises:
+            ValueError: more than n_positions tokens, or a token outside the vocabulary.
+
+        """
+        if idx.dims != 2:
+            raise ValueError(f"idx must have shape (batch, seq_len), got {idx.shape}")
+        start = 0 if cache is None else cache[0].length
+        end = start + idx.shape[1]
+        if end > self.n_positions:
+            raise ValueError(f"the model has {self.n_positions} positions, {end} are wanted")
+        positions = np.arange(start, end, dtype=get_default_dtype()).reshape(1, -1)
+        x = self.token_embeddings(idx) + self.position_embeddings(
+            tensor_from_numpy(positions, self.backend)
+        )
+        x = self.dropout(x)
+        for number, layer in enumerate(self.layers()):
+            x = layer(x, None if cache is None else cache[number])
+        return self.lm_head(self.ln(x))
+
+
+__all__ = ["DecoderLM", "FeedForward", "KeyValueCache", "MultiHeadAttention", "TransformerLayer"]
