@@ -103,9 +103,9 @@ def cache_key(*files: str) -> int:
 
 
 class VectorType(types.Type):
-    """numba type of a register of `lanes` elements of `dtype`."""
+    """numba type of a register of `lanes` elements of `dtype`: float32, float64 or uint64."""
 
-    def __init__(self, dtype: types.Float) -> None:
+    def __init__(self, dtype: types.Number) -> None:
         self.dtype = dtype
         self.lanes = TARGET.lanes(dtype.bitwidth)
         super().__init__(f"Vector({dtype} x {self.lanes})")
@@ -118,35 +118,35 @@ class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, vector, ir.VectorType(element, vector.lanes))
 
 
-def _element(value_type: ir.Type) -> ir.Type:
+def element_of(value_type: ir.Type) -> ir.Type:
     return value_type.element if isinstance(value_type, ir.VectorType) else value_type
 
 
 def _suffix(value_type: ir.Type) -> str:
     """LLVM's name of a type within an intrinsic's name: `f32`, `v16f32`."""
-    bits = "f64" if isinstance(_element(value_type), ir.DoubleType) else "f32"
+    bits = "f64" if isinstance(element_of(value_type), ir.DoubleType) else "f32"
     return f"v{value_type.count}{bits}" if isinstance(value_type, ir.VectorType) else bits
 
 
-def _constant(value_type: ir.Type, value: float) -> ir.Constant:
+def constant_of(value_type: ir.Type, value: float) -> ir.Constant:
     """`value` in the given type, in every lane if that is a vector."""
     if isinstance(value_type, ir.VectorType):
         return ir.Constant(value_type, [value] * value_type.count)
     return ir.Constant(value_type, value)
 
 
-def _shuffle(b: ir.IRBuilder, x: Any, y: Any, lanes: Sequence[int]) -> Any:
+def shuffle(b: ir.IRBuilder, x: Any, y: Any, lanes: Sequence[int]) -> Any:
     mask = ir.Constant(ir.VectorType(INT32, len(lanes)), list(lanes))
     return b.shuffle_vector(x, y, mask)
 
 
-def _splat(b: ir.IRBuilder, scalar: Any, vector: ir.VectorType) -> Any:
+def splat_value(b: ir.IRBuilder, scalar: Any, vector: ir.VectorType) -> Any:
     undefined = ir.Constant(vector, ir.Undefined)
     first = b.insert_element(undefined, scalar, ir.Constant(INT32, 0))
-    return _shuffle(b, first, undefined, [0] * vector.count)
+    return shuffle(b, first, undefined, [0] * vector.count)
 
 
-def _fma(b: ir.IRBuilder, x: Any, y: Any, z: Any, target: VectorTarget) -> Any:
+def fma(b: ir.IRBuilder, x: Any, y: Any, z: Any, target: VectorTarget) -> Any:
     """x * y + z; without the instruction two roundings, never a call of libm's slow `fma`."""
     if not target.has_fma:
         return b.fadd(b.fmul(x, y), z)
@@ -165,33 +165,50 @@ def _reduce(b: ir.IRBuilder, x: Any, combine: Callable[[Any, Any], Any]) -> Any:
     n = x.type.count
     while n > 1:
         n //= 2
-        low, high = _shuffle(b, x, x, range(n)), _shuffle(b, x, x, range(n, 2 * n))
+        low, high = shuffle(b, x, x, range(n)), shuffle(b, x, x, range(n, 2 * n))
         x = combine(low, high)
     return b.extract_element(x, ir.Constant(INT32, 0))
 
 
-_BINARY = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul"}
+# Python's operator: LLVM's instruction for floats and for words, None where there is none.
+_BINARY: dict[Callable[..., Any], tuple[str | None, str]] = {
+    operator.add: ("fadd", "add"),
+    operator.sub: ("fsub", "sub"),
+    operator.mul: ("fmul", "mul"),
+    operator.and_: (None, "and_"),
+    operator.xor: (None, "xor"),
+    operator.rshift: (None, "lshr"),
+}
 
 
-def _register_operator(op: Callable[..., Any], instruction: str) -> None:
+def _register_operator(op: Callable[..., Any], on_floats: str | None, on_words: str) -> None:
+    """Let `op` take two vectors, or a vector and a scalar, which goes into every lane."""
+
     @infer_global(op)
     class VectorOperator(AbstractTemplate):  # type: ignore[misc]
         def generic(self, args: tuple[types.Type, ...], kws: Any) -> Any:
-            if isinstance(args[0], VectorType) and args[1] in (args[0], args[0].dtype):
-                return signature(args[0], *args)
-            return None
+            vector = next((x for x in args if isinstance(x, VectorType)), None)
+            if vector is None or not all(x in (vector, vector.dtype) for x in args):
+                return None
+            if on_floats is None and isinstance(vector.dtype, types.Float):
+                return None
+            return signature(vector, *args)
 
-    @lower_builtin(op, VectorType, VectorType)
-    def with_vector(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return getattr(b, instruction)(*args)
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        vector = context.get_value_type(sig.return_type)
+        x, y = (
+            value if isinstance(kind, VectorType) else splat_value(b, value, vector)
+            for kind, value in zip(sig.args, args, strict=True)
+        )
+        is_word = isinstance(vector.element, ir.IntType)
+        return getattr(b, on_words if is_word else on_floats or "")(x, y)
 
-    @lower_builtin(op, VectorType, types.Float)
-    def with_scalar(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return getattr(b, instruction)(args[0], _splat(b, args[1], args[0].type))
+    for kinds in ((VectorType, VectorType), (VectorType, types.Number), (types.Number, VectorType)):
+        lower_builtin(op, *kinds)(generate)
 
 
-for _op, _instruction in _BINARY.items():
-    _register_operator(_op, _instruction)
+for _op, _instructions in _BINARY.items():
+    _register_operator(_op, *_instructions)
 
 
 def element_pointer(context: Any, b: ir.IRBuilder, array_type: Any, array: Any, index: Any) -> Any:
@@ -199,12 +216,12 @@ def element_pointer(context: Any, b: ir.IRBuilder, array_type: Any, array: Any, 
     return b.gep(data, [index])
 
 
-def _load_vector(b: ir.IRBuilder, pointer: Any, vector: ir.VectorType) -> Any:
+def load_vector(b: ir.IRBuilder, pointer: Any, vector: ir.VectorType) -> Any:
     size = 8 if isinstance(vector.element, ir.DoubleType) else 4
     return b.load(b.bitcast(pointer, vector.as_pointer()), align=size)
 
 
-def _store_vector(b: ir.IRBuilder, value: Any, pointer: Any) -> None:
+def store_vector(b: ir.IRBuilder, value: Any, pointer: Any) -> None:
     size = 8 if isinstance(value.type.element, ir.DoubleType) else 4
     b.store(value, b.bitcast(pointer, value.type.as_pointer()), align=size)
 
@@ -217,6 +234,12 @@ def lanes(typing_context: Any, array: Any) -> Any:
     """`lanes(array) -> int`: elements of the array's dtype in a vector, a compile-time constant."""
     count = TARGET.lanes(array.dtype.bitwidth)
     return types.intp(array), lambda context, b, sig, args: ir.Constant(INT64, count)
+
+
+@intrinsic
+def word_lanes(typing_context: Any) -> Any:
+    """`word_lanes() -> int`: uint64 elements in a vector, a compile-time constant."""
+    return types.intp(), lambda context, b, sig, args: ir.Constant(INT64, TARGET.lanes(64))
 
 
 @intrinsic
@@ -239,7 +262,7 @@ def load(typing_context: Any, array: Any, index: Any) -> Any:
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         pointer = element_pointer(context, b, sig.args[0], args[0], args[1])
-        return _load_vector(b, pointer, context.get_value_type(vector))
+        return load_vector(b, pointer, context.get_value_type(vector))
 
     return vector(array, types.intp), generate
 
@@ -249,7 +272,7 @@ def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
     """`store(array, index, vector)`: write the lanes to consecutive elements from `index` on."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        _store_vector(b, args[2], element_pointer(context, b, sig.args[0], args[0], args[1]))
+        store_vector(b, args[2], element_pointer(context, b, sig.args[0], args[0], args[1]))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
@@ -261,7 +284,7 @@ def splat(typing_context: Any, array: Any, scalar: Any) -> Any:
     vector = VectorType(array.dtype)
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        return _splat(b, args[1], context.get_value_type(vector))
+        return splat_value(b, args[1], context.get_value_type(vector))
 
     return vector(array, array.dtype), generate
 
@@ -288,13 +311,69 @@ def sum_of(typing_context: Any, x: Any) -> Any:
     return x.dtype(x), lambda context, b, sig, args: _reduce(b, args[0], b.fadd)
 
 
+@intrinsic
+def select_bytes(typing_context: Any, array: Any, index: Any, x: Any, y: Any) -> Any:
+    """`select_bytes(bytes, index, x, y)`: x where the byte from `index` on is not 0, else y."""
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        bytes_type = ir.VectorType(ir.IntType(8), args[2].type.count)
+        pointer = element_pointer(context, b, sig.args[0], args[0], args[1])
+        loaded = b.load(b.bitcast(pointer, bytes_type.as_pointer()), align=1)
+        is_set = b.icmp_unsigned("!=", loaded, ir.Constant(bytes_type, [0] * bytes_type.count))
+        return b.select(is_set, args[2], args[3])
+
+    return x(array, types.intp, x, x), generate
+
+
+@intrinsic
+def count_from(typing_context: Any, first: Any) -> Any:
+    """`count_from(first) -> vector` of uint64: first, first + 1, ..."""
+    vector = VectorType(types.uint64)
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        value_type = context.get_value_type(vector)
+        steps = ir.Constant(value_type, list(range(vector.lanes)))
+        return b.add(splat_value(b, args[0], value_type), steps)
+
+    return vector(types.uint64), generate
+
+
+@intrinsic
+def store_thresholds(
+    typing_context: Any, array: Any, index: Any, x0: Any, x1: Any, x2: Any, x3: Any,
+    threshold: Any, above: Any, below: Any,
+) -> Any:  # fmt: skip
+    """`store_thresholds(array, index, x0, x1, x2, x3, threshold, above, below)`
+
+    For lane after lane of the four vectors of words, x0 first: `above` where it is at least the
+    threshold, else `below`; 4 * lanes elements.
+    """
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+        words = args[2].type
+        n = words.count
+        narrow = ir.VectorType(context.get_value_type(array.dtype), n)
+        limit = splat_value(b, args[6], words)
+        high, low = splat_value(b, args[7], narrow), splat_value(b, args[8], narrow)
+        y = [b.select(b.icmp_unsigned(">=", x, limit), high, low) for x in args[2:6]]
+        pairs = [index for lane in range(n) for index in (lane, n + lane)]
+        first, second = shuffle(b, y[0], y[1], pairs), shuffle(b, y[2], y[3], pairs)
+        fours = [2 * lane + k for lane in range(n) for k in (0, 1, 2 * n, 2 * n + 1)]
+        pointer = element_pointer(context, b, sig.args[0], args[0], args[1])
+        store_vector(b, shuffle(b, first, second, fours), pointer)
+        return context.get_dummy_value()
+
+    value = array.dtype
+    return types.void(array, types.intp, x0, x0, x0, x0, types.uint64, value, value), generate
+
+
 # 2**f on [-1/2, 1/2]: 1 + f * g(f), g interpolating (2**f - 1)/f at Chebyshev points.
 # Relative errors 5e-9 (float32) and 1e-19 (float64), both below the rounding error.
-_EXP2_FLOAT32 = (
+EXP2_FLOAT32 = (
     1.0, 0.693147188026228781, 0.240226507605681269, 0.0555035711421907782,
     0.00961808255727785149, 0.00133908633646712344, 0.000154531629451206902,
 )  # fmt: skip
-_EXP2_FLOAT64 = (
+EXP2_FLOAT64 = (
     1.0, 0.693147180559945309, 0.240226506959100712, 0.055504108664821627,
     0.00961812910762847949, 0.00133335581464064707, 0.000154035303933707334,
     1.52527338415567726e-5, 1.32154868087055628e-6, 1.01780570877339411e-7,
@@ -305,25 +384,25 @@ _EXP2_FLOAT64 = (
 def _exp2(b: ir.IRBuilder, x: Any, target: VectorTarget) -> Any:
     """2**x = 2**n * 2**f, n the integer nearest to x; see `exp2` for the range."""
     value_type = x.type
-    double = isinstance(_element(value_type), ir.DoubleType)
+    double = isinstance(element_of(value_type), ir.DoubleType)
     mantissa_bits, bias = (52, 1023) if double else (23, 127)
     bits_type: ir.Type = INT64 if double else INT32
     if isinstance(value_type, ir.VectorType):
         bits_type = ir.VectorType(bits_type, value_type.count)
     # At the smallest exponent 2**n is encoded as 0. (A NaN is not below: it stays.)
-    smallest = _constant(value_type, float(-bias))
+    smallest = constant_of(value_type, float(-bias))
     x = b.select(b.fcmp_ordered("<", x, smallest), smallest, x)
     # Adding 1.5 * 2**mantissa_bits rounds to an integer, which is then in the lowest bits; with the
     # bias added they are 2**n's exponent. (`rint` is a call of the C library where there is only
     # SSE2.)
-    magic = _constant(value_type, 1.5 * 2.0**mantissa_bits + bias)
+    magic = constant_of(value_type, 1.5 * 2.0**mantissa_bits + bias)
     shifted = b.fadd(x, magic)
     f = b.fsub(x, b.fsub(shifted, magic))
-    exponent = b.shl(b.bitcast(shifted, bits_type), _constant(bits_type, mantissa_bits))
-    coefficients = _EXP2_FLOAT64 if double else _EXP2_FLOAT32
-    power = _constant(value_type, coefficients[-1])
+    exponent = b.shl(b.bitcast(shifted, bits_type), constant_of(bits_type, mantissa_bits))
+    coefficients = EXP2_FLOAT64 if double else EXP2_FLOAT32
+    power = constant_of(value_type, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
-        power = _fma(b, power, f, _constant(value_type, coefficient), target)
+        power = fma(b, power, f, constant_of(value_type, coefficient), target)
     return b.fmul(power, b.bitcast(exponent, value_type))
 
 
@@ -335,151 +414,3 @@ def exp2(typing_context: Any, x: Any) -> Any:
     part in `fastmath`, which would reassociate the rounding away.
     """
     return x(x), lambda context, b, sig, args: _exp2(b, args[0], TARGET)
-
-
-@intrinsic
-def transpose_block(
-    typing_context: Any,
-    source: Any,
-    i: Any,
-    i_row: Any,
-    target: Any,
-    j: Any,
-    j_row: Any,
-    scale: Any,
-) -> Any:
-    """`transpose_block(source, i, i_row, target, j, j_row, scale)`: a square of `lanes` rows.
-
-    Reads rows source[i + r*i_row : ... + lanes], writes their transpose, times `scale`, to rows
-    target[j + c*j_row : ...]. log2(lanes) rounds of exchanges between pairs of registers.
-    """
-
-    def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        vector = context.get_value_type(VectorType(source.dtype))
-        n = vector.count
-        first = element_pointer(context, b, sig.args[0], args[0], args[1])
-        rows = [
-            _load_vector(b, b.gep(first, [b.mul(args[2], ir.Constant(INT64, r))]), vector)
-            for r in range(n)
-        ]
-        step = 1
-        while step < n:
-            upper = [c if not c & step else n + c - step for c in range(n)]
-            lower = [c + step if not c & step else n + c for c in range(n)]
-            for r in range(n):
-                if not r & step:
-                    x, y = rows[r], rows[r | step]
-                    rows[r] = _shuffle(b, x, y, upper)
-                    rows[r | step] = _shuffle(b, x, y, lower)
-            step *= 2
-        factor = _splat(b, args[6], vector)
-        first = element_pointer(context, b, sig.args[3], args[3], args[4])
-        for c in range(n):
-            pointer = b.gep(first, [b.mul(args[5], ir.Constant(INT64, c))])
-            _store_vector(b, b.fmul(rows[c], factor), pointer)
-        return context.get_dummy_value()
-
-    index = types.intp
-    return types.void(source, index, index, target, index, index, source.dtype), generate
-
-
-# --------------------------------------------------------------------------- the matrix product
-
-
-def _opaque(b: ir.IRBuilder, value: Any) -> Any:
-    """The same value, of which LLVM can no longer tell how it was computed.
-
-    Else it computes the addresses of a block's rows one from the other, a chain of additions as
-    long as all of the step's multiplications.
-    """
-    return b.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
-
-
-def build_matrix_product_block(
-    b: ir.IRBuilder,
-    target: VectorTarget,
-    vector: ir.VectorType,
-    a: Any, a_row: Any, a_column: Any, b_matrix: Any, b_row: Any, c: Any, c_row: Any,
-    depth: Any, accumulate: Any,
-) -> None:  # fmt: skip
-    """Emit the micro-kernel: C = A B, or C += A B, for one block of C held in registers.
-
-    A (rows, depth) with any strides, B (depth, columns), C (rows, columns); a, b_matrix and c point
-    to their first elements; depth >= 1. Each step loads `block_vectors` vectors of B's row and, for
-    each row of A, one element that is broadcast; nothing of C is touched before the end.
-    """
-    rows, vectors, lane_count = target.block_rows, target.block_vectors, vector.count
-    zero, one = ir.Constant(INT64, 0), ir.Constant(INT64, 1)
-    row_offsets = [_opaque(b, b.mul(ir.Constant(INT64, r), a_row)) for r in range(rows)]
-    entry = b.block
-    loop, done = b.append_basic_block("product.loop"), b.append_basic_block("product.done")
-    b.branch(loop)
-    b.position_at_end(loop)
-    k, a_pointer, b_pointer = b.phi(INT64), b.phi(a.type), b.phi(b_matrix.type)
-    for phi, first in ((k, zero), (a_pointer, a), (b_pointer, b_matrix)):
-        phi.add_incoming(first, entry)
-    sums = [[b.phi(vector) for _ in range(vectors)] for _ in range(rows)]
-    b_vectors = [
-        _load_vector(b, b.gep(b_pointer, [ir.Constant(INT64, v * lane_count)]), vector)
-        for v in range(vectors)
-    ]
-    results = []
-    for r in range(rows):
-        element = _splat(b, b.load(b.gep(a_pointer, [row_offsets[r]])), vector)
-        results.append([_fma(b, element, b_vectors[v], sums[r][v], target) for v in range(vectors)])
-    for r in range(rows):
-        for v in range(vectors):
-            sums[r][v].add_incoming(_constant(vector, 0.0), entry)
-            sums[r][v].add_incoming(results[r][v], loop)
-    next_k = _opaque(b, b.add(k, one))  # nor unroll the loop: it needs every register
-    k.add_incoming(next_k, loop)
-    a_pointer.add_incoming(b.gep(a_pointer, [a_column]), loop)
-    b_pointer.add_incoming(b.gep(b_pointer, [b_row]), loop)
-    b.cbranch(b.icmp_signed("<", next_k, depth), loop, done)
-
-    b.position_at_end(done)
-    c_pointers = [
-        [
-            b.gep(
-                c, [b.add(b.mul(ir.Constant(INT64, r), c_row), ir.Constant(INT64, v * lane_count))]
-            )
-            for v in range(vectors)
-        ]
-        for r in range(rows)
-    ]
-    with b.if_else(accumulate) as (then, otherwise):
-        with then:
-            for r in range(rows):
-                for v in range(vectors):
-                    old = _load_vector(b, c_pointers[r][v], vector)
-                    _store_vector(b, b.fadd(results[r][v], old), c_pointers[r][v])
-        with otherwise:
-            for r in range(rows):
-                for v in range(vectors):
-                    _store_vector(b, results[r][v], c_pointers[r][v])
-
-
-@intrinsic
-def matrix_product_block(
-    typing_context: Any,
-    array: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, c: Any, c_row: Any,
-    depth: Any, accumulate: Any,
-) -> Any:  # fmt: skip
-    """`matrix_product_block(array, a, a_row, a_column, b, b_row, c, c_row, depth, accumulate)`
-
-    C = A B, or C += A B where `accumulate`, for matrices at offsets a, b, c of one array:
-    A (block_rows, depth), B (depth, block_columns) and C (block_rows, block_columns).
-    """
-
-    def generate(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        vector = context.get_value_type(VectorType(array.dtype))
-        pointers = [
-            element_pointer(context, builder, sig.args[0], args[0], args[n]) for n in (1, 4, 6)
-        ]
-        build_matrix_product_block(
-            builder, TARGET, vector, pointers[0], args[2], args[3], pointers[1], args[5],
-            pointers[2], args[7], args[8], args[9],
-        )  # fmt: skip
-        return context.get_dummy_value()
-
-    return types.void(array, *[types.intp] * 8, types.boolean), generate

@@ -28,27 +28,27 @@ _LN_2 = 0.693147180559945309
 def _exp(b: ir.IRBuilder, x: Any, target: simd.VectorTarget) -> Any:
     """e**x = 2**n * 2**f, where n is the integer nearest to x * log2(e) and f the rest."""
     value_type = x.type
-    double = isinstance(simd._element(value_type), ir.DoubleType)
+    double = isinstance(simd.element_of(value_type), ir.DoubleType)
     bits, mantissa_bits, bias = (64, 52, 1023) if double else (32, 23, 127)
     bits_type: ir.Type = ir.IntType(bits)
     if isinstance(value_type, ir.VectorType):
         bits_type = ir.VectorType(bits_type, value_type.count)
     # Where n is -bias, 2**n is encoded as 0. (A NaN is not below: it stays.)
-    smallest = simd._constant(value_type, -bias * _LN_2)
+    smallest = simd.constant_of(value_type, -bias * _LN_2)
     x = b.select(b.fcmp_ordered("<", x, smallest), smallest, x)
-    high, low = (simd._constant(value_type, part) for part in _LOG2_E[bits])
+    high, low = (simd.constant_of(value_type, part) for part in _LOG2_E[bits])
     # Adding 1.5 * 2**mantissa_bits rounds to an integer, which is then in the lowest bits; with the
     # bias added they are 2**n's exponent.
-    magic = simd._constant(value_type, 1.5 * 2.0**mantissa_bits + bias)
+    magic = simd.constant_of(value_type, 1.5 * 2.0**mantissa_bits + bias)
     shifted = b.fadd(b.fmul(x, high), magic)
     minus_n = b.fsub(magic, shifted)
     # f = x * log2(e) - n, without the rounding error of the product, which grows with x
-    f = simd._fma(b, x, low, simd._fma(b, x, high, minus_n, target), target)
-    exponent = b.shl(b.bitcast(shifted, bits_type), simd._constant(bits_type, mantissa_bits))
-    coefficients = simd._EXP2_FLOAT64 if double else simd._EXP2_FLOAT32
-    power = simd._constant(value_type, coefficients[-1])
+    f = simd.fma(b, x, low, simd.fma(b, x, high, minus_n, target), target)
+    exponent = b.shl(b.bitcast(shifted, bits_type), simd.constant_of(bits_type, mantissa_bits))
+    coefficients = simd.EXP2_FLOAT64 if double else simd.EXP2_FLOAT32
+    power = simd.constant_of(value_type, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
-        power = simd._fma(b, power, f, simd._constant(value_type, coefficient), target)
+        power = simd.fma(b, power, f, simd.constant_of(value_type, coefficient), target)
     return b.fmul(power, b.bitcast(exponent, value_type))
 
 

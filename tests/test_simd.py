@@ -11,7 +11,7 @@ import pytest
 from llvmlite import ir
 from numba import njit
 
-from minitorch.kernels import simd, threads
+from minitorch.kernels import simd, simd_matrix, threads
 from minitorch.kernels.flash_attention.cpu_tiles import (
     leading_dimension,
     load_tile,
@@ -104,7 +104,7 @@ def assembly(triple: str, cpu: str, double: bool = False) -> str:
     module = ir.Module()
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), types), "block")
     builder = ir.IRBuilder(function.append_basic_block())
-    simd.build_matrix_product_block(builder, target, vector, *function.args)
+    simd_matrix.build_matrix_product_block(builder, target, vector, *function.args)
     builder.ret_void()
     machine = llvm.Target.from_triple(triple).create_target_machine(cpu, "", opt=3)
     return str(machine.emit_assembly(llvm.parse_assembly(str(module))))

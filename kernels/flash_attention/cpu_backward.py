@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from .. import philox, threads
+from .. import philox, simd_matrix, threads
 from ..simd import (
     block_rows,
     cache_key,
@@ -56,7 +56,9 @@ from .cpu_tiles import (
     visible_columns,
 )
 
-BACKWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__, threads.__file__)
+BACKWARD_KEY = cache_key(
+    cpu_tiles.__file__, philox.__file__, simd_matrix.__file__, threads.__file__
+)
 
 
 class Tiles(NamedTuple):

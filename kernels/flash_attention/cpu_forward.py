@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .. import philox, threads
+from .. import philox, simd_matrix, threads
 from ..simd import block_rows, cache_key, exp2
 from ..threads import fetch_add
 from . import cpu_tiles
@@ -44,7 +44,7 @@ from .cpu_tiles import (
     visible_columns,
 )
 
-FORWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__, threads.__file__)
+FORWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__, simd_matrix.__file__, threads.__file__)
 LN_2 = np.log(2.0)
 
 

@@ -18,17 +18,20 @@ from ..philox import LOW_WORD, WORD_BITS, philox4x32_cpu
 from ..simd import (
     block_columns,
     block_rows,
+    count_from,
     exp2,
     lanes,
     load,
-    matrix_product_block,
     max_of,
     maximum,
+    select_bytes,
     splat,
     store,
+    store_thresholds,
     sum_of,
-    transpose_block,
+    word_lanes,
 )
+from ..simd_matrix import matrix_product_block, transpose_block
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind
 LOG2_E = np.log2(np.e)
@@ -154,42 +157,48 @@ def apply_band(w, s, ld, row0, rows, key0, start, stop, sizes):
 @njit
 def mask_allows(mask, i, row0, rows, key0, start, stop):
     """(some, all) of the mask's entries for this tile take part; an additive one: (some, False)."""
-    count = 0
-    distinct_rows = rows if mask.row != 0 else 1
-    for r in range(distinct_rows):
+    some, every = False, True
+    for r in range(rows if mask.row != 0 else 1):
         line = mask.offset[i] + (row0 + r) * mask.row + key0 * mask.column
         if mask.kind == ADDITIVE_MASK:
             for j in range(start, stop):
                 if not mask.bias[line + j * mask.column] == -np.inf:  # NaN counts
                     return True, False
         elif mask.column == 1:
+            largest, smallest = np.uint8(0), np.uint8(1)
             for j in range(line + start, line + stop):
-                count += np.int64(mask.bools[j] != 0)
+                largest |= mask.bools[j]
+                smallest &= mask.bools[j]
+            some, every = some or largest != 0, every and smallest != 0
         else:
             for j in range(start, stop):
-                count += np.int64(mask.bools[line + j * mask.column] != 0)
-    return count > 0, count == distinct_rows * (stop - start)
+                taken = mask.bools[line + j * mask.column] != 0
+                some, every = some or taken, every and taken
+        if some and not every:
+            break
+    return some, every and mask.kind == BOOL_MASK
 
 
 @njit
 def apply_mask(w, s, ld, mask, i, row0, rows, key0, start, stop):
     """Masked scores become -inf; an additive mask is added, in units of log 2."""
-    minus_infinity = w.dtype.type(-np.inf)
-    log2_e = w.dtype.type(LOG2_E)
+    minus_infinity, log2_e = w.dtype.type(-np.inf), w.dtype.type(LOG2_E)
+    vector, n = splat(w, -np.inf), lanes(w)
+    whole = start + (stop - start) // n * n if mask.column == 1 else start
     for r in range(rows):
         line = s + r * ld
         source = mask.offset[i] + (row0 + r) * mask.row + key0 * mask.column
         if mask.kind == BOOL_MASK:
-            if mask.column == 1:
-                for j in range(start, stop):
-                    old = w[line + j]
-                    w[line + j] = old if mask.bools[source + j] != 0 else minus_infinity
-            else:
-                for j in range(start, stop):
-                    if mask.bools[source + j * mask.column] == 0:
-                        w[line + j] = minus_infinity
+            for j in range(start, whole, n):
+                scores = select_bytes(mask.bools, source + j, load(w, line + j), vector)
+                store(w, line + j, scores)
+            for j in range(whole, stop):
+                if mask.bools[source + j * mask.column] == 0:
+                    w[line + j] = minus_infinity
         else:
-            for j in range(start, stop):
+            for j in range(start, whole, n):
+                store(w, line + j, load(w, line + j) + load(mask.bias, source + j) * log2_e)
+            for j in range(whole, stop):
                 w[line + j] += mask.bias[source + j * mask.column] * log2_e
 
 
@@ -301,20 +310,18 @@ def tile_multiply(w, x, y, ld, rows, start, stop):
 def dropout_tile(w, z, ld, dropout, batch_head, row0, rows, key0, start, stop):
     """Z[r, j] = keep_scale where the weight of (row0 + r, key0 + j) is kept, else 0.
 
-    key0 and start are multiples of 4: a counter gives four columns.
+    A counter gives four columns; a step of the loop takes a vector of counters. Tiles are as wide
+    as a whole number of steps, and so are columns start ... stop once rounded to them.
     """
     keep_scale, zero = w.dtype.type(dropout.keep_scale), w.dtype.type(0)
     threshold = np.uint64(dropout.threshold)
     k0, k1 = dropout.seed & LOW_WORD, dropout.seed >> WORD_BITS
+    step = 4 * word_lanes()
     for r in range(rows):
-        line = z + r * ld
-        for group in range(start // 4, (stop + 3) // 4):
-            x0, x1, x2, x3 = philox4x32_cpu(
-                np.uint64(key0 // 4 + group), np.uint64(row0 + r), np.uint64(batch_head),
-                np.uint64(0), k0, k1,
-            )  # fmt: skip
-            j = line + 4 * group
-            w[j] = keep_scale if x0 >= threshold else zero
-            w[j + 1] = keep_scale if x1 >= threshold else zero
-            w[j + 2] = keep_scale if x2 >= threshold else zero
-            w[j + 3] = keep_scale if x3 >= threshold else zero
+        for j in range(start // step * step, stop, step):
+            columns = count_from(np.uint64((key0 + j) // 4)) & LOW_WORD
+            nothing = columns & np.uint64(0)
+            row = nothing + (np.uint64(row0 + r) & LOW_WORD)
+            head = nothing + (np.uint64(batch_head) & LOW_WORD)
+            x0, x1, x2, x3 = philox4x32_cpu(columns, row, head, nothing, k0, k1)
+            store_thresholds(w, z + r * ld + j, x0, x1, x2, x3, threshold, keep_scale, zero)
