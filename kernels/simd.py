@@ -105,7 +105,7 @@ def cache_key(*files: str) -> int:
 class VectorType(types.Type):
     """numba type of a register of `lanes` elements of `dtype`: float32, float64 or uint64."""
 
-    def __init__(self, dtype: types.Number) -> None:
+    def __init__(self, dtype: Any) -> None:
         self.dtype = dtype
         self.lanes = TARGET.lanes(dtype.bitwidth)
         super().__init__(f"Vector({dtype} x {self.lanes})")

@@ -1,7 +1,7 @@
 """The two building blocks of matrix products that need many registers at once.
 
 `matrix_product_block` is the micro-kernel that all of attention's products are made of: it holds a
-block of the result in registers. `transpose_block` transposes a square of vectors between registers.
+block of the result in registers. `transpose_block` transposes a square of vectors in registers.
 """
 
 from __future__ import annotations
