@@ -45,8 +45,8 @@ AVX2 = {
 }
 MODES: dict[str, dict[str, str | None]] = {
     "installed": {"OMP_WAIT_POLICY": "passive"},
-    "spin": {"OMP_WAIT_POLICY": None},
     "avx2": {"OMP_WAIT_POLICY": "passive", **AVX2},
+    "spin": {"OMP_WAIT_POLICY": None},
 }
 TITLES = {"installed": "as installed", "spin": "as installed, spinning", "avx2": "both AVX2"}
 
@@ -375,6 +375,15 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(result: dict[str, Any], out: Path) -> None:
+    """The results so far, as JSON and as a page."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    table = out.with_suffix(".md")
+    table.write_text(markdown(result))
+    print(f"Written: {out} and {table}", flush=True)
+
+
 def own_arguments() -> list[str]:
     """The command line without --prefix and --out, which say nothing of what was measured."""
     words, kept = iter(sys.argv[1:]), []
@@ -413,11 +422,7 @@ def main() -> None:
                 )
         result["modes"][mode] = {"summary": summary(cells, arguments), "cells": cells}
         print(mode, result["modes"][mode]["summary"], flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    table = arguments.out.with_suffix(".md")
-    table.write_text(markdown(result))
-    print(f"Written: {arguments.out} and {table}")
+        write(result, arguments.out)
 
 
 if __name__ == "__main__":
