@@ -83,9 +83,11 @@ def check(q: Any, k: Any, v: Any, dl: bool = True, tiles: Any = None, **argument
 
 @st.composite
 def strided(draw: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """An array of this shape: plain, transposed in memory, a slice of a larger one, or expanded."""
+    """An array of this shape that lies in memory in one of several ways."""
     seed = draw(st.integers(0, 2**16))
-    layout = draw(st.sampled_from(["plain", "transposed", "sliced", "expanded", "read-only"]))
+    layout = draw(
+        st.sampled_from(["plain", "transposed", "sliced", "reversed", "expanded", "read-only"])
+    )
     if layout == "transposed":
         return np.moveaxis(
             random(*shape[::-1], dtype=dtype, seed=seed), range(len(shape)), range(len(shape))[::-1]
@@ -93,6 +95,8 @@ def strided(draw: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     if layout == "sliced":
         padded = random(*[2 * n + 1 for n in shape], dtype=dtype, seed=seed)
         return padded[tuple(slice(1, 2 * n + 1, 2) for n in shape)]
+    if layout == "reversed":
+        return random(*shape, dtype=dtype, seed=seed)[(slice(None, None, -1),) * len(shape)]
     if layout == "expanded" and shape:
         return np.broadcast_to(random(1, *shape[1:], dtype=dtype, seed=seed), shape)
     array = random(*shape, dtype=dtype, seed=seed)
