@@ -7,7 +7,7 @@ in MiniTorch, and hides the module of that name.
 import numba.cuda  # noqa: F401  # numba does not bind it by itself; programs ask numba.cuda.is_available()
 
 from . import modules_transfomer, operators, scalar_functions, testing
-from .attention import attention_dropout_mask
+from .attention import attention_dropout_mask, flash_attention
 from .autodiff import (
     Context,
     Variable,
@@ -34,6 +34,8 @@ from .factories import (
 )
 from .fast_conv import Conv1dFun, Conv2dFun, conv1d, conv2d, tensor_conv1d, tensor_conv2d
 from .fast_ops import FastOps
+from .function import Function, History
+from .fused_functions import Attn_Softmax, LayerNorm, LogSoftmax, LogSumExp, Softmax
 from .grad_check import grad_central_difference, grad_check
 from .module import Module, Parameter
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
@@ -81,20 +83,14 @@ from .tensor_functions import (
     LT,
     Add,
     All,
-    Attn_Softmax,
     Cast,
     Concatenate,
     Copy,
     Exp,
     FlashAttention,
-    Function,
-    History,
     Inv,
     IsClose,
-    LayerNorm,
     Log,
-    LogSoftmax,
-    LogSumExp,
     MaskedFill,
     MatMul,
     Max,
@@ -105,7 +101,6 @@ from .tensor_functions import (
     ReLU,
     Sigmoid,
     Slice,
-    Softmax,
     Sum,
     Tanh,
     View,
@@ -217,6 +212,7 @@ __all__ = [
     "datasets",
     "derivative_check",
     "dropout",
+    "flash_attention",
     "get_default_dtype",
     "get_rng_state",
     "grad_central_difference",

@@ -1,49 +1,109 @@
-"""Standard attention, written with tensor operations: the whole score matrix, every step in sight.
+"""Attention of a query over keys and values: fused in tiles, and standard with every step in sight.
 
-It takes what `Tensor.flash_attention` takes and gives the same result. It is the baseline that the fused kernel is measured
-against, and the text to read before it.
+`flash_attention` and `standard_attention` take the same arguments and give the same result; as
+methods of a tensor they are `query.flash_attention(...)` and `query.attention(...)`. The standard
+one is the baseline that the fused kernel is measured against, and the text to read before it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
+from .fused_functions import LogSumExp, Softmax
+from .kernels.flash_attention.problem import AttentionProblem, Causal, Window
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
 from .tensor_data import TensorData
-from .tensor_functions import LogSumExp, MaskedFill, Softmax
+from .tensor_functions import FlashAttention, MaskedFill
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
-    from .kernels.flash_attention.problem import AttentionProblem
     from .tensor import Tensor
+
+Mask: TypeAlias = "Tensor | npt.NDArray[Any] | None"
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Mask = None,
+    is_causal: Causal = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: Window | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    seed: int | None = None,
+) -> Any:
+    """softmax(query @ key^T * scale + attn_mask) @ value in tiles: memory grows with N, not N^2.
+
+    Names and meanings are those of PyTorch's `scaled_dot_product_attention`. Source: Dao 2023
+    (FlashAttention-2), algorithms 1 and 2; the loops are in `kernels/flash_attention/`.
+
+    Args:
+        query: (..., H, Nq, D), float32 or float64.
+        key: (..., Hk, Nk, D), of the same dtype; leading dimensions broadcast.
+        value: (..., Hk, Nk, Dv), likewise.
+        attn_mask: broadcastable to (..., H, Nq, Nk). A bool numpy array: True takes part. A float
+            array or Tensor: added to the scores; a Tensor that requires a gradient gets one.
+            Comparisons of tensors give floats, 1.0 and 0.0, which would be added: pass
+            `mask.numpy() > 0`.
+        is_causal: True or "top-left": row i sees keys up to i, as in PyTorch. "bottom-right": row i
+            sees keys up to i + Nk - Nq, for a cache of keys.
+        dropout_p: probability that a weight is dropped; the others are scaled by
+            1 / (1 - dropout_p).
+        scale: factor of the scores; 1 / sqrt(D) if not given.
+        window: (left, right): a row sees that many keys before and after its own position; None or
+            -1 is unbounded.
+        enable_gqa: H may be a multiple of Hk; each key head serves H / Hk query heads.
+        return_lse: also return the logsumexp of the scores, which has a gradient.
+        seed: of the dropout mask (see `attention_dropout_mask`); drawn from `manual_seed`'s
+            sequence if not given.
+
+    Returns:
+        Output (..., H, Nq, Dv) in the query's dtype, or (output, logsumexp (..., H, Nq), natural
+        logarithm). A row with no allowed key gives output 0, logsumexp -inf and zero gradients.
+
+    Raises:
+        ValueError: shapes, mask or options that do not fit together.
+        TypeError: not tensors, or dtypes that differ or are not float32 or float64.
+
+    """
+    problem = _problem(
+        query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
+    )
+    tracked_mask: Any = attn_mask if hasattr(attn_mask, "requires_grad") else None
+    needs_mask_grad = tracked_mask is not None and tracked_mask.requires_grad()
+    out = FlashAttention.apply(query, key, value, attn_mask, problem, needs_mask_grad, return_lse)
+    return (out[..., :-1], out[..., -1]) if return_lse else out
 
 
 def standard_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | npt.NDArray[Any] | None,
-    problem: AttentionProblem,
+    *,
+    attn_mask: Mask = None,
+    is_causal: Causal = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: Window | None = None,
+    enable_gqa: bool = False,
     return_lse: bool = False,
+    seed: int | None = None,
 ) -> Any:
-    """softmax(query @ key^T * scale + mask) @ value, with the score matrix in memory.
+    """The same with the whole score matrix in memory (Vaswani et al. 2017, equation 1).
 
-    Args:
-        query: (..., H, Nq, D)
-        key: (..., Hk, Nk, D)
-        value: (..., Hk, Nk, Dv)
-        attn_mask: bool array or additive floats, broadcastable to (..., H, Nq, Nk), or None.
-        problem: the validated description of this call.
-        return_lse: also return the logsumexp of the scores.
-
-    Returns:
-        Output (..., H, Nq, Dv), and if asked for logsumexp (..., H, Nq).
-
+    Arguments, result and errors are those of `flash_attention`.
     """
+    problem = _problem(
+        query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
+    )
     scores = _matmul_heads(query, key.transpose(-2, -1)) * problem.scale  # (..., H, Nq, Nk)
     full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
     if scores.shape != full:  # value alone has some of the leading dimensions
@@ -60,16 +120,71 @@ def standard_attention(
     out = _matmul_heads(weights, value)
     if not return_lse:
         return out
-    return out, LogSumExp.apply(scores, -1)[..., 0]
+    logsumexp = LogSumExp.apply(scores, -1)[..., 0]
+    if logsumexp.shape != problem.logsumexp_shape:  # value alone has more leading dimensions
+        logsumexp = logsumexp + logsumexp.zeros(problem.logsumexp_shape)
+    return out, logsumexp
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Mask,
+    is_causal: Causal,
+    dropout_p: float,
+    scale: float | None,
+    window: Window | None,
+    enable_gqa: bool,
+    seed: int | None,
+) -> AttentionProblem:
+    """The validated description of a call. The dropout seed is drawn last: bad input draws none."""
+    for name, given in (("key", key), ("value", value)):
+        if not hasattr(given, "_tensor"):
+            raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
+    if len({query.dtype, key.dtype, value.dtype}) > 1:
+        names = ", ".join(x.dtype.name for x in (query, key, value))
+        raise TypeError(f"query, key and value must have one dtype, got {names}: use .to(dtype)")
+    problem = AttentionProblem.of(
+        query.shape,
+        key.shape,
+        value.shape,
+        query.dtype,
+        attn_mask=None if attn_mask is None else _mask_array(attn_mask),
+        is_causal=is_causal,
+        dropout_p=dropout_p,
+        scale=scale,
+        window=window,
+        enable_gqa=enable_gqa,
+        seed=0 if seed is None else seed,
+    )
+    if seed is None and problem.dropout_p > 0:
+        return replace(problem, seed=next_seed())
+    return problem
+
+
+def _mask_array(mask: Any) -> npt.NDArray[Any]:
+    """The elements of a mask, a Tensor or an array.
+
+    Raises:
+        TypeError: it is neither.
+
+    """
+    if hasattr(mask, "_tensor"):
+        array: npt.NDArray[Any] = mask._tensor.array
+        return array
+    if isinstance(mask, np.ndarray):
+        return mask
+    raise TypeError(f"attn_mask must be a Tensor or a numpy array, got {type(mask).__name__}")
 
 
 def _matmul_heads(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, where each head of `b` serves as many neighbouring heads of `a` as their numbers ask for."""
+    """a @ b, where each head of `b` serves as many neighbouring heads of `a` as there are."""
     if a.dims < 3 or b.dims < 3 or b.shape[-3] in (1, a.shape[-3]) or a.shape[-3] == 1:
         return a @ b
     heads, kv_heads = a.shape[-3], b.shape[-3]
     grouped = a.contiguous().view(*a.shape[:-3], kv_heads, heads // kv_heads, *a.shape[-2:])
-    out = grouped @ b[..., None, :, :]  # (..., Hk, H / Hk, Nq, columns of b)
+    out: Tensor = grouped @ b[..., None, :, :]  # (..., Hk, H / Hk, Nq, columns of b)
     return out.view(*out.shape[:-4], heads, *out.shape[-2:])
 
 
@@ -92,13 +207,15 @@ def attention_dropout_mask(
 ) -> npt.NDArray[np.bool_]:
     """The mask that attention with dropout uses: True where a weight is kept.
 
-    It is a function of seed, batch * head, row and column alone (Philox 4x32-10, Salmon et al. 2011), so it does not depend on
-    tile sizes or on the device, and is the same in the backward pass.
+    It is a function of seed, batch * head, row and column alone (Philox 4x32-10, Salmon et al.
+    2011), so it does not depend on tile sizes or on the device, and is the same in the backward
+    pass.
 
     Args:
         shape: of the attention weights, (..., Nq, Nk).
         dropout_p: probability that a weight is dropped, from 0 to 1.
-        seed: as given to attention; if None the next one of `manual_seed`'s sequence is drawn, as attention would.
+        seed: as given to attention; if None the next one of `manual_seed`'s sequence is drawn, as
+            attention would.
 
     Returns:
         Array of bool, of `shape`.

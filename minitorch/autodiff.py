@@ -1,8 +1,8 @@
 """The engine: it records nothing and knows no operation, it only walks the graph backwards.
 
-A variable is anything that answers `parents`, `is_leaf`, `is_constant` and `chain_rule`: `Scalar` and
-`Tensor` both do. The verbs are `topological_sort`, `backpropagate` and `central_difference`; `Context`
-is what a function's forward pass keeps for its backward pass.
+A variable is anything that answers `parents`, `is_leaf`, `is_constant` and `chain_rule`: `Scalar`
+and `Tensor` both do. The verbs are `topological_sort`, `backpropagate` and `central_difference`;
+`Context` is what a function's forward pass keeps for its backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def is_grad_enabled() -> bool:
 
 
 class no_grad(ContextDecorator):
-    """Context manager and decorator: operations inside record no graph, so nothing is kept for a backward pass.
+    """Context manager and decorator: operations inside record no graph, so nothing is kept for a
+    backward pass.
 
     Example:
         >>> import minitorch
@@ -48,7 +49,8 @@ def central_difference(
 ) -> Any:
     r"""Approximate the derivative of `f` in its argument number `arg`.
 
-    $$f'(x_i) \approx (f(\dots, x_i + \epsilon, \dots) - f(\dots, x_i - \epsilon, \dots)) / 2\epsilon$$
+    $$f'(x_i) \approx (f(\dots, x_i + \epsilon, \dots) - f(\dots, x_i - \epsilon, \dots)) /
+    2\epsilon$$
 
     Args:
         f: a function of `len(vals)` numbers (or Scalars) that returns one.
@@ -91,10 +93,11 @@ class Variable(Protocol):
 
 
 def topological_sort(variable: Variable) -> Iterable[Variable]:
-    """All non-constant variables that `variable` depends on, each before its parents, `variable` first.
+    """All non-constant variables that `variable` depends on, each before its parents, `variable`
+    first.
 
-    The order is that of a depth-first search, visiting parents in argument order, reversed. It uses a
-    stack of its own, so that a graph may be deeper than Python's recursion limit.
+    The order is that of a depth-first search, visiting parents in argument order, reversed. It uses
+    a stack of its own, so that a graph may be deeper than Python's recursion limit.
     """
     order: list[Variable] = []
     if variable.is_constant():
@@ -121,8 +124,9 @@ def backpropagate(variable: Variable, deriv: Any, retain_graph: bool = True) -> 
     Args:
         variable: the right-most variable of the graph.
         deriv: derivative of the final result with respect to `variable`.
-        retain_graph: if False, what each operation saved is released as soon as it has been used, so that
-            memory falls during the pass; a second pass through the same graph then raises RuntimeError.
+        retain_graph: if False, what each operation saved is released as soon as it has been used,
+            so that memory falls during the pass; a second pass through the same graph then raises
+            RuntimeError.
 
     """
     remaining = list(topological_sort(variable))
@@ -175,8 +179,8 @@ class Context:
         """
         if self._released:
             raise RuntimeError(
-                "this graph was already used by backward(), which released what the forward pass had saved: "
-                "call backward(retain_graph=True) the first time, or compute the forward pass again"
+                "this graph was already used by backward(), which released what it had saved: call "
+                "backward(retain_graph=True) the first time, or compute the forward pass again"
             )
         return self._saved
 

@@ -1,6 +1,7 @@
 """`CudaKernelOps`: the backend's name in the transformer course, whose kernels are fused.
 
-There are no GPU kernels yet: it computes with FastOps, on the CPU, so that programs and tests written for it run anywhere.
+There are no GPU kernels yet: it computes with FastOps, on the CPU, so that programs and tests
+written for it run anywhere.
 """
 
 from __future__ import annotations

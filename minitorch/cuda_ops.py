@@ -1,6 +1,7 @@
 """`CudaOps`: the backend's name in MiniTorch's GPU module.
 
-There are no GPU kernels yet: it computes with FastOps, on the CPU, so that programs and tests written for it run anywhere.
+There are no GPU kernels yet: it computes with FastOps, on the CPU, so that programs and tests
+written for it run anywhere.
 """
 
 from __future__ import annotations

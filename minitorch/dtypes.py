@@ -45,5 +45,7 @@ def set_default_dtype(dtype: npt.DTypeLike) -> None:
 
 
 def storage_dtype(given: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype in which an array of dtype `given` is stored: its own if it is a float of ours, else the default."""
+    """The dtype in which an array of dtype `given` is stored: its own if it is a float of ours,
+    else the default.
+    """
     return given if given in FLOAT_DTYPES else _default_dtype

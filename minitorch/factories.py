@@ -1,7 +1,7 @@
 """How tensors are made: from lists, from numpy arrays, from random numbers.
 
-As in MiniTorch, `tensor` and `rand` give leaves that collect a gradient unless told otherwise; `zeros` and `ones` give
-constants.
+As in MiniTorch, `tensor` and `rand` give leaves that collect a gradient unless told otherwise;
+`zeros` and `ones` give constants.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def tensor(
 def tensor_from_numpy(
     ls: Storage, backend: TensorBackend = SimpleBackend, requires_grad: bool = False
 ) -> Tensor:
-    """A contiguous copy of an array: float32 and float64 keep their dtype, all else becomes the default one."""
+    """A contiguous copy of an array: float32 and float64 keep their dtype, all else becomes the
+    default one.
+    """
     return _leaf(TensorData.from_array(np.array(ls, order="C")), backend, requires_grad)
 
 

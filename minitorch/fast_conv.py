@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .autodiff import Context
+from .function import Function
 from .kernels import threads
 from .kernels.simd import cache_key
 from .kernels.threads import fetch_add, run_on_threads
 from .tensor_data import TensorData
-from .tensor_functions import Function
 
 if TYPE_CHECKING:
     from .tensor import Tensor

@@ -1,7 +1,7 @@
 """What each fused operation means: a few lines of numpy, the backward pass beside the forward pass.
 
-Every backend inherits these, so SimpleOps has nothing else, and a backend with a faster kernel overrides the pair.
-They are the text to read before a kernel, and what kernels are tested against.
+Every backend inherits these, so SimpleOps has nothing else, and a backend with a faster kernel
+overrides the pair. They are the text to read before a kernel, and what kernels are tested against.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def _like(tensor: Tensor, array: Array) -> Tensor:
 
 
 def _finite_max(x: Array, axis: int) -> Array:
-    """The maximum along `axis`, but 0 where everything is -inf, so that subtracting it never gives NaN."""
-    maximum = x.max(axis, keepdims=True, initial=-np.inf)
+    """The maximum along `axis`, 0 where everything is -inf: subtracting it never gives NaN."""
+    maximum: Array = x.max(axis, keepdims=True, initial=-np.inf)
     return np.where(np.isneginf(maximum), x.dtype.type(0), maximum)
 
 
@@ -71,7 +71,9 @@ class FusedOps:
 
     @classmethod
     def attn_softmax_fw(cls, inp: Tensor, mask: Tensor) -> Tensor:
-        """softmax(inp + mask) along the last dimension; inp (B, H, from, to), mask broadcasts to it."""
+        """softmax(inp + mask) along the last dimension; inp (B, H, from, to), mask broadcasts to
+        it.
+        """
         scores = inp._tensor.array + mask._tensor.array.astype(inp.dtype, copy=False)
         return cls.softmax_forward(_like(inp, scores), inp.dims - 1)
 
@@ -86,7 +88,9 @@ class FusedOps:
     def layernorm_fw(
         inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise the last dimension. inp (..., D), gamma and beta (D,) -> out, variance and mean (rows,)."""
+        """Normalise the last dimension. inp (..., D), gamma and beta (D,) -> out, variance and mean
+        (rows,).
+        """
         x = inp._tensor.array
         mean = x.mean(-1, keepdims=True)
         var = ((x - mean) ** 2).mean(-1, keepdims=True)
@@ -209,7 +213,9 @@ class FusedOps:
         weight_decay: float,
         step: int,
     ) -> None:
-        """One update of `param`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1, no decay is Adam."""
+        """One update of `param`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1, no
+        decay is Adam.
+        """
         p, g = param._tensor.array, grad._tensor.array
         m, v = exp_avg._tensor.array, exp_avg_sq._tensor.array
         p *= 1 - lr * weight_decay
@@ -229,7 +235,9 @@ class FusedOps:
         attn_mask: Array | None,
         problem: AttentionProblem,
     ) -> tuple[Tensor, Tensor]:
-        """Output (..., seqlen_q, value_dim) and logsumexp (..., seqlen_q); here with the whole score matrix."""
+        """Output (..., seqlen_q, value_dim) and logsumexp (..., seqlen_q); here with the whole
+        score matrix.
+        """
         out, logsumexp = standard_attention(
             problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
         )

@@ -18,7 +18,8 @@ SMALL = 32  # up to this many elements each one is moved by itself
 DIRECTIONS = 4  # random directions for a larger tensor
 SAMPLES = 4  # and single elements of it, so that a failure can name an index
 
-# (rtol, atol) of the gradient under test, by its dtype; the differences themselves are always in float64.
+# (rtol, atol) of the gradient under test, by its dtype; the differences themselves are always in
+# float64.
 TOLERANCES = {np.dtype(np.float64): (1e-3, 1e-4), np.dtype(np.float32): (1e-2, 1e-2)}
 
 Array = npt.NDArray[np.float64]
@@ -54,10 +55,11 @@ def grad_check(
 ) -> None:
     """Check the gradients that `backward` gives for `f` against finite differences.
 
-    The output is projected on random weights w, so that errors cannot cancel in a plain sum, and the derivative of sum(w * f)
-    is compared: for each element of a small tensor, and along random directions (and a few single elements) of a large one.
-    The gradient under test is computed in each tensor's own dtype, the differences always on float64 copies. At a kink (relu
-    at 0) a one-sided difference is accepted as well.
+    The output is projected on random weights w, so that errors cannot cancel in a plain sum, and
+    the derivative of sum(w * f) is compared: for each element of a small tensor, and along random
+    directions (and a few single elements) of a large one. The gradient under test is computed in
+    each tensor's own dtype, the differences always on float64 copies. At a kink (relu at 0) a
+    one-sided difference is accepted as well.
 
     Args:
         f: a deterministic function of tensors that returns a tensor.
@@ -66,11 +68,12 @@ def grad_check(
         rtol: relative tolerance; by default 1e-3 for float64 gradients, 1e-2 for float32.
         atol: absolute tolerance; by default 1e-4 and 1e-2.
         tol: the transformer course's name for `atol`.
-        seed: of the random weights and directions, and of `random` before each call of `f`, as in MiniTorch.
+        seed: of the random weights and directions, and of `random` before each call of `f`, as in
+            MiniTorch.
 
     Raises:
-        AssertionError: a gradient does not agree; the message names the argument, the index or direction, both values
-            and the relative error.
+        AssertionError: a gradient does not agree; the message names the argument, the index or
+            direction, both values and the relative error.
 
     """
     for x in vals:
@@ -108,7 +111,9 @@ def _evaluate(f: Callable[..., Tensor], vals: tuple[Tensor, ...], arg: int, step
 
 
 def _directions(shape: tuple[int, ...], rng: np.random.Generator) -> list[tuple[str, Array]]:
-    """Unit steps along single elements, and random directions if there are many elements, each with a name."""
+    """Unit steps along single elements, and random directions if there are many elements, each with
+    a name.
+    """
     size = int(np.prod(shape))
     chosen = range(size) if size <= SMALL else rng.choice(size, SAMPLES, replace=False)
     found = []
@@ -147,8 +152,8 @@ def _compare(
         return  # both say that there is no derivative here
     error = abs(central - expected) / max(abs(central), abs(expected), 1e-300)
     raise AssertionError(
-        f"gradient of argument {arg} at {where}: backward gives {expected:.8g}, finite differences give "
-        f"{central:.8g} (forward {one_sided[0]:.8g}, backward {one_sided[1]:.8g}), "
+        f"gradient of argument {arg} at {where}: backward gives {expected:.8g}, "
+        f"finite differences give {central:.8g} "
+        f"(forward {one_sided[0]:.8g}, backward {one_sided[1]:.8g}), "
         f"relative error {error:.3g}; tolerance rtol {rtol:g}, atol {atol:g}"
     )
-

@@ -8,10 +8,10 @@ import numpy as np
 
 from .dtypes import get_default_dtype
 from .factories import ones, rand, tensor_from_numpy, zeros
+from .fused_functions import EmbeddingFun, LinearFun
 from .module import Module, Parameter
 from .nn import class_numbers
 from .tensor import Tensor
-from .tensor_functions import EmbeddingFun, LinearFun
 from .tensor_ops import SimpleBackend, TensorBackend
 
 
@@ -24,7 +24,8 @@ class Linear(Module):
         bias: whether there is a bias.
         backend: where the weights live.
 
-    Parameters `weights` (in_size, out_size) and `bias` (out_size,) start uniform in +-1/sqrt(in_size).
+    Parameters `weights` (in_size, out_size) and `bias` (out_size,) start uniform in
+    +-1/sqrt(in_size).
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class Linear(Module):
 
         """
         if x.dims < 1 or x.shape[-1] != self.in_size:
-            raise ValueError(f"Linear: the last size of x must be {self.in_size}, got shape {x.shape}")
+            raise ValueError(
+                f"Linear: the last size of x must be {self.in_size}, got shape {x.shape}"
+            )
         return LinearFun.apply(
             x, self.weights.value, None if self.bias is None else self.bias.value
         )
@@ -68,7 +71,8 @@ class Embedding(Module):
         embedding_dim: length of a row.
         backend: where the weights live.
 
-    Parameter `weights` (num_embeddings, embedding_dim) starts normal, N(0, 1), from numpy's global generator.
+    Parameter `weights` (num_embeddings, embedding_dim) starts normal, N(0, 1), from numpy's global
+    generator.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class Embedding(Module):
 
 
 class Dropout(Module):
-    """In training, set elements to 0 with probability p_dropout and scale the others by 1 / (1 - p_dropout).
+    """In training, set elements to 0 with probability p_dropout and scale the others by 1 / (1 -
+    p_dropout).
 
     The mask comes from numpy's global generator; p_dropout = 0 draws nothing from it.
 
@@ -121,7 +126,8 @@ class Dropout(Module):
 
 
 class LayerNorm1d(Module):
-    """weights * (x - mean) / sqrt(var + eps) + bias over the last dimension (Ba, Kiros & Hinton 2016, equation 4).
+    """weights * (x - mean) / sqrt(var + eps) + bias over the last dimension (Ba, Kiros & Hinton
+    2016, equation 4).
 
     Args:
         dim: size of the last dimension.
@@ -131,9 +137,7 @@ class LayerNorm1d(Module):
     Parameters `weights` (ones) and `bias` (zeros), both (dim,).
     """
 
-    def __init__(
-        self, dim: int, eps: float = 1e-5, backend: TensorBackend = SimpleBackend
-    ) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5, backend: TensorBackend = SimpleBackend) -> None:
         super().__init__()
         self.dim = dim
         self.eps = eps
@@ -148,7 +152,9 @@ class LayerNorm1d(Module):
 
         """
         if x.dims < 1 or x.shape[-1] != self.dim:
-            raise ValueError(f"LayerNorm1d: the last size of x must be {self.dim}, got shape {x.shape}")
+            raise ValueError(
+                f"LayerNorm1d: the last size of x must be {self.dim}, got shape {x.shape}"
+            )
         return x.layernorm(self.weights.value, self.bias.value, self.eps)
 
 

@@ -7,17 +7,11 @@ from typing import Any
 import numpy as np
 
 from .factories import rand
+from .function import check_dim
+from .fused_functions import GELUFun, LogSoftmax, LogSumExp, Softmax, SoftmaxLoss
 from .tensor import Tensor
 from .tensor_data import TensorData
-from .tensor_functions import (
-    GELUFun,
-    LogSoftmax,
-    LogSumExp,
-    Max,
-    Softmax,
-    SoftmaxLoss,
-    check_dim,
-)
+from .tensor_functions import Max
 
 # ----- pooling -----
 
@@ -30,7 +24,8 @@ def tile(input: Tensor, kernel: tuple[int, int]) -> tuple[Tensor, int, int]:
         kernel: (kernel_height, kernel_width), which must divide height and width.
 
     Returns:
-        Tensor (batch, channel, new_height, new_width, kernel_height * kernel_width), new_height, new_width.
+        Tensor (batch, channel, new_height, new_width, kernel_height * kernel_width), new_height,
+        new_width.
 
     Raises:
         ValueError: the kernel does not divide the image.
@@ -47,13 +42,17 @@ def tile(input: Tensor, kernel: tuple[int, int]) -> tuple[Tensor, int, int]:
 
 
 def avgpool2d(input: Tensor, kernel: tuple[int, int]) -> Tensor:
-    """Mean of each tile: (batch, channel, height, width) -> (batch, channel, height / kh, width / kw)."""
+    """Mean of each tile: (batch, channel, height, width) -> (batch, channel, height / kh, width /
+    kw).
+    """
     tiles, height, width = tile(input, kernel)
     return tiles.mean(4).view(*input.shape[:2], height, width)
 
 
 def maxpool2d(input: Tensor, kernel: tuple[int, int]) -> Tensor:
-    """Maximum of each tile: (batch, channel, height, width) -> (batch, channel, height / kh, width / kw)."""
+    """Maximum of each tile: (batch, channel, height, width) -> (batch, channel, height / kh, width
+    / kw).
+    """
     tiles, height, width = tile(input, kernel)
     return max(tiles, 4).view(*input.shape[:2], height, width)
 
@@ -148,7 +147,8 @@ def softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
     """
     if logits.dims != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
-            f"softmax_loss needs logits (batch, C) and target (batch,), got {logits.shape} and {target.shape}"
+            f"softmax_loss needs logits (batch, C) and target (batch,), "
+            f"got {logits.shape} and {target.shape}"
         )
     class_numbers(target, logits.shape[1], "target")
     return SoftmaxLoss.apply(logits, target.detach())

@@ -1,7 +1,8 @@
 """Random numbers: one call seeds them all, and their state can be saved for a run that is resumed.
 
-Three generators are in use, because MiniTorch's API fixes two of them: `random` (factory `rand`), numpy's global
-one (`Dropout`, `Embedding`), and one of our own that gives each call of fused attention its dropout seed.
+Three generators are in use, because MiniTorch's API fixes two of them: `random` (factory `rand`),
+numpy's global one (`Dropout`, `Embedding`), and one of our own that gives each call of fused
+attention its dropout seed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def next_seed() -> int:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """The state of all three generators, as values that JSON can hold; `set_rng_state` takes it back."""
+    """The state of all three generators, as values that JSON can hold; `set_rng_state` takes it
+    back.
+    """
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {

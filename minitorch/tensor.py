@@ -1,9 +1,10 @@
-"""`Tensor`: an array that remembers how it was computed. Each operation is one line to its `Function`."""
+"""`Tensor`: an array that remembers how it was computed. Each operation is one line to its
+`Function`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from itertools import count
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import numpy as np
 import numpy.typing as npt
 
-from . import dtypes, rng
-from .attention import standard_attention
+from . import dtypes
+from .attention import flash_attention, standard_attention
 from .autodiff import Variable, backpropagate
-from .kernels.flash_attention.problem import AttentionProblem
+from .function import Function, History, check_dim
+from .fused_functions import Attn_Softmax, LayerNorm
 from .tensor_data import (
     IndexingError,
     Shape,
@@ -31,16 +33,11 @@ from .tensor_functions import (
     LT,
     Add,
     All,
-    Attn_Softmax,
     Cast,
     Copy,
     Exp,
-    FlashAttention,
-    Function,
-    History,
     Inv,
     IsClose,
-    LayerNorm,
     Log,
     MatMul,
     Mul,
@@ -53,7 +50,6 @@ from .tensor_functions import (
     Sum,
     Tanh,
     View,
-    check_dim,
 )
 from .tensor_ops import SimpleBackend, TensorBackend
 
@@ -61,6 +57,11 @@ if TYPE_CHECKING:
     from .autodiff import Context
 
 TensorLike: TypeAlias = Union[float, int, "Tensor"]
+
+# Aliases, because inside the class `tuple` is the method that MiniTorch has.
+Sizes: TypeAlias = tuple[int, ...]
+Arrays: TypeAlias = tuple[Storage, Shape, Strides]
+Derivative: TypeAlias = tuple[Variable, Any]
 
 _ids = count(1)
 
@@ -87,7 +88,8 @@ class Tensor:
     ) -> None:
         if not isinstance(v, TensorData):
             raise TypeError(
-                f"v must be a TensorData, got {type(v).__name__}: minitorch.tensor() takes lists and arrays"
+                f"v must be a TensorData, got {type(v).__name__}: "
+                "minitorch.tensor() takes lists and arrays"
             )
         self.unique_id = next(_ids)
         self._tensor = v
@@ -104,7 +106,7 @@ class Tensor:
         return self.backend
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Sizes:
         """Size of each dimension."""
         return self._tensor.shape
 
@@ -134,7 +136,9 @@ class Tensor:
     # ----- to and from other forms -----
 
     def numpy(self) -> npt.NDArray[Any]:
-        """The elements as a numpy array that shares this tensor's memory; a graph knows nothing of writes to it."""
+        """The elements as a numpy array that shares this tensor's memory; a graph knows nothing of
+        writes to it.
+        """
         return self._tensor.array
 
     def to_numpy(self) -> npt.NDArray[Any]:
@@ -161,7 +165,9 @@ class Tensor:
         return self.item()
 
     def __bool__(self) -> bool:
-        """Whether every element is true (not zero). MiniTorch's `is_close` relies on a truth value of whole tensors."""
+        """Whether every element is true (not zero). MiniTorch's `is_close` relies on a truth value
+        of whole tensors.
+        """
         return bool(np.all(self._tensor.array))
 
     def to(self, dtype: npt.DTypeLike) -> Tensor:
@@ -174,7 +180,7 @@ class Tensor:
         wanted = dtypes.check_dtype(dtype)
         return self if wanted == self.dtype else Cast.apply(self, wanted)
 
-    def tuple(self) -> tuple[Storage, Shape, Strides]:
+    def tuple(self) -> Arrays:
         """Storage, shape and strides."""
         return self._tensor.tuple()
 
@@ -276,7 +282,8 @@ class Tensor:
         """e ** x"""
         return Exp.apply(self)
 
-    # ----- reduction: the dimension is kept with size 1; without one, everything is reduced to shape (1,) -----
+    # ----- reduction: the dimension is kept with size 1; without one, everything is reduced to
+    # shape (1,) -----
 
     def all(self, dim: int | None = None) -> Tensor:
         """1.0 where every element along `dim` is true."""
@@ -325,7 +332,9 @@ class Tensor:
         if shape.count(-1) == 1 and known and self.size % known == 0:
             shape = tuple(self.size // known if n == -1 else n for n in shape)
         if min(shape, default=0) < 0 or prod(shape) != self.size:
-            raise ValueError(f"view: shape {given} does not hold the {self.size} elements of {self.shape}")
+            raise ValueError(
+                f"view: shape {given} does not hold the {self.size} elements of {self.shape}"
+            )
         return View.apply(self, shape)
 
     def contiguous(self) -> Tensor:
@@ -333,7 +342,9 @@ class Tensor:
         return self if self._tensor.is_contiguous() else Copy.apply(self)
 
     def __getitem__(self, key: Any) -> Any:
-        """A number for a full index of whole numbers; a tensor (differentiable, no copy) for slices and partial indices."""
+        """A number for a full index of whole numbers; a tensor (differentiable, no copy) for slices
+        and partial indices.
+        """
         full = key if isinstance(key, tuple) else (key,)
         if len(full) == self.dims and all(isinstance(i, int | np.integer) for i in full):
             return self._tensor.get(self._count_from_start(full))
@@ -352,7 +363,7 @@ class Tensor:
         full = tuple(key) if isinstance(key, Sequence) else (key,)
         self._tensor.set(self._count_from_start(full), val)
 
-    def _count_from_start(self, index: Sequence[Any]) -> tuple[int, ...]:
+    def _count_from_start(self, index: Sequence[Any]) -> Sizes:
         """An index in which negative numbers, which count from the end, have been replaced."""
         if len(index) != self.dims:
             return tuple(index)
@@ -369,135 +380,24 @@ class Tensor:
     # ----- fused -----
 
     def attn_softmax(self, mask: Tensor) -> Tensor:
-        """softmax(self + mask) along the last dimension; self (B, H, from, to), mask broadcasts to it."""
+        """softmax(self + mask) along the last dimension; self (B, H, from, to), mask broadcasts to
+        it.
+        """
         return Attn_Softmax.apply(self, mask)
 
     def layernorm(self, gamma: Tensor, beta: Tensor, eps: float = 1e-8) -> Tensor:
         """Layer norm of the last dimension; self (..., D), gamma and beta (D,)."""
         return LayerNorm.apply(self, gamma, beta, eps)
 
-    # ----- attention -----
+    # ----- attention: see attention.py, where `query` is this tensor -----
 
-    def flash_attention(
-        self,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | npt.NDArray[Any] | None = None,
-        is_causal: bool | str = False,
-        dropout_p: float = 0.0,
-        scale: float | None = None,
-        window: tuple[int | None, int | None] | None = None,
-        enable_gqa: bool = False,
-        return_lse: bool = False,
-        seed: int | None = None,
-    ) -> Any:
-        """Attention of this query over key and value, in tiles: memory grows with N, not with N squared.
-
-        softmax(query @ key^T * scale + attn_mask) @ value, with PyTorch's `scaled_dot_product_attention` names and
-        meanings. Source: Dao 2023 (FlashAttention-2), algorithms 1 and 2; the loops are in `kernels/flash_attention/`.
-
-        Args:
-            key: (..., Hk, Nk, D), where self is (..., H, Nq, D); leading dimensions broadcast.
-            value: (..., Hk, Nk, Dv).
-            attn_mask: broadcastable to (..., Nq, Nk). A bool numpy array: True takes part. A float array or Tensor: added to
-                the scores; a Tensor that requires a gradient gets one. Mind that comparisons of tensors give floats (1.0
-                and 0.0), which would be added: pass `mask.numpy() > 0`.
-            is_causal: True or "top-left": row i sees keys up to i, as in PyTorch. "bottom-right": row i sees keys up to
-                i + Nk - Nq, for a cache of keys.
-            dropout_p: probability that an attention weight is dropped; the others are scaled by 1 / (1 - dropout_p).
-            scale: of the scores; 1 / sqrt(D) if not given.
-            window: (left, right): a row sees that many keys before and after its own position; None or -1 is unbounded.
-            enable_gqa: H may be a multiple of Hk; each key head serves H / Hk query heads.
-            return_lse: also return the logsumexp of the scores, (..., Nq), natural logarithm; it has a gradient.
-            seed: of the dropout mask (see `attention_dropout_mask`); drawn from `manual_seed`'s sequence if not given.
-
-        Returns:
-            Output (..., H, Nq, Dv) in this tensor's dtype, or (output, logsumexp). A row with no allowed key gives output 0
-            and logsumexp -inf.
-
-        Raises:
-            ValueError: shapes, mask or options that do not fit together.
-            TypeError: dtypes differ or are not float32 or float64.
-
-        """
-        problem = self._attention_problem(
-            key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
-        )
-        needs_mask_grad = isinstance(attn_mask, Tensor) and attn_mask.requires_grad()
-        out = FlashAttention.apply(
-            self, key, value, attn_mask, problem, needs_mask_grad, return_lse
-        )
-        return (out[..., :-1], out[..., -1]) if return_lse else out
-
-    def attention(
-        self,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | npt.NDArray[Any] | None = None,
-        is_causal: bool | str = False,
-        dropout_p: float = 0.0,
-        scale: float | None = None,
-        window: tuple[int | None, int | None] | None = None,
-        enable_gqa: bool = False,
-        return_lse: bool = False,
-        seed: int | None = None,
-    ) -> Any:
-        """Standard attention: `flash_attention` with the whole score matrix in memory. Arguments and result are the same.
-
-        Source: Vaswani et al. 2017, equation 1; the steps are in `attention.py`.
-        """
-        problem = self._attention_problem(
-            key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
-        )
-        return standard_attention(self, key, value, attn_mask, problem, return_lse)
+    flash_attention = flash_attention
+    attention = standard_attention
 
     def flash_attention_causal(self, key: Tensor, value: Tensor) -> Tensor:
-        """`flash_attention(key, value, is_causal=True)`, as versions of the transformer course call it."""
+        """`flash_attention(key, value, is_causal=True)`, as versions of the course call it."""
         out: Tensor = self.flash_attention(key, value, is_causal=True)
         return out
-
-    def _attention_problem(
-        self,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | npt.NDArray[Any] | None,
-        is_causal: bool | str,
-        dropout_p: float,
-        scale: float | None,
-        window: tuple[int | None, int | None] | None,
-        enable_gqa: bool,
-        seed: int | None,
-    ) -> AttentionProblem:
-        """The validated description of an attention call on this query; draws the dropout seed if none is given."""
-        for name, given in (("key", key), ("value", value)):
-            if not isinstance(given, Tensor):
-                raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
-        problem = AttentionProblem.of(
-            self.shape,
-            key.shape,
-            value.shape,
-            self._common_dtype(key, value),
-            attn_mask=attn_mask._tensor.array if isinstance(attn_mask, Tensor) else attn_mask,
-            is_causal=is_causal,
-            dropout_p=dropout_p,
-            scale=scale,
-            window=window,
-            enable_gqa=enable_gqa,
-            seed=0 if seed is None else seed,
-        )
-        if seed is None and dropout_p > 0:  # drawn last: bad input draws nothing
-            problem = replace(problem, seed=rng.next_seed())
-        return problem
-
-    def _common_dtype(self, *others: Tensor) -> np.dtype[Any]:
-        """This tensor's dtype, which the others must have too."""
-        given = [self.dtype, *(other.dtype for other in others)]
-        if len(set(given)) > 1:
-            names = ", ".join(dtype.name for dtype in given)
-            raise TypeError(f"query, key and value must have one dtype, got {names}: convert with .to()")
-        return self.dtype
 
     # ----- making others like it -----
 
@@ -521,7 +421,9 @@ class Tensor:
         return self._new(TensorData(np.zeros(prod(wanted), self.dtype), wanted))
 
     def expand(self, other: Tensor | float) -> Tensor:
-        """`other`, a gradient, brought to this tensor's shape: repeated where it is smaller, summed where it is larger."""
+        """`other`, a gradient, brought to this tensor's shape: repeated where it is smaller, summed
+        where it is larger.
+        """
         other = self._ensure_tensor(other)
         if other.shape == self.shape:
             return other
@@ -547,7 +449,9 @@ class Tensor:
     # ----- the variable of the autodiff engine -----
 
     def accumulate_derivative(self, x: Any) -> None:
-        """Add `x` to the gradient of this leaf; it is copied, so that no two gradients share memory."""
+        """Add `x` to the gradient of this leaf; it is copied, so that no two gradients share
+        memory.
+        """
         if not self.is_leaf():
             raise RuntimeError("only leaves collect a derivative")
         if self.grad is None:
@@ -569,7 +473,7 @@ class Tensor:
         inputs = () if self.history is None else self.history.inputs
         return [x for x in inputs if isinstance(x, Tensor)]
 
-    def chain_rule(self, d_output: Any) -> Iterable[tuple[Variable, Any]]:
+    def chain_rule(self, d_output: Any) -> Iterable[Derivative]:
         """Each input that wants a gradient, with its gradient in its shape."""
         history = self.history
         if history is None or history.last_fn is None or history.ctx is None:
@@ -599,7 +503,8 @@ class Tensor:
         """Add the gradient of this tensor to the `grad` of every leaf that it was computed from.
 
         Args:
-            grad_output: gradient of the final result with respect to this tensor, of its shape; 1 if it has one element.
+            grad_output: gradient of the final result with respect to this tensor, of its shape; 1
+                if it has one element.
             retain_graph: keep what the forward pass saved, for another call.
 
         Raises:
@@ -612,13 +517,12 @@ class Tensor:
         if grad_output is None:
             if self.size != 1:
                 raise ValueError(
-                    f"backward() of a tensor of shape {self.shape} needs grad_output; sum() it first otherwise"
+                    f"backward() of a tensor of shape {self.shape} needs grad_output: "
+                    "give one, or sum() first"
                 )
             grad_output = self._new(TensorData(np.ones(1, self.dtype), self.shape))
         elif grad_output.shape != self.shape:
-            raise ValueError(
-                f"grad_output must have shape {self.shape}, got {grad_output.shape}"
-            )
+            raise ValueError(f"grad_output must have shape {self.shape}, got {grad_output.shape}")
         backpropagate(self, grad_output.detach(), retain_graph)
 
     def zero_grad_(self) -> None:

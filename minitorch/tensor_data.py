@@ -62,7 +62,8 @@ def to_index(ordinal: int, shape: Shape, out_index: OutIndex) -> None:
 
 
 def broadcast_index(big_index: Index, big_shape: Shape, shape: Shape, out_index: OutIndex) -> None:
-    """Write into `out_index` the index in a tensor of `shape` that broadcasts to `big_index` in `big_shape`.
+    """Write into `out_index` the index in a tensor of `shape` that broadcasts to `big_index` in
+    `big_shape`.
 
     Args:
         big_index: index in the larger shape.
@@ -109,9 +110,11 @@ class TensorData:
     """A one-dimensional storage seen through a shape and strides.
 
     Args:
-        storage: the elements; a list gets the default dtype, a float32 or float64 array keeps its own and is not copied.
+        storage: the elements; a list gets the default dtype, a float32 or float64 array keeps its
+            own and is not copied.
         shape: sizes, as a tuple.
-        strides: elements between neighbours along each dimension, as a tuple; contiguous if not given.
+        strides: elements between neighbours along each dimension, as a tuple; contiguous if not
+            given.
 
     Raises:
         IndexingError: `strides` has another length than `shape`.
@@ -148,7 +151,8 @@ class TensorData:
             fits = min(strides, default=0) >= 0 and last < len(storage)
         if not fits:
             raise ValueError(
-                f"a storage of {len(storage)} elements does not hold shape {shape} with strides {strides}"
+                f"a storage of {len(storage)} elements does not hold "
+                f"shape {shape} with strides {strides}"
             )
         self._set(storage, shape, strides_from_shape(shape) if strides is None else strides, size)
 
@@ -164,7 +168,9 @@ class TensorData:
 
     @staticmethod
     def from_array(array: npt.NDArray[Any]) -> TensorData:
-        """The same elements as `array`, which is not copied unless a stride is negative or its dtype is not a float of ours."""
+        """The same elements as `array`, which is not copied unless a stride is negative or its
+        dtype is not a float of ours.
+        """
         dtype = storage_dtype(array.dtype)
         if array.dtype != dtype:
             array = array.astype(dtype)
@@ -250,7 +256,9 @@ class TensorData:
         """
         given = (index,) if isinstance(index, int) else tuple(index)
         if len(given) != len(self.shape):
-            raise IndexingError(f"index {given} must have {len(self.shape)} numbers: shape {self.shape}")
+            raise IndexingError(
+                f"index {given} must have {len(self.shape)} numbers: shape {self.shape}"
+            )
         for i, size in zip(given, self.shape, strict=True):
             if not 0 <= i < size:
                 raise IndexingError(f"index {given} is out of range for shape {self.shape}")
@@ -300,5 +308,5 @@ def _as_storage(storage: Sequence[float] | Storage) -> Storage:
     if isinstance(storage, np.ndarray):
         return np.ascontiguousarray(storage, dtype=storage_dtype(storage.dtype)).reshape(-1)
     if hasattr(storage, "copy_to_host"):  # on the GPU already
-        return storage
+        return storage  # type: ignore[return-value]
     return np.array(storage, dtype=get_default_dtype()).reshape(-1)

@@ -1,100 +1,23 @@
-"""Every differentiable operation on tensors: a small class with its forward pass beside its backward pass.
+"""Every differentiable operation on tensors: a small class with its forward pass beside its
+backward pass.
 
-In order: elementwise, comparison, reduction, movement, matrix product, fused operations, attention. Functions never
-ask where a tensor lives: its backend (`t.f`) has the operation.
+In order: elementwise, comparison, reduction, movement, matrix product, fused operations, attention.
+Functions never ask where a tensor lives: its backend (`t.f`) has the operation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .autodiff import Context, is_grad_enabled
+from .autodiff import Context
+from .function import Function, as_ints, check_dim
 from .tensor_data import TensorData
 
 if TYPE_CHECKING:
     from .kernels.flash_attention.problem import AttentionProblem
     from .tensor import Tensor
-
-
-class History:
-    """How a tensor came to be: the function, its context and its inputs. A leaf has an empty one.
-
-    Args:
-        last_fn: the function that made it.
-        ctx: what that call saved.
-        inputs: what it was called with, tensors and plain values.
-
-    """
-
-    __slots__ = ("ctx", "inputs", "last_fn")
-
-    def __init__(
-        self,
-        last_fn: type[Function] | None = None,
-        ctx: Context | None = None,
-        inputs: Sequence[Any] = (),
-    ) -> None:
-        self.last_fn = last_fn
-        self.ctx = ctx
-        self.inputs = inputs
-
-
-class Function:
-    """An operation with a derivative. Subclasses give `forward` and `backward`; `apply` records the graph."""
-
-    @classmethod
-    def _backward(cls, ctx: Context, grad_out: Tensor) -> tuple[Any, ...]:
-        grads = cls.backward(ctx, grad_out)  # type: ignore[attr-defined]
-        return grads if isinstance(grads, tuple) else (grads,)
-
-    @classmethod
-    def _forward(cls, ctx: Context, *inputs: Any) -> Tensor:
-        return cls.forward(ctx, *inputs)  # type: ignore[attr-defined,no-any-return]
-
-    @classmethod
-    def apply(cls, *inputs: Any) -> Tensor:
-        """Call `forward` on detached inputs, and remember how, if any input wants a gradient.
-
-        Args:
-            inputs: tensors, and plain values that have no derivative.
-
-        """
-        tracked = is_grad_enabled() and any(
-            getattr(x, "history", None) is not None for x in inputs
-        )
-        ctx = Context(no_grad=not tracked)
-        raw = [x.detach() if hasattr(x, "history") else x for x in inputs]
-        out = cls._forward(ctx, *raw)
-        if not tracked:
-            return out
-        return type(out)(out._tensor, History(cls, ctx, inputs), backend=out.backend)
-
-
-def _as_int(value: Any) -> int:
-    """A dimension, given as a whole number or as a tensor of one element (as MiniTorch's courses do)."""
-    return int(value.item()) if hasattr(value, "item") else int(value)
-
-
-def _as_ints(values: Any) -> tuple[int, ...]:
-    """A shape or an order, given as numbers or as a tensor."""
-    array = values.to_numpy().reshape(-1) if hasattr(values, "to_numpy") else values
-    return tuple(int(v) for v in array)
-
-
-def check_dim(dim: Any, dims: int) -> int:
-    """A dimension counted from 0; negative ones count from the end.
-
-    Raises:
-        IndexError: there is no such dimension.
-
-    """
-    given = _as_int(dim)
-    if not -dims <= given < dims:
-        raise IndexError(f"dim must be in [{-dims}, {dims - 1}] for {dims} dimensions, got {given}")
-    return given % dims
 
 
 # ----- elementwise -----
@@ -182,7 +105,7 @@ class Sigmoid(Function):
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> Tensor:
-        (y,) = ctx.saved_values
+        y: Tensor = ctx.saved_values[0]
         return grad_output * y * (-y + 1.0)
 
 
@@ -197,7 +120,7 @@ class Tanh(Function):
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> Tensor:
-        (y,) = ctx.saved_values
+        y: Tensor = ctx.saved_values[0]
         return grad_output * (-(y * y) + 1.0)
 
 
@@ -336,21 +259,6 @@ class Max(Function):
         return f.mul_zip(f.eq_zip(input, out), grad_output), 0.0
 
 
-class LogSumExp(Function):
-    """log(sum(exp(a))) along a dimension."""
-
-    @staticmethod
-    def forward(ctx: Context, input: Tensor, dim: Any) -> Tensor:
-        out = input.f.logsumexp_forward(input, check_dim(dim, input.dims))
-        ctx.save_for_backward(input, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        input, out = ctx.saved_values
-        return grad_output.f.logsumexp_backward(grad_output, input, out), 0.0
-
-
 # ----- movement -----
 
 
@@ -359,7 +267,7 @@ class Permute(Function):
 
     @staticmethod
     def forward(ctx: Context, a: Tensor, order: Any) -> Tensor:
-        given = _as_ints(order)
+        given = as_ints(order)
         ctx.save_for_backward(given)
         return a._new(a._tensor.permute(*given))
 
@@ -378,10 +286,10 @@ class View(Function):
         ctx.save_for_backward(a.shape)
         if not a._tensor.is_contiguous():
             raise AssertionError(
-                f"view needs a contiguous tensor, got strides {a._tensor.strides} for shape {a.shape}: "
+                f"view needs a contiguous tensor, got strides {a._tensor.strides} for {a.shape}: "
                 "call contiguous() first"
             )
-        return a._new(TensorData(a._tensor._storage[: a.size], _as_ints(shape)))
+        return a._new(TensorData(a._tensor._storage[: a.size], as_ints(shape)))
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
@@ -488,138 +396,14 @@ class MatMul(Function):
         )
 
 
-# ----- fused operations -----
-
-
-class Softmax(Function):
-    """exp(a - max) / sum(exp(a - max)) along a dimension."""
-
-    @staticmethod
-    def forward(ctx: Context, input: Tensor, dim: Any) -> Tensor:
-        axis = check_dim(dim, input.dims)
-        out = input.f.softmax_forward(input, axis)
-        ctx.save_for_backward(out, axis)
-        return out
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        out, axis = ctx.saved_values
-        return grad_output.f.softmax_backward(grad_output, out, axis), 0.0
-
-
-class LogSoftmax(Function):
-    """a - logsumexp(a) along a dimension."""
-
-    @staticmethod
-    def forward(ctx: Context, input: Tensor, dim: Any) -> Tensor:
-        axis = check_dim(dim, input.dims)
-        out = input - input.f.logsumexp_forward(input, axis)
-        ctx.save_for_backward(out, axis)
-        return out
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        out, axis = ctx.saved_values
-        f = grad_output.f
-        return grad_output - f.mul_zip(f.exp_map(out), f.add_reduce(grad_output, axis)), 0.0
-
-
-class Attn_Softmax(Function):
-    """softmax(inp + mask) along the last dimension."""
-
-    @staticmethod
-    def forward(ctx: Context, inp: Tensor, mask: Tensor) -> Tensor:
-        out = inp.f.attn_softmax_fw(inp, mask)
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Context, out_grad: Tensor) -> tuple[Tensor, Tensor]:
-        (out,) = ctx.saved_values
-        grad = out_grad.f.attn_softmax_bw(out_grad, out)
-        return grad, grad  # summed to the mask's shape if the mask wants it
-
-
-class LayerNorm(Function):
-    """gamma * (inp - mean) / sqrt(var + eps) + beta over the last dimension."""
-
-    @staticmethod
-    def forward(
-        ctx: Context, inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
-    ) -> Tensor:
-        out, var, mean = inp.f.layernorm_fw(inp, gamma, beta, eps)
-        ctx.save_for_backward(inp, gamma, beta, var, mean, eps)
-        return out
-
-    @staticmethod
-    def backward(ctx: Context, out_grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return out_grad.f.layernorm_bw(out_grad, *ctx.saved_values)
-
-
-class GELUFun(Function):
-    """The tanh form of GELU."""
-
-    @staticmethod
-    def forward(ctx: Context, input: Tensor) -> Tensor:
-        ctx.save_for_backward(input)
-        return input.f.gelu_forward(input)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> Tensor:
-        (input,) = ctx.saved_values
-        return grad_output.f.gelu_backward(grad_output, input)
-
-
-class LinearFun(Function):
-    """input @ weight + bias; bias may be None."""
-
-    @staticmethod
-    def forward(ctx: Context, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight, bias is not None)
-        return input.f.linear_forward(input, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
-        input, weight, has_bias = ctx.saved_values
-        return grad_output.f.linear_backward(grad_output, input, weight, (True, True, has_bias))
-
-
-class EmbeddingFun(Function):
-    """Row ids[i] of weight for each i."""
-
-    @staticmethod
-    def forward(ctx: Context, ids: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(ids, weight.shape[0])
-        return weight.f.embedding_forward(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[float, Tensor]:
-        ids, num_embeddings = ctx.saved_values
-        return 0.0, grad_output.f.embedding_backward(grad_output, ids, num_embeddings)
-
-
-class SoftmaxLoss(Function):
-    """Cross entropy of each row of logits (N, C) with its target (N,)."""
-
-    @staticmethod
-    def forward(ctx: Context, logits: Tensor, target: Tensor) -> Tensor:
-        loss, logsumexp = logits.f.cross_entropy_forward(logits, target)
-        ctx.save_for_backward(logits, target, logsumexp)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        return grad_output.f.cross_entropy_backward(grad_output, *ctx.saved_values), 0.0
-
-
 # ----- attention -----
 
 
 class FlashAttention(Function):
     """softmax(query @ key^T * scale + mask) @ value in tiles (Dao 2023, algorithms 1 and 2).
 
-    The tile loops are in `kernels/flash_attention/`. Only the output and the logsumexp of each row are kept; the
-    backward pass computes the scores again, tile by tile.
+    The tile loops are in `kernels/flash_attention/`. Only the output and the logsumexp of each row
+    are kept; the backward pass computes the scores again, tile by tile.
     """
 
     @staticmethod
@@ -633,7 +417,7 @@ class FlashAttention(Function):
         needs_mask_grad: bool,
         return_lse: bool,
     ) -> Tensor:
-        """Output (..., Nq, Dv); with `return_lse` the logsumexp is joined to it as one more column."""
+        """Output (..., Nq, Dv); with `return_lse` the logsumexp is joined as one more column."""
         mask = attn_mask._tensor.array if hasattr(attn_mask, "_tensor") else attn_mask
         out, logsumexp = query.f.flash_attention_forward(query, key, value, mask, problem)
         ctx.save_for_backward(

@@ -1,7 +1,9 @@
-"""What a backend must give (`TensorOps`), the slow and obvious one (`SimpleOps`), and the table of named operations.
+"""What a backend must give (`TensorOps`), the slow and obvious one (`SimpleOps`), and the table of
+named operations.
 
-A backend is three higher-order functions, `map`, `zip` and `reduce`, plus `matrix_multiply`; `TensorBackend` applies
-them to the scalar functions of `operators`. Fused operations come from `FusedOps` unless the backend overrides them.
+A backend is three higher-order functions, `map`, `zip` and `reduce`, plus `matrix_multiply`;
+`TensorBackend` applies them to the scalar functions of `operators`. Fused operations come from
+`FusedOps` unless the backend overrides them.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ def check_matmul(a: Tensor, b: Tensor) -> tuple[int, ...]:
     return (*shape_broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
 
 
-def empty_output(like: Tensor, shape: tuple[int, ...], dtype: np.dtype[Any] | None = None) -> Tensor:
+def empty_output(
+    like: Tensor, shape: tuple[int, ...], dtype: np.dtype[Any] | None = None
+) -> Tensor:
     """A constant tensor of `shape` on the backend of `like`, its values not set."""
     return like._new(TensorData.from_array(np.empty(shape, like.dtype if dtype is None else dtype)))
 
@@ -85,7 +89,7 @@ class TensorOps(FusedOps):
 
     @staticmethod
     def zip(fn: ZipFn) -> Callable[[Tensor, Tensor], Tensor]:
-        """The operation that applies `fn` to pairs of elements of two tensors, broadcast together."""
+        """The operation that applies `fn` to pairs of elements of two tensors, broadcast."""
         raise NotImplementedError("a backend defines zip")
 
     @staticmethod
@@ -185,7 +189,7 @@ def tensor_map(fn: MapFn) -> MapKernel:
 
 
 def tensor_zip(fn: ZipFn) -> ZipKernel:
-    """The loop of `SimpleOps.zip`: out[i] = fn(a[i], b[i]), where `a` and `b` broadcast to `out`."""
+    """The loop of `SimpleOps.zip`: out[i] = fn(a[i], b[i]), where both broadcast to `out`."""
 
     def kernel(
         out: Storage,

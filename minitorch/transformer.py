@@ -1,6 +1,7 @@
 """A decoder-only transformer: attention, feed-forward, layer, language model.
 
-Pre-norm, as in GPT-2 (Radford et al. 2019, section 2.3); attention after Vaswani et al. 2017, section 3.2.
+Pre-norm, as in GPT-2 (Radford et al. 2019, section 2.3); attention after Vaswani et al. 2017,
+section 3.2.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from .tensor_ops import SimpleBackend, TensorBackend
 
 
 class KeyValueCache:
-    """Keys and values of the positions that one attention layer has seen, for generating text token by token.
+    """Keys and values of the positions that one attention layer has seen, for generating text token
+    by token.
 
     Args:
         batch: number of sequences.
@@ -30,7 +32,12 @@ class KeyValueCache:
     """
 
     def __init__(
-        self, batch: int, n_head: int, max_positions: int, head_dim: int, dtype: np.dtype[np.floating]
+        self,
+        batch: int,
+        n_head: int,
+        max_positions: int,
+        head_dim: int,
+        dtype: np.dtype[np.floating],
     ) -> None:
         self.length = 0
         self._keys = np.zeros((batch, n_head, max_positions, head_dim), dtype)
@@ -115,7 +122,9 @@ class MultiHeadAttention(Module):
         return x.view(batch, seq_len, self.n_head, self.attn_hidden_dim).permute(0, 2, 1, 3)
 
     def project_to_query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, E) -> query (B, H, T, E / H), key transposed (B, H, E / H, T), value (B, H, T, E / H)."""
+        """x (B, T, E) -> query (B, H, T, E / H), key transposed (B, H, E / H, T), value (B, H, T, E
+        / H).
+        """
         q = self._split_heads(self.q_projection(x))
         k = self._split_heads(self.k_projection(x))
         v = self._split_heads(self.v_projection(x))
@@ -162,7 +171,8 @@ class MultiHeadAttention(Module):
         if cache is not None:
             k, v = cache.append(kT.permute(0, 1, 3, 2), v)
             kT = k.permute(0, 1, 3, 2)
-        return self.out_projection(self.self_attention(q, kT, v))
+        out: Tensor = self.out_projection(self.self_attention(q, kT, v))
+        return out
 
 
 class FeedForward(Module):
@@ -193,7 +203,8 @@ class FeedForward(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., E) -> (..., E)"""
-        return self.dropout(self.linear_out(GELU(self.linear_in(x))))
+        out: Tensor = self.dropout(self.linear_out(GELU(self.linear_in(x))))
+        return out
 
 
 class TransformerLayer(Module):
@@ -236,11 +247,13 @@ class TransformerLayer(Module):
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T, E) -> (B, T, E)"""
         x = x + self.attention(self.ln_1(x), cache)
-        return x + self.ff(self.ln_2(x))
+        x = x + self.ff(self.ln_2(x))
+        return x
 
 
 class DecoderLM(Module):
-    """A language model: embeddings, `n_layer` transformer layers, layer norm, scores for the next token.
+    """A language model: embeddings, `n_layer` transformer layers, layer norm, scores for the next
+    token.
 
     Args:
         n_vocab: number of tokens.
@@ -337,7 +350,8 @@ class DecoderLM(Module):
         x = self.dropout(x)
         for number, layer in enumerate(self.layers()):
             x = layer(x, None if cache is None else cache[number])
-        return self.lm_head(self.ln(x))
+        logits: Tensor = self.lm_head(self.ln(x))
+        return logits
 
 
 __all__ = ["DecoderLM", "FeedForward", "KeyValueCache", "MultiHeadAttention", "TransformerLayer"]

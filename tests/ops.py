@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 import minitorch
-from minitorch import Tensor, tensor_functions
+from minitorch import Tensor, fused_functions, tensor_functions
 from minitorch.testing import broadcastable_shapes, shapes
 
 Array = Any  # numpy's own annotations lose track of most of these
@@ -220,19 +220,19 @@ NETWORKS = [
     Op("layernorm", lambda x, g, b: x.layernorm(g, b), layernorm, LAYERNORM, expanded=False),
     Op(
         "linear",
-        lambda x, w, b: tensor_functions.LinearFun.apply(x, w, b),
+        lambda x, w, b: fused_functions.LinearFun.apply(x, w, b),
         lambda x, w, b: x @ w + b,
         LINEAR,
     ),
     Op(
         "linear without bias",
-        lambda x, w: tensor_functions.LinearFun.apply(x, w, None),
+        lambda x, w: fused_functions.LinearFun.apply(x, w, None),
         lambda x, w: x @ w,
         LINEAR.map(lambda s: s[:2]),
     ),
     Op(
         "embedding",
-        lambda w: tensor_functions.EmbeddingFun.apply(constant(w, ids_for(w)), w),
+        lambda w: fused_functions.EmbeddingFun.apply(constant(w, ids_for(w)), w),
         lambda w: w[ids_for(w)],
         one(sizes(7, 4)),
     ),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import minitorch
 from minitorch import Tensor, TensorBackend, grad_check
 from minitorch.autodiff import Context, topological_sort
-from minitorch.tensor_functions import Function
+from minitorch.function import Function
 from minitorch.testing import DTYPES, LAYOUTS, AttentionInputs, attention_inputs, tensors
 
 from .ops import OPS, Op

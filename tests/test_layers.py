@@ -39,6 +39,8 @@ LAYERS: list[tuple[str, set[str]]] = [
             "attention",
             "factories",
             "fast_conv",
+            "function",
+            "fused_functions",
             "grad_check",
             "scalar",
             "scalar_functions",
@@ -67,8 +69,8 @@ ALLOWED_UPWARDS = {("tensor_functions", "factories"), ("tensor_functions", "grad
 MOST_LINES = 520
 MOST_FUNCTION_LINES = 60
 MOST_KERNEL_LINES = 120
-# Lists of many small classes or methods, where a cut would part what belongs together.
-LONG_FILES = {"minitorch/tensor.py": 650, "minitorch/tensor_functions.py": 750}
+# A list of many small methods, where a cut would part what belongs together.
+LONG_FILES = {"minitorch/tensor.py": 560}
 
 
 def source_files(*folders: str) -> list[Path]:
