@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +94,15 @@ def _introduce(trainer: Trainer, terminal: Terminal) -> None:
 
 def _show_sample(trainer: Trainer, title: str, terminal: Terminal, count: int = 240) -> None:
     corpus = trainer.corpus
-    prompt = corpus.valid_ids[: min(24, trainer.options.model.context)]
-    tokens = generate(trainer.model, prompt, seed=trainer.options.training.seed)
-    terminal.stream(
-        title, corpus.tokenizer.decode(prompt), stream_text(corpus.tokenizer, tokens, count)
-    )
+    prompt = _prompt(corpus)
+    ids = corpus.tokenizer.encode(prompt)
+    tokens = generate(trainer.model, ids, seed=trainer.options.training.seed)
+    terminal.stream(title, prompt, stream_text(corpus.tokenizer, tokens, count))
+
+
+def _prompt(corpus: data.Corpus) -> str:
+    """Something to begin a sample with that the tokenizer knows."""
+    return "The " if set("The ") <= set(corpus.train_text) else corpus.train_text[:4]
 
 
 def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> tuple[float, list[float]]:
@@ -112,8 +117,8 @@ def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> tuple[
     terminal.say(f"checkpoint  {folder.checkpoint}")
     terminal.say(f"metrics     {folder.metrics}")
     terminal.say(f"loss curve  {folder.picture}")
-    prompt = corpus.tokenizer.decode(corpus.valid_ids[:12]).split("\n")[0]
-    terminal.say(f"next, try:  {PROGRAM} sample --out {folder.path} --prompt {prompt!r}")
+    prompt = shlex.quote(_prompt(corpus))
+    terminal.say(f"next, try:  {PROGRAM} sample --out {folder.path} --prompt {prompt}")
     return own, ngrams
 
 

@@ -45,7 +45,7 @@ class DataOptions:
 class TrainingOptions:
     """The optimisation: AdamW, linear warm-up, then a cosine down to zero."""
 
-    steps: int = option(1200, "number of steps")
+    steps: int = option(1000, "number of steps")
     batch: int = option(16, "sequences in a step")
     lr: float = option(5e-3, "highest learning rate")
     warmup: int = option(100, "steps until the learning rate is reached")
