@@ -213,7 +213,9 @@ def test_training_learns(text: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_ends_the_run(text: Path) -> None:
     options = tiny(text)
     trainer = training.Trainer(options, data.load(options.data, options.model.context))
-    trainer.model.lm_head.bias.value._tensor._storage[:] = np.nan
+    bias = trainer.model.lm_head.bias
+    assert bias is not None
+    bias.value._tensor._storage[:] = np.nan
     with pytest.raises(UserError, match="the loss is nan at step 1: try a smaller --lr"):
         trainer.train_step()
 
