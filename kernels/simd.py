@@ -1,4 +1,4 @@
-"""SIMD for numba kernels: a vector type, and a register-blocked matrix product, as LLVM vector IR.
+"""SIMD for numba kernels: a vector type and its operations, as LLVM vector IR.
 
 numba's own loops are turned into vector code by LLVM only where it can prove that this is allowed,
 which for reductions, exponentials and matrix products means `fastmath` and luck. Here the vectors
@@ -10,10 +10,11 @@ Inside an `njit` function::
     for j in range(start, stop, lanes(x)):          # lanes(x): elements in a vector of x's dtype
         p = exp2(load(x, j) - m)                     # m, a scalar, is broadcast
         store(x, j, p)
-        total += p
+        total = total + p
 
-Arrays are one-dimensional, C-contiguous, float32 or float64; `load` and `store` do not check
-bounds. A matrix in such an array is given by its offset and its row stride.
+Arrays are one-dimensional and C-contiguous; `load` and `store` do not check bounds. Vectors hold
+float32, float64 or uint64 elements and know +, -, * and, of words, &, ^ and >>.
+`simd_matrix.py` has the register-blocked matrix product.
 """
 
 from __future__ import annotations

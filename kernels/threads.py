@@ -1,7 +1,7 @@
 """Run a compiled worker on several threads at once.
 
 A kernel here is one `njit(nogil=True)` function that every thread calls with the same arguments;
-the threads take tasks from a shared counter (`simd.fetch_add`) until none is left, so work of
+the threads take tasks from a shared counter (`fetch_add`) until none is left, so work of
 unequal length is balanced. Against numba's `prange`: no static division of the work; a third of the
 compile time, since a parallel loop is compiled at four nested levels; and threads that sleep, never
 spin, between calls.

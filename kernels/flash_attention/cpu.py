@@ -262,8 +262,9 @@ def backward(
 
     Args:
         out, logsumexp: what `forward` gave for the same problem and inputs.
-        grad_out, grad_logsumexp: gradients with respect to them, (..., Nq, Dv) and (..., Nq) or
-        None. needs_mask_grad: also give the gradient of an additive `attn_mask`.
+        grad_out, grad_logsumexp: gradients with respect to them; the second may be None.
+        needs_mask_grad: also give the gradient of an additive `attn_mask`.
+        tiles: of one's choice.
     """
     dtype, heads = problem.dtype, problem.batch_heads
     tiles = tiles or default_tiles(problem)
@@ -324,7 +325,7 @@ def _common_arguments(
     v_stack = _stack(v, problem, problem.enable_gqa)
     bools, bias, mask = _mask_stack(attn_mask, problem)
     grad_stack = _stack(np.broadcast_to(grad_out, problem.out_shape), problem)
-    lse = np.ascontiguousarray(logsumexp, dtype).reshape(-1)
+    lse, _ = _flatten(np.ascontiguousarray(logsumexp, dtype))
     grad_lse = np.empty(0, dtype)
     if grad_logsumexp is not None:
         grad_lse = (
@@ -333,7 +334,7 @@ def _common_arguments(
     delta, logsumexp2 = np.empty_like(lse), np.empty_like(lse)
     run_on_threads(
         min(_threads(problem), problem.batch_heads), delta_worker,
-        np.ascontiguousarray(out, dtype).reshape(-1), grad_stack.data, *grad_stack[1:],
+        _flatten(np.ascontiguousarray(out, dtype))[0], grad_stack.data, *grad_stack[1:],
         lse, grad_lse, problem.seqlen_q, problem.value_dim, delta, logsumexp2,
         np.zeros(1, np.int64),
     )  # fmt: skip

@@ -62,12 +62,8 @@ def forward_worker(
     sizes = Sizes(*sizes)
     mask = Mask(mask_kind, bools, bias, mask_offset, strides[6], strides[7])
     dropout = Dropout(dropout_threshold, np.uint64(seed), keep_scale)
-    head_dim, value_dim, tile_q, tile_k = (
-        sizes.head_dim,
-        sizes.value_dim,
-        sizes.tile_q,
-        sizes.tile_k,
-    )
+    head_dim, value_dim = sizes.head_dim, sizes.value_dim
+    tile_q, tile_k = sizes.tile_q, sizes.tile_k
     depth = max(head_dim, 1)
     ld_q, ld_v = leading_dimension(out, head_dim), leading_dimension(out, value_dim)
     ld_s = leading_dimension(out, tile_k)

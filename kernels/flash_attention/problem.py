@@ -20,25 +20,24 @@ Window = tuple[int | None, int | None]
 
 @dataclass(frozen=True)
 class AttentionProblem:
-    """softmax(scale * Q K^T + mask) V for queries (..., Nq, D), keys (..., Nk, D), values (..., Nk,
-    Dv).
+    """softmax(scale * Q K^T + mask) V, and which keys each query may see.
 
-    The leading dimensions of Q, K and V broadcast to `leading`. Which keys a query may see:
+    Queries (..., Nq, D), keys (..., Nk, D) and values (..., Nk, Dv), whose leading dimensions
+    broadcast to `leading`. Two things decide which keys a query may see; both must allow a key.
+    (PyTorch refuses the two together.)
 
-    - the band: key j for query i iff `i + offset - left <= j <= i + offset + right`, where `None`
-    is
-      unbounded. `is_causal` is `right = 0`. `offset` is 0, which aligns the first query with the
-      first key ("top-left", as PyTorch does), or with "bottom-right" Nk - Nq, which aligns the last
-      with the last (queries that continue a cache of keys)::
+    The band: key j for query i iff `i + offset - left <= j <= i + offset + right`, where `None` is
+    unbounded. `is_causal` is `right = 0`. `offset` is 0, which aligns the first query with the
+    first key ("top-left", as PyTorch does), or with "bottom-right" Nk - Nq, which aligns the last
+    with the last (queries that continue a cache of keys). A window without `is_causal` is aligned
+    top-left. ::
 
-          top-left          bottom-right        (Nq = 2, Nk = 4)
-          1 . . .           1 1 1 .
-          1 1 . .           1 1 1 1
+        top-left          bottom-right        (causal, Nq = 2, Nk = 4)
+        1 . . .           1 1 1 .
+        1 1 . .           1 1 1 1
 
-      A window without `is_causal` is aligned top-left.
-    - `attn_mask`: boolean, True where the key takes part; or floating point, added to the scaled
+    `attn_mask`: boolean, True where the key takes part; or floating point, added to the scaled
     score.
-      It combines with the band: a key must be allowed by both. (PyTorch refuses the two together.)
 
     A query that may see no key has output 0, logsumexp -inf and zero gradients. A NaN or an
     infinity in a key or value that is masked out may still reach other queries of the same tile,
@@ -87,21 +86,18 @@ class AttentionProblem:
             enable_gqa: query's third-last dimension (heads) may be a multiple of key's and value's.
             seed: 64-bit key of the dropout mask.
         """
-        query_shape, key_shape, value_shape = (
-            tuple(query_shape),
-            tuple(key_shape),
-            tuple(value_shape),
-        )
         kind = np.dtype(dtype)
         if kind not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise TypeError(f"attention is computed in float32 or float64, not in {kind}.")
-        leading = _leading_shape(query_shape, key_shape, value_shape, enable_gqa)
+        leading = _leading_shape(
+            tuple(query_shape), tuple(key_shape), tuple(value_shape), enable_gqa
+        )
         seqlen_q, seqlen_k = query_shape[-2], key_shape[-2]
         left, right, offset = _band(is_causal, window, seqlen_q, seqlen_k)
         return AttentionProblem(
-            query_shape=query_shape,
-            key_shape=key_shape,
-            value_shape=value_shape,
+            query_shape=tuple(query_shape),
+            key_shape=tuple(key_shape),
+            value_shape=tuple(value_shape),
             dtype=kind,
             leading=leading,
             mask_kind=_mask_kind(attn_mask, (*leading, seqlen_q, seqlen_k)),
