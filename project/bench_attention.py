@@ -1,11 +1,11 @@
 """Time, memory and start-up of FlashAttention against PyTorch's scaled_dot_product_attention.
 
-    python project/bench_attention.py                  # everything, about 15 minutes
+    python project/bench_attention.py                  # everything, about 10 minutes
     python project/bench_attention.py --modes installed --lengths 1024
 
 Both run in one process, call by call in turn, on the same data and the same number of threads; a
-figure is the median over the rounds. Each length is measured in a process of its own, since what
-sets the instruction set and the waiting of threads is read when libraries load:
+figure is the median over the rounds. Each environment and head size is measured in a process of its
+own, since what sets the instruction set and the waiting of threads is read when libraries load:
 
     installed   both as they come; threads that wait sleep (OMP_WAIT_POLICY=passive)
     spin        the same with OMP_WAIT_POLICY unset: PyTorch's waiting threads spin for a while
@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument("--skip-memory", action="store_true", help="no memory and start-up figures")
     how = parser.add_argument_group("how")
     how.add_argument("--threads", type=int, default=2, help="of each; default: %(default)s")
-    how.add_argument("--seconds", type=float, default=4.0, help="a cell; default: %(default)s")
+    how.add_argument("--seconds", type=float, default=2.0, help="a cell; default: %(default)s")
     how.add_argument(
         "--prefix", default="", help="command before each measuring process (taskset -c 0,1, say)"
     )
@@ -145,13 +145,18 @@ def interleaved(functions: list[Callable[[], Any]], seconds: float) -> list[list
     return times
 
 
-def measure_cell(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Times of one shape, causal and not."""
+def measure_cells(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Times of several shapes."""
     import numba
     import torch
 
     torch.set_num_threads(job["threads"])
     numba.set_num_threads(job["threads"])
+    return [cell for shape in job["shapes"] for cell in measure_shape(shape, job["seconds"])]
+
+
+def measure_shape(job: dict[str, Any], seconds: float) -> list[dict[str, Any]]:
+    """Times of one shape, causal and not."""
     cells = []
     for causal in (False, True):
         arrays = make_inputs(job["batch"], job["heads"], job["length"], job["head_dim"])
@@ -164,7 +169,7 @@ def measure_cell(job: dict[str, Any]) -> list[dict[str, Any]]:
             lambda q=q, k=k, v=v, do=do, causal=causal: ours_both(q, k, v, do, causal),
             theirs_both,
         ]
-        times = interleaved(functions, job["seconds"])
+        times = interleaved(functions, seconds)
         medians = [float(np.median(record)) for record in times]
         cells.append(
             {
@@ -220,7 +225,7 @@ def measure_first_call(job: dict[str, Any]) -> dict[str, float]:
 
 
 CHILDREN: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "cell": measure_cell,
+    "cells": measure_cells,
     "memory": measure_memory,
     "first call": measure_first_call,
 }
@@ -267,18 +272,18 @@ def machine() -> dict[str, Any]:
     }
 
 
-def shapes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The shapes to measure: batches of heads, and single heads."""
-    common = {"kind": "cell", "threads": arguments.threads, "seconds": arguments.seconds}
+def cell_jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The shapes to measure, batches of heads and single heads, in a job for each head size."""
     many = {"batch": arguments.batch, "heads": arguments.heads}
-    jobs = [
-        {**common, **many, "length": length, "head_dim": head_dim}
-        for head_dim in arguments.head_dims
-        for length in arguments.lengths
-    ]
-    one = {"batch": 1, "heads": 1, "head_dim": arguments.head_dims[0]}
-    lengths = [n for n in SINGLE_HEAD_LENGTHS if n in arguments.lengths]
-    return jobs + [{**common, **one, "length": n} for n in lengths]
+    jobs = []
+    for head_dim in arguments.head_dims:
+        shapes = [{**many, "length": n, "head_dim": head_dim} for n in arguments.lengths]
+        if head_dim == arguments.head_dims[0]:
+            single = [n for n in SINGLE_HEAD_LENGTHS if n in arguments.lengths]
+            shapes += [{"batch": 1, "heads": 1, "length": n, "head_dim": head_dim} for n in single]
+        common = {"threads": arguments.threads, "seconds": arguments.seconds}
+        jobs.append({"kind": "cells", **common, "shapes": shapes})
+    return jobs
 
 
 def summary(cells: list[dict[str, Any]], arguments: argparse.Namespace) -> dict[str, float]:
@@ -411,7 +416,7 @@ def main() -> None:
         result["memory"], result["start"] = measure_memory_and_start(arguments)
     for mode in arguments.modes:
         cells: list[dict[str, Any]] = []
-        for job in shapes(arguments):
+        for job in cell_jobs(arguments):
             for cell in run_child(arguments, mode, job):
                 cells.append(cell)
                 print(
