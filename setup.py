@@ -46,7 +46,6 @@ setup(
             "hypothesis>=6.115",
             "mypy==2.4.1",
             "pytest>=8.3",
-            "pytest-xdist>=3.6",
             "ruff==0.17.5",
             "scikit-learn>=1.5",
             "setuptools>=77",
