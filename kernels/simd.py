@@ -44,7 +44,7 @@ class VectorTarget:
 
     float32_lanes: int  # float32 elements in a vector register
     has_fma: bool  # a fused multiply-add instruction exists
-    arm: bool  # 64-bit Arm
+    architecture: str  # "x86", "arm" or "other"
     block_rows: int  # rows of the register block of `matrix_product_block`
     block_vectors: int = 2  # vectors in each of its rows
 
@@ -71,9 +71,13 @@ def probe_target(triple: str, cpu_name: str, features: str) -> VectorTarget:
     assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
     lanes = 16 if "zmm" in assembly else 8 if "ymm" in assembly else 4
     # 32 registers (AVX-512, 64-bit Arm) hold a block of 8 rows, 16 registers one of 4.
-    arm = triple.startswith(("aarch64", "arm64"))
-    has_fma = "vfmadd" in assembly or "fmla" in assembly
-    return VectorTarget(lanes, has_fma, arm, block_rows=8 if lanes == 16 or arm else 4)
+    arm, x86 = triple.startswith(("aarch64", "arm64")), triple.startswith(("x86_64", "i686"))
+    return VectorTarget(
+        float32_lanes=lanes,
+        has_fma="vfmadd" in assembly or "fmla" in assembly,
+        architecture="arm" if arm else "x86" if x86 else "other",
+        block_rows=8 if lanes == 16 or arm else 4,
+    )
 
 
 def host_target() -> VectorTarget:

@@ -102,8 +102,11 @@ def store_release(typing_context: Any, array: Any, index: Any, value: Any) -> An
 
 def _pause(b: ir.IRBuilder, target: VectorTarget) -> None:
     """The instruction that tells the processor that this is a waiting loop."""
-    arguments = [ir.Constant(INT32, 1)] if target.arm else []
-    name = "llvm.aarch64.hint" if target.arm else "llvm.x86.sse2.pause"
+    if target.architecture == "other":
+        return
+    arm = target.architecture == "arm"
+    arguments = [ir.Constant(INT32, 1)] if arm else []
+    name = "llvm.aarch64.hint" if arm else "llvm.x86.sse2.pause"
     function = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
     b.call(cgutils.get_or_insert_function(b.module, function, name), arguments)
 
