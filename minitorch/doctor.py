@@ -22,6 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from . import threads
+
+# About a millisecond, as a power of two of cycles.
+MOST_SPINNING = 22
 EXTRAS = {
     "cuda": ["numba-cuda"],
     "train": ["matplotlib", "rich", "safetensors", "tokenizers"],
@@ -156,14 +160,14 @@ def examine_blas(cores: int, environment: Mapping[str, str], cpu_vector_bits: in
     problems = []
     library = _openblas()
     if library is not None:
-        threads = _ask_openblas(library, "get_num_threads", ctypes.c_int) or 0
+        count = _ask_openblas(library, "get_num_threads", ctypes.c_int) or 0
         core = _ask_openblas(library, "get_corename", ctypes.c_char_p)
         facts["blas"] += f", kernels for {core.decode()}" if core else ""
-        facts["blas threads"] = str(threads or "unknown")
-        if threads > cores:
+        facts["blas threads"] = str(count or "unknown")
+        if count > cores:
             problems.append(
                 Problem(
-                    f"BLAS starts {threads} threads on {cores} usable cores",
+                    f"BLAS starts {count} threads on {cores} usable cores",
                     f"set OPENBLAS_NUM_THREADS={cores}",
                 )
             )
@@ -194,8 +198,8 @@ def examine_numba(cores: int, environment: Mapping[str, str]) -> Finding:
             {"numba": "compilation is switched off"},
             [Problem("NUMBA_DISABLE_JIT runs kernels as plain Python", "unset NUMBA_DISABLE_JIT")],
         )
-    threads = numba.get_num_threads()
-    facts = {"numba threads": str(threads)}
+    count = numba.get_num_threads()
+    facts = {"numba threads": str(count)}
     problems = []
     try:
         _run_parallel_loop()
@@ -204,12 +208,31 @@ def examine_numba(cores: int, environment: Mapping[str, str]) -> Finding:
         problem = f"numba cannot run a parallel loop ({type(error).__name__}: {error})"
         mend = "try NUMBA_THREADING_LAYER=workqueue, or reinstall numba"
         return Finding(facts, [Problem(problem.replace("\n", " "), mend, fatal=True)])
-    if threads > cores:
-        text = f"numba starts {threads} threads on {cores} usable cores"
+    if count > cores:
+        text = f"numba starts {count} threads on {cores} usable cores"
         problems.append(Problem(text, f"set NUMBA_NUM_THREADS={cores}"))
-    elif threads < cores:
-        text = f"numba uses {threads} of {cores} usable cores"
+    elif count < cores:
+        text = f"numba uses {count} of {cores} usable cores"
         problems.append(Problem(text, "unset NUMBA_NUM_THREADS, or do not mind if it was meant"))
+    return Finding(facts, problems)
+
+
+def examine_waiting(environment: Mapping[str, str]) -> Finding:
+    """How threads wait: those that spin take the cores of those that work (see `threads`).
+
+    Args:
+        environment: `os.environ`.
+
+    """
+    facts = {name: environment.get(name, "not set") for name in threads.SETTINGS}
+    problems = []
+    if environment.get("OMP_WAIT_POLICY", "").lower() == "active":
+        text = "OMP_WAIT_POLICY=active makes threads spin while they wait, in each other's way"
+        problems.append(Problem(text, "unset OMP_WAIT_POLICY"))
+    timeout = environment.get("OPENBLAS_THREAD_TIMEOUT", "")
+    if timeout.isdigit() and int(timeout) > MOST_SPINNING:
+        text = f"OPENBLAS_THREAD_TIMEOUT={timeout} makes BLAS threads spin for 2**{timeout} cycles"
+        problems.append(Problem(text, "unset OPENBLAS_THREAD_TIMEOUT"))
     return Finding(facts, problems)
 
 
@@ -329,6 +352,7 @@ def examine(environment: Mapping[str, str] | None = None) -> list[Finding]:
         examine_cpu(),
         examine_blas(cores, variables, bits),
         examine_numba(cores, variables),
+        examine_waiting(variables),
         examine_kernels(kernels),
         examine_cache(variables, kernels),
         examine_gpu(),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import minitorch  # noqa: F401  # before numpy: it settles how threads wait (minitorch/threads.py)
 from project.transformer.cli import main
 
 if __name__ == "__main__":

@@ -67,6 +67,13 @@ def test_idle_cores_are_found() -> None:
     assert "of 1000000 usable cores" in str(problem)
 
 
+def test_threads_that_spin_are_found() -> None:
+    assert not doctor.examine_waiting({}).problems
+    settings = {"OMP_WAIT_POLICY": "ACTIVE", "OPENBLAS_THREAD_TIMEOUT": "28"}
+    assert len(doctor.examine_waiting(settings).problems) == 2
+    assert not doctor.examine_waiting(doctor.threads.SETTINGS).problems
+
+
 def test_a_switched_off_compiler_is_found() -> None:
     (problem,) = doctor.examine_numba(2, {"NUMBA_DISABLE_JIT": "1"}).problems
     assert "unset NUMBA_DISABLE_JIT" in str(problem)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module imports from its own layer and from those below; `kernels`
 # stands under them all.
 LAYERS: list[tuple[str, set[str]]] = [
-    ("data and mathematics", {"dtypes", "jit", "operators", "rng", "tensor_data"}),
+    ("data and mathematics", {"dtypes", "jit", "operators", "rng", "tensor_data", "threads"}),
     (
         "engine and backends",
         {
