@@ -99,12 +99,12 @@ class Conv1dFun(Function):
         """
         _check(input, weight, 1)
         ctx.save_for_backward(input, weight)
-        return _wrap(input, _convolve(*_arrays(input, weight, 1), False))
+        return _wrap(input, _convolve(*_arrays(input, weight, 1), reverse=False))
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of input and weight."""
-        return _backward(*ctx.saved_values, grad_output, 1)
+        return _backward(ctx, grad_output, 1)
 
 
 class Conv2dFun(Function):
@@ -128,18 +128,17 @@ class Conv2dFun(Function):
         """
         _check(input, weight, 2)
         ctx.save_for_backward(input, weight)
-        return _wrap(input, _convolve(*_arrays(input, weight, 2), False))
+        return _wrap(input, _convolve(*_arrays(input, weight, 2), reverse=False))
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of input and weight."""
-        return _backward(*ctx.saved_values, grad_output, 2)
+        return _backward(ctx, grad_output, 2)
 
 
-def _backward(
-    input: Tensor, weight: Tensor, grad_output: Tensor, dims: int
-) -> tuple[Tensor, Tensor]:
+def _backward(ctx: Context, grad_output: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """The input's gradient is a convolution anchored on the right, channels exchanged."""
+    input, weight = ctx.saved_values
     grad, weights = _arrays(grad_output, weight, dims)
     _, inputs = _arrays(grad_output, input, dims)
     dinput = _convolve(grad, np.array(weights.swapaxes(0, 1), order="C"), True)
@@ -156,7 +155,7 @@ conv2d = Conv2dFun.apply
 # ----- loops: threads take planes, or pairs of channels, from a shared counter -----
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _convolution_worker(out, a, b, reverse, next_plane, key=KEY):  # type: ignore[no-untyped-def]
     """out (B, O, H, W) += a (B, C, H, W) * b (O, C, KH, KW); looks ahead, or back if `reverse`."""
     batch, out_channels, height, width = out.shape
@@ -179,7 +178,7 @@ def _convolution_worker(out, a, b, reverse, next_plane, key=KEY):  # type: ignor
                             to[k] += weight * x[k]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True, error_model="numpy")
 def _weight_gradient_worker(dweight, a, grad, next_pair, key=KEY):  # type: ignore[no-untyped-def]
     """dweight[o, c, i, j] = sum over n, y, x of grad[n, o, y, x] * a[n, c, y + i, x + j]"""
     out_channels, channels, kh, kw = dweight.shape
@@ -225,7 +224,8 @@ def tensor_conv1d(
     """
     target = _view(out, out_shape, out_strides)
     a, b = _view(input, input_shape, input_strides), _view(weight, weight_shape, weight_strides)
-    result = _convolve(*(np.array(x[:, :, None], order="C") for x in (a, b)), reverse)
+    a, b = np.array(a[:, :, None], order="C"), np.array(b[:, :, None], order="C")
+    result = _convolve(a, b, reverse)
     target[...] = result[:, :, 0, : target.shape[2]]
 
 

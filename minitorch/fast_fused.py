@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def _like(tensor: Tensor, array: Array) -> Tensor:
-    """A constant tensor of `array` on the backend of `tensor`."""
-    return tensor._new(TensorData.from_array(array))
+    """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
+    return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
 
 
-def _arrays(*tensors: Tensor) -> tuple[Array, ...]:
-    """The arrays of tensors, in one dtype: a kernel takes no mixture."""
+def _arrays(*tensors: Tensor) -> Any:
+    """A tuple of the arrays of tensors, in one dtype: a kernel takes no mixture."""
     arrays = tuple(t._tensor.array for t in tensors)
     if len({a.dtype for a in arrays}) == 1:
         return arrays

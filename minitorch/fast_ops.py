@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import prange
 
+from . import operators
 from .fast_fused import FastFusedOps
 from .jit import compiled, specialise
 from .kernels import simd, threads
@@ -39,7 +40,9 @@ class FastOps(FastFusedOps):
 
     @staticmethod
     def map(fn: MapFn) -> MapProto:
-        """See `TensorOps.map`."""
+        """See `TensorOps.map`. A mere copy is left to numpy, which has loops for every layout."""
+        if fn is operators.id:
+            return _copy
         worker = _worker(_map_worker, fn, keep=True)
 
         def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
@@ -109,6 +112,13 @@ def _run(worker: Any, size: int, *arguments: Any) -> None:
         run_on_threads(numba.get_num_threads(), worker, *arguments, next_chunk)
 
 
+def _copy(a: Tensor, out: Tensor | None = None, /) -> Tensor:
+    """The identity, into a contiguous tensor."""
+    target = empty_output(a, a.shape) if out is None else out
+    np.copyto(target._tensor.array, a._tensor.array)
+    return target
+
+
 def _cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
     if a.dtype == dtype:
         return a
@@ -130,7 +140,8 @@ def matmul(a: Array, b: Array) -> Array:
         rows = a.size // a.shape[-1] if a.shape[-1] else 0
         if rows:
             return (a.reshape(rows, a.shape[-1]) @ b).reshape(*a.shape[:-1], b.shape[-1])
-    return np.matmul(a, b)
+    # numpy may order the batch of its result as that of an input; a new tensor is row-major.
+    return np.asarray(np.matmul(a, b), order="C")
 
 
 def _for_blas(a: Array, dtype: np.dtype[Any]) -> Array:
@@ -340,7 +351,7 @@ def _reduce_worker(  # type: ignore[no-untyped-def]
 # ----- index arithmetic inside the loops -----
 
 
-@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(error_model="numpy")
 def count(shape):  # type: ignore[no-untyped-def]
     """Number of elements."""
     size = np.int64(1)
@@ -349,7 +360,7 @@ def count(shape):  # type: ignore[no-untyped-def]
     return size
 
 
-@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(error_model="numpy")
 def steps(shape, a_shape, a_strides):  # type: ignore[no-untyped-def]
     """Strides of `a` when it is broadcast to `shape`: 0 where it is repeated."""
     out = np.zeros(len(shape), np.int64)
@@ -360,7 +371,7 @@ def steps(shape, a_shape, a_strides):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(error_model="numpy")
 def is_flat(shape, strides):  # type: ignore[no-untyped-def]
     """Whether these strides are those of a contiguous tensor (a size of 1 fits any stride)."""
     expected = np.int64(1)
@@ -371,7 +382,7 @@ def is_flat(shape, strides):  # type: ignore[no-untyped-def]
     return True
 
 
-@numba.njit(error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(error_model="numpy")
 def row_offset(row, shape, strides, skipped):  # type: ignore[no-untyped-def]
     """Where row number `row` begins; dimension `skipped` runs along the row and does not count."""
     offset = np.int64(0)
