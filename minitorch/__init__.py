@@ -4,7 +4,8 @@ Every public name is importable from here. `minitorch.datasets` is the dictionar
 in MiniTorch, and hides the module of that name.
 """
 
-from . import threads as _threads  # isort: skip  # how thread pools wait: before they are loaded
+# How thread pools wait must be set before they are loaded.
+from . import threads as _threads  # isort: skip  # noqa: F401
 
 import numba.cuda  # noqa: F401  # numba does not bind it by itself; programs ask numba.cuda.is_available()
 

@@ -85,7 +85,8 @@ class FastFusedOps(TensorOps):
         inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `FusedOps.layernorm_fw`."""
-        y, var, mean = layernorm.forward(*_arrays(inp, gamma, beta), eps)
+        x, weight, bias = _arrays(inp, gamma, beta)
+        y, var, mean = layernorm.forward(x, weight, bias, eps)
         return _like(inp, y), _like(inp, var), _like(inp, mean)
 
     @staticmethod
@@ -99,8 +100,8 @@ class FastFusedOps(TensorOps):
         eps: float = 1e-8,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `FusedOps.layernorm_bw`."""
-        arrays = _arrays(out_grad, inp, gamma, var, mean)
-        dinp, dgamma, dbeta = layernorm.backward(*arrays, eps)
+        dy, x, weight, variance, centre = _arrays(out_grad, inp, gamma, var, mean)
+        dinp, dgamma, dbeta = layernorm.backward(dy, x, weight, variance, centre, eps)
         return _like(inp, dinp), _like(gamma, dgamma), _like(beta, dbeta)
 
     # ----- GELU -----
@@ -121,7 +122,8 @@ class FastFusedOps(TensorOps):
     def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `FusedOps.linear_forward`."""
         if bias is None:
-            return _like(x, linear.forward(*_arrays(x, weight), None))
+            rows, w = _arrays(x, weight)
+            return _like(x, linear.forward(rows, w, None))
         return _like(x, linear.forward(*_arrays(x, weight, bias)))
 
     @staticmethod
@@ -129,7 +131,8 @@ class FastFusedOps(TensorOps):
         grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `FusedOps.linear_backward`."""
-        dx, dweight, dbias = linear.backward(*_arrays(grad, x, weight), needs)
+        dy, rows, w = _arrays(grad, x, weight)
+        dx, dweight, dbias = linear.backward(dy, rows, w, needs)
         return (
             None if dx is None else _like(x, dx),
             None if dweight is None else _like(weight, dweight),
