@@ -294,8 +294,15 @@ class Tensor:
         return Sum.apply(self._flat(), 0) if dim is None else Sum.apply(self, dim)
 
     def mean(self, dim: int | None = None) -> Tensor:
-        """Mean along `dim`."""
+        """Mean along `dim`.
+
+        Raises:
+            ValueError: there is nothing to take the mean of.
+
+        """
         n = self.size if dim is None else self.shape[check_dim(dim, self.dims)]
+        if n == 0:
+            raise ValueError(f"mean() needs at least one element, got shape {self.shape}")
         return self.sum(dim) / float(n)
 
     def var(self, dim: int | None = None) -> Tensor:
@@ -455,7 +462,8 @@ class Tensor:
         if not self.is_leaf():
             raise RuntimeError("only leaves collect a derivative")
         if self.grad is None:
-            self.grad = self._new(TensorData.from_array(x._tensor.array.astype(self.dtype)))
+            copy = x._tensor.array.astype(self.dtype, order="C")
+            self.grad = self._new(TensorData.from_array(copy))
         else:
             self.grad = (self.grad + x).detach()
 

@@ -266,7 +266,7 @@ def _mask_kind(
 def _scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(max(head_dim, 1))
-    if not math.isfinite(scale):
+    if not isinstance(scale, float | int | np.number) or not math.isfinite(scale):
         raise ValueError(
             f"scale is {scale}; wanted a finite number, or None for 1 / sqrt(head size)."
         )
@@ -274,8 +274,8 @@ def _scale(scale: float | None, head_dim: int) -> float:
 
 
 def _dropout_p(dropout_p: float) -> float:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; wanted a probability in [0, 1].")
+    if not isinstance(dropout_p, float | int | np.number) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p is {dropout_p!r}; wanted a probability in [0, 1].")
     return float(dropout_p)
 
 
