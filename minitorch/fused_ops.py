@@ -25,8 +25,8 @@ _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
 def _like(tensor: Tensor, array: Array) -> Tensor:
-    """A constant tensor of `array` on the backend of `tensor`."""
-    return tensor._new(TensorData.from_array(np.asarray(array)))
+    """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
+    return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
 
 
 def _finite_max(x: Array, axis: int) -> Array:

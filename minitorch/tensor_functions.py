@@ -334,7 +334,7 @@ class Concatenate(Function):
         axis = check_dim(dim, parts[0].dims)
         ctx.save_for_backward(axis, [part.shape[axis] for part in parts])
         joined = np.concatenate([part._tensor.array for part in parts], axis)
-        return parts[0]._new(TensorData.from_array(joined))
+        return parts[0]._new(TensorData.from_array(np.asarray(joined, order="C")))
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
@@ -350,7 +350,7 @@ class MaskedFill(Function):
     def forward(ctx: Context, a: Tensor, mask: Any) -> Tensor:
         ctx.save_for_backward(mask)
         filled = np.where(mask, a.dtype.type(-np.inf), a._tensor.array)
-        return a._new(TensorData.from_array(filled))
+        return a._new(TensorData.from_array(np.asarray(filled, order="C")))
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
@@ -365,7 +365,7 @@ class Cast(Function):
     @staticmethod
     def forward(ctx: Context, a: Tensor, dtype: np.dtype[Any]) -> Tensor:
         ctx.save_for_backward(a.dtype)
-        return a._new(TensorData.from_array(a._tensor.array.astype(dtype)))
+        return a._new(TensorData.from_array(a._tensor.array.astype(dtype, order="C")))
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:

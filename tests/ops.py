@@ -35,6 +35,7 @@ class Op:
         high: largest element.
         mixed: whether inputs may differ in dtype.
         expanded: whether inputs may have stride 0 (their elements are then repeated).
+        shares: whether the result shares the input's memory; others are contiguous.
 
     """
 
@@ -46,6 +47,7 @@ class Op:
     high: float = 2.0
     mixed: bool = False
     expanded: bool = True
+    shares: bool = False
 
 
 # ----- shapes -----
@@ -185,8 +187,8 @@ REDUCTIONS = [
 ]
 
 MOVEMENT = [
-    Op("permute", lambda x: x.permute(*reversed(range(x.dims))), np.transpose, ANY),
-    Op("transpose", lambda x: x.transpose(0, -1), lambda x: x.swapaxes(0, -1), ANY),
+    Op("permute", lambda x: x.permute(*reversed(range(x.dims))), np.transpose, ANY, shares=True),
+    Op("transpose", lambda x: x.transpose(0, -1), lambda x: x.swapaxes(0, -1), ANY, shares=True),
     Op("view", lambda x: x.contiguous().view(1, x.size), lambda x: x.reshape(1, -1), ANY),
     Op("contiguous", lambda x: x.contiguous(), np.array, ANY),
     Op(
@@ -195,8 +197,8 @@ MOVEMENT = [
         lambda x: x.swapaxes(0, 1),
         one(st.tuples(st.just(2), st.just(3))),
     ),
-    Op("slice", lambda x: x[..., 1::2], lambda x: x[..., 1::2], ANY),
-    Op("index", lambda x: x[None, 0:2], lambda x: x[None, 0:2], ANY),
+    Op("slice", lambda x: x[..., 1::2], lambda x: x[..., 1::2], ANY, shares=True),
+    Op("index", lambda x: x[None, 0:2], lambda x: x[None, 0:2], ANY, shares=True),
     Op(
         "cat",
         lambda a, b: tensor_functions.Concatenate.apply(0, a, b),

@@ -48,10 +48,12 @@ def test_value_and_gradient(op: Op, backend: str, data: st.DataObject) -> None:
     assert out.shape == expected.shape
     assert out.dtype == np.result_type(*(x.dtype for x in inputs))
     np.testing.assert_allclose(out.to_numpy(), expected, rtol=tolerance, atol=tolerance)
+    assert op.shares or out._tensor.is_contiguous()
 
     grad_check(op.function, *inputs)
     for x in inputs:
-        assert x.grad is not None and (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
+        assert x.grad is not None and x.grad._tensor.is_contiguous()
+        assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)
 
 
 def test_the_table_covers_every_function() -> None:
@@ -78,6 +80,7 @@ def test_cast(backend: str) -> None:
     x = minitorch.tensor([[0.1, 2.0]], backend=BACKENDS[backend])
     y = x.to(np.float32)
     assert y.dtype == np.float32
+    assert minitorch.zeros((2, 3)).permute(1, 0).to(np.float32)._tensor.is_contiguous()
     (y * y).sum().backward()
     assert x.grad is not None and x.grad.dtype == np.float64
     np.testing.assert_allclose(x.grad.to_numpy(), [[0.2, 4.0]], rtol=1e-6)
@@ -119,7 +122,7 @@ def attend(inputs: AttentionInputs, method: str, dtype: npt.DTypeLike) -> list[A
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_flash_attention_is_standard_attention(backend: str, data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs(BACKENDS[backend]))
