@@ -329,9 +329,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['threads']} threads each; {packages}; float32. Environment: {environment}. "
         f"Command: `{result['command']}`.",
         "",
-        "Ratios are PyTorch's time divided by ours, forward / forward + backward. The geometric mean "
-        "is over the batches of heads, the worst cell over single heads too. Environment variables "
-        "that differ: `MODES` in the script.",
+        "Ratios are PyTorch's time over ours, forward / forward + backward. The geometric mean "
+        "is over the batches of heads, the worst cell over single heads too. The environments are "
+        "`MODES` in the script.",
         "",
         "| | geometric mean | worst cell |",
         "|---|---|---|",
