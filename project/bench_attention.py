@@ -69,6 +69,9 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument(
         "--prefix", default="", help="command before each measuring process (taskset -c 0,1, say)"
     )
+    how.add_argument(
+        "--add", action="store_true", help="keep what the file at --out has of other modes"
+    )
     how.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -414,6 +417,9 @@ def main() -> None:
         "threads": arguments.threads,
         "modes": {},
     }
+    if arguments.add and arguments.out.exists():
+        kept = json.loads(arguments.out.read_text())
+        result |= {name: kept[name] for name in ("modes", "memory", "start") if name in kept}
     if not arguments.skip_memory:
         result["memory"], result["start"] = measure_memory_and_start(arguments)
     for mode in arguments.modes:
