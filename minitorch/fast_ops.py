@@ -18,6 +18,7 @@ from . import operators
 from .fast_fused import FastFusedOps
 from .jit import compiled, specialise
 from .kernels import simd, threads
+from .kernels.blas import product
 from .kernels.threads import fetch_add, run_on_threads
 from .tensor_data import TensorData, shape_broadcast
 from .tensor_ops import MapFn, MapProto, ZipFn, check_matmul, empty_output
@@ -139,7 +140,9 @@ def matmul(a: Array, b: Array) -> Array:
     if b.ndim == 2 and a.ndim > 2 and a.flags.c_contiguous:
         rows = a.size // a.shape[-1] if a.shape[-1] else 0
         if rows:
-            return (a.reshape(rows, a.shape[-1]) @ b).reshape(*a.shape[:-1], b.shape[-1])
+            return product(a.reshape(rows, a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
+    if a.ndim == b.ndim == 2:
+        return product(a, b)
     # numpy may order the batch of its result as that of an input; a new tensor is row-major.
     return np.asarray(np.matmul(a, b), order="C")
 
