@@ -114,13 +114,13 @@ def training_page(
 
     """
     steps = len(rows)
-    times = [row["seconds"] for row in rows]
+    median = statistics.median(row["seconds"] for row in rows) * 1000
     titles = " | ".join(f"{order}-gram" for order in range(1, len(ngrams) + 1))
     losses = " | ".join(f"{loss:.3f}" for loss in ngrams)
     return f"""# Training run
 
-{date.today()}; {machine()}. {steps} steps of {tokens_per_step} tokens, {sum(times):.0f} s in all,
-{statistics.median(times) * 1000:.1f} ms a step (median).
+{date.today()}; {machine()}. {steps} steps of {tokens_per_step} tokens, {median:.1f} ms a step
+(median). Command: `python project/run_transformer.py train --record ...`.
 
 Nats per character on the held-out text (lower is better):
 
