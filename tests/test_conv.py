@@ -1,4 +1,4 @@
-"""Convolution against numpy in float64 and against PyTorch; gradients are in test_functions_grad."""
+"""Convolution against numpy and against PyTorch; gradients are in test_functions_grad."""
 
 from __future__ import annotations
 
