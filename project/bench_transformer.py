@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -64,6 +65,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--threads", type=int, default=2, help="of each; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each; default: %(default)s")
+    parser.add_argument(
+        "--prefix", default="", help="command before each measuring process (taskset -c 0,1, say)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -276,12 +280,17 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 # ----- in the parent process -----
 
 
-def run_child(mode: str, middle: int, threads: int, seconds: float) -> dict[str, Any]:
+def run_child(mode: str, middle: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure in a process of its own, whose environment is the user's and the mode's settings."""
     names, settings = MODES[mode]
-    job = {"names": names, "middle": middle, "threads": threads, "seconds": seconds}
+    job = {
+        "names": names,
+        "middle": middle,
+        "threads": arguments.threads,
+        "seconds": arguments.seconds,
+    }
     run = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(job)],
+        [*shlex.split(arguments.prefix), sys.executable, __file__, "--child", json.dumps(job)],
         env={**os.environ, **settings},
         stdout=subprocess.PIPE,
         text=True,
@@ -355,17 +364,17 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(json.loads(arguments.child))))
         return
-    rows = []
-    for mode in arguments.modes:
-        for middle in arguments.middle:
-            row = run_child(mode, middle, arguments.threads, arguments.seconds)
-            rows.append(row)
-            print(mode, middle, row["milliseconds"], ratio(row), flush=True)
+    rows: list[dict[str, Any]] = []
     report = {"machine": machine(), "threads": arguments.threads, "rows": rows}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    text = page(report)
-    arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    for mode in arguments.modes:
+        for middle in arguments.middle:
+            row = run_child(mode, middle, arguments)
+            rows.append(row)
+            print(mode, middle, row["milliseconds"], ratio(row), flush=True)
+            text = page(report)
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            arguments.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 
