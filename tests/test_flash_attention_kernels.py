@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from typing import Any
@@ -422,10 +423,12 @@ def run_script(**environment: str) -> list[str]:
 
 
 @pytest.mark.skipif(numba.core.config.CPU_NAME is not None, reason="a processor was named already")
-@pytest.mark.skipif("x86" not in os.uname().machine, reason="names of x86 processors")
+@pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="names of x86 processors"
+)
 @pytest.mark.parametrize(
     "name, lanes, fma",
-    [("haswell", "8", "True"), ("nehalem", "4", "False"), ("x86-64", "4", "False")],
+    [("haswell", "8", "True"), ("x86-64", "4", "False")],
 )
 def test_older_processors(name: Any, lanes: Any, fma: Any) -> None:
     assert run_script(NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES="")[:2] == [lanes, fma]
