@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from minitorch import doctor
+from minitorch.threads import SETTINGS
 
 
 def test_the_command_reports_and_exits_with_zero() -> None:
@@ -71,7 +72,7 @@ def test_threads_that_spin_are_found() -> None:
     assert not doctor.examine_waiting({}).problems
     settings = {"OMP_WAIT_POLICY": "ACTIVE", "OPENBLAS_THREAD_TIMEOUT": "28"}
     assert len(doctor.examine_waiting(settings).problems) == 2
-    assert not doctor.examine_waiting(doctor.threads.SETTINGS).problems
+    assert not doctor.examine_waiting(SETTINGS).problems
 
 
 def test_a_switched_off_compiler_is_found() -> None:

@@ -67,7 +67,7 @@ LAYERS: list[tuple[str, set[str]]] = [
 ALLOWED_UPWARDS = {("tensor_functions", "factories"), ("tensor_functions", "grad_check")}
 
 MOST_LINES = 520
-MOST_FUNCTION_LINES = 60
+MOST_FUNCTION_LINES = 65
 MOST_KERNEL_LINES = 120
 # A list of many small methods, where a cut would part what belongs together.
 LONG_FILES = {"minitorch/tensor.py": 560}

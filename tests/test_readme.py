@@ -22,7 +22,8 @@ def test_code_runs(code: str) -> None:
 
 
 def test_figures_are_those_of_the_result_files() -> None:
-    assert rendered(README) == README, "run python project/readme_tables.py"
+    up_to_date = rendered(README) == README
+    assert up_to_date, "run python project/readme_tables.py"
 
 
 def test_pages_are_condensed(tmp_path: Path) -> None:
