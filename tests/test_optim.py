@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from minitorch.fast_ops import FastOps
 
 from minitorch.factories import tensor
+from minitorch.fast_ops import FastOps
 from minitorch.module import Parameter
 from minitorch.optim import SGD, Adam, AdamW, CosineSchedule, Optimizer, clip_grad_norm_
 from minitorch.scalar import Scalar
