@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,13 @@ from .run_files import RunFolder, Snapshot, load_snapshot
 from .sampling import generate, stream_text
 from .training import Trainer, train
 
-# The program, as a user types it at the top of the checkout.
-PROGRAM = "python project/run_transformer.py"
+
+def program() -> str:
+    """This program, as the user types it: with the environment that `make` made, if it is that."""
+    python = Path(sys.executable)
+    inside = python.is_relative_to(Path.cwd())
+    shown = python.relative_to(Path.cwd()) if inside else "python"
+    return f"{shown} project/run_transformer.py"
 
 
 def train_command(
@@ -55,7 +61,7 @@ def train_command(
         finished = train(trainer, folder, terminal)
     if not finished:
         terminal.say(f"interrupted after step {trainer.step}; saved to {folder.checkpoint}")
-        terminal.say(f"go on with: {PROGRAM} train --resume --out {out}")
+        terminal.say(f"go on with: {program()} train --resume --out {out}")
         return 130
     own, ngrams = _conclude(trainer, folder, terminal)
     if record:
@@ -118,7 +124,7 @@ def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> tuple[
     terminal.say(f"metrics     {folder.metrics}")
     terminal.say(f"loss curve  {folder.picture}")
     prompt = shlex.quote(_prompt(corpus))
-    terminal.say(f"next, try:  {PROGRAM} sample --out {folder.path} --prompt {prompt}")
+    terminal.say(f"next, try:  {program()} sample --out {folder.path} --prompt {prompt}")
     return own, ngrams
 
 
