@@ -18,11 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from .threads import run_on_threads
+from .threads import run_on_threads, thread_count
 
 Array = NDArray[Any]
 
@@ -77,7 +76,7 @@ def product(a: Array, b: Array) -> Array:
     before = control.get()
     control.set(1)
     try:
-        run_on_threads(min(numba.get_num_threads(), blocks), work)
+        run_on_threads(min(thread_count(), blocks), work)
     finally:
         control.set(before)
     return out

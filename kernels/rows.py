@@ -19,13 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from . import threads, vector_math
 from .simd import cache_key
-from .threads import run_on_threads
+from .threads import run_on_threads, thread_count
 
 Array = NDArray[Any]
 
@@ -49,7 +48,7 @@ def run_over_rows(rows: int, row_length: int, worker: Callable[..., Any], *argum
     if rows * row_length < SERIAL:
         worker(*arguments, next_row, block)
         return
-    count = min(numba.get_num_threads(), (rows + block - 1) // block)
+    count = min(thread_count(), (rows + block - 1) // block)
     run_on_threads(count, worker, *arguments, next_row, block)
 
 

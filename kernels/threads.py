@@ -16,6 +16,8 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
+import numba
+import numba.np.ufunc.parallel
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -49,6 +51,17 @@ def _forget_helpers() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_helpers)
+
+
+def thread_count() -> int:
+    """How many threads a kernel may use: numba's number, which `numba.set_num_threads` changes.
+
+    Asking numba starts its own pool, which is not needed, and beside which PyTorch's OpenMP threads
+    in the same process were ten times slower. While it has not been started the number is the one
+    that numba would start with.
+    """
+    started = getattr(numba.np.ufunc.parallel, "_is_initialized", True)
+    return int(numba.get_num_threads() if started else numba.config.NUMBA_NUM_THREADS)
 
 
 def run_on_threads(count: int, worker: Callable[..., Any], *arguments: Any) -> None:

@@ -18,7 +18,7 @@ from .autodiff import Context
 from .function import Function
 from .kernels import threads
 from .kernels.simd import cache_key
-from .kernels.threads import fetch_add, run_on_threads
+from .kernels.threads import fetch_add, run_on_threads, thread_count
 from .tensor_data import TensorData
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _run(worker: Any, tasks: int, work: int, *arguments: Any) -> None:
     if work < SERIAL:
         worker(*arguments, next_task)
     else:
-        run_on_threads(min(numba.get_num_threads(), tasks), worker, *arguments, next_task)
+        run_on_threads(min(thread_count(), tasks), worker, *arguments, next_task)
 
 
 class Conv1dFun(Function):

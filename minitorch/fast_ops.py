@@ -19,7 +19,7 @@ from .fast_fused import FastFusedOps
 from .jit import compiled, specialise
 from .kernels import simd, threads
 from .kernels.blas import product
-from .kernels.threads import fetch_add, run_on_threads
+from .kernels.threads import fetch_add, run_on_threads, thread_count
 from .tensor_data import TensorData, shape_broadcast
 from .tensor_ops import MapFn, MapProto, ZipFn, check_matmul, empty_output
 
@@ -110,7 +110,7 @@ def _run(worker: Any, size: int, *arguments: Any) -> None:
     if size < SERIAL:
         worker(*arguments, next_chunk)
     else:
-        run_on_threads(numba.get_num_threads(), worker, *arguments, next_chunk)
+        run_on_threads(thread_count(), worker, *arguments, next_chunk)
 
 
 def _copy(a: Tensor, out: Tensor | None = None, /) -> Tensor:

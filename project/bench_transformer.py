@@ -230,9 +230,6 @@ def build_steps(names: list[str], middle: int, threads: int) -> dict[str, Step]:
     """The steps to be measured, all models with the same weights."""
     steps: dict[str, Step] = {}
     if "minitorch" in names:
-        import numba
-
-        numba.set_num_threads(threads)
         model = our_model(middle)
         weights = model.state_dict()
         steps["minitorch"] = our_step(model)
@@ -291,7 +288,7 @@ def run_child(mode: str, middle: int, arguments: argparse.Namespace) -> dict[str
     }
     run = subprocess.run(
         [*shlex.split(arguments.prefix), sys.executable, __file__, "--child", json.dumps(job)],
-        env={**os.environ, **settings},
+        env={**os.environ, "NUMBA_NUM_THREADS": str(arguments.threads), **settings},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -14,12 +14,11 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from ..philox import dropout_threshold
-from ..threads import run_on_threads
+from ..threads import run_on_threads, thread_count
 from .cpu_backward import backward_worker, delta_worker, mask_gradient_worker
 from .cpu_forward import forward_worker
 from .cpu_tiles import ADDITIVE_MASK, BOOL_MASK, LOG2_E, NO_MASK, Sizes
@@ -152,7 +151,7 @@ def _block_q(problem: AttentionProblem, tile_q: int, threads: int) -> int:
 def _threads(problem: AttentionProblem) -> int:
     """How many threads may share the work; one where waking another would take longer than it."""
     products = problem.seqlen_q * problem.seqlen_k * (problem.head_dim + problem.value_dim)
-    return 1 if problem.batch_heads * products < 1_000_000 else numba.get_num_threads()
+    return 1 if problem.batch_heads * products < 1_000_000 else thread_count()
 
 
 def _dropout_arguments(problem: AttentionProblem) -> tuple[int, np.uint64, np.floating[Any]]:
