@@ -1,0 +1,279 @@
+"""The one import of numba's CUDA target, and the few things that every GPU kernel needs from it.
+
+Kernels see numba through the names of this module alone, so that another compiler of the same
+language (numba-cuda-mlir) is one line away, and so that what the simulator lacks
+(`NUMBA_ENABLE_CUDASIM=1`: plain Python, no GPU) is made up for in one place.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numba
+import numba.cuda
+import numpy as np
+
+# numba publishes no types for its CUDA target: it is named Any once, here, and the checkers stay
+# strict elsewhere.
+cuda: Any = numba.cuda
+types: Any = numba.types
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+WARP = 32
+
+
+@cache
+def is_available() -> bool:
+    """Whether kernels can run here: there is a GPU with a driver, or the simulator is on."""
+    return bool(cuda.is_available())
+
+
+@cache
+def compute_capability() -> tuple[int, int]:
+    """Of the current device, (9, 0) for a Hopper GPU; the simulator says (5, 2)."""
+    major, minor = cuda.get_current_device().compute_capability
+    return int(major), int(minor)
+
+
+# ----- compiling -----
+
+
+def kernel(threads: int, *, fastmath: bool = False) -> Callable[[Any], Any]:
+    """Decorator: a kernel that is launched with `threads` threads to a block.
+
+    Knowing the number, the compiler can give each thread as many registers as fit.
+
+    Args:
+        threads: number of threads of a block, the product of its dimensions.
+        fastmath: let the compiler assume that no value is NaN or infinite, and approximate.
+
+    """
+    options: dict[str, Any] = {"fastmath": fastmath}
+    if not SIMULATED:
+        options["launch_bounds"] = threads
+    return cuda.jit(**options)  # type: ignore[no-any-return]
+
+
+def device_function(function: Any) -> Any:
+    """Decorator: a function that kernels call, compiled into them."""
+    return cuda.jit(function, device=True) if SIMULATED else cuda.jit(device=True, inline="always")(function)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A kernel with all its compile-time arguments chosen: what the compile tests go through.
+
+    Args:
+        name: says which, with its arguments: "softmax_forward[float32]".
+        kernel: what a kernel factory returned.
+        signature: numba types of its arguments.
+        most_registers: a thread's limit, checked for every architecture.
+
+    """
+
+    name: str
+    kernel: Any
+    signature: tuple[Any, ...]
+    most_registers: int = 255
+
+
+# ----- launching -----
+
+_streams: list[Any] = []
+
+
+def current_stream() -> Any:
+    """The stream that kernels are launched on; 0 is the device's default stream."""
+    return _streams[-1] if _streams else 0
+
+
+@contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """Launch on `stream` (of `cuda.stream()`) inside the block."""
+    _streams.append(stream)
+    try:
+        yield
+    finally:
+        _streams.pop()
+
+
+def launch(
+    kernel: Any,
+    grid: int | tuple[int, ...],
+    threads: int | tuple[int, ...],
+    *arguments: Any,
+    shared_bytes: int = 0,
+) -> None:
+    """Launch a kernel on the current stream.
+
+    Args:
+        kernel: compiled by `kernel`.
+        grid: number of blocks, x up to 2**31 - 1, y and z up to 65535.
+        threads: number of threads of a block.
+        arguments: numba device arrays, numbers and tuples of numbers.
+        shared_bytes: of dynamic shared memory.
+
+    """
+    kernel[grid, threads, current_stream(), shared_bytes](*arguments)
+
+
+# ----- number types -----
+
+
+def _same(x):  # type: ignore[no-untyped-def]
+    return x
+
+
+def _bfloat16_to_float32(bits):  # type: ignore[no-untyped-def]
+    return _float32_of_bits(types.uint32(bits) << types.uint32(16))
+
+
+def _float32_to_bfloat16(x):  # type: ignore[no-untyped-def]
+    """To the nearest, ties to even; NaN stays NaN."""
+    bits = _bits_of_float32(x)
+    if x != x:
+        return types.uint16((bits >> types.uint32(16)) | types.uint32(64))
+    odd = (bits >> types.uint32(16)) & types.uint32(1)
+    return types.uint16((bits + types.uint32(0x7FFF) + odd) >> types.uint32(16))
+
+
+if SIMULATED:
+
+    def _float32_of_bits(bits):  # type: ignore[no-untyped-def]
+        return np.uint32(bits).view(np.float32)
+
+    def _bits_of_float32(x):  # type: ignore[no-untyped-def]
+        return np.float32(x).view(np.uint32)
+
+else:
+    from llvmlite import ir
+    from numba.cuda.extending import intrinsic
+
+    def _bitcast(source: Any, target: Any, llvm_type: Any) -> Any:
+        @intrinsic
+        def convert(typingctx, x):  # type: ignore[no-untyped-def]
+            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+                return builder.bitcast(args[0], llvm_type)
+
+            return target(source), codegen
+
+        return convert
+
+    _float32_of_bits = _bitcast(types.uint32, types.float32, ir.FloatType())
+    _bits_of_float32 = _bitcast(types.float32, types.uint32, ir.IntType(32))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers of one dtype are stored and computed with.
+
+    Args:
+        name: "float32", "float64", "float16" or "bfloat16".
+        storage: numpy dtype of the arrays that kernels get: bfloat16 travels as its 16 bits.
+        real: numba type of the arithmetic, float32 for the 16-bit types; call it to make a constant
+            inside a kernel, `real(0.5)`: a bare 0.5 would be a float64.
+        load: device function, from storage to `real`.
+        store: device function, from `real` to storage, rounded to the nearest.
+
+    """
+
+    name: str
+    storage: np.dtype[Any]
+    real: Any
+    load: Any
+    store: Any
+
+    @property
+    def array(self) -> Any:
+        """numba type of a contiguous one-dimensional array of it, for signatures."""
+        return types.Array(numba.from_dtype(self.storage), 1, "C")
+
+
+@cache
+def precision(name: str) -> Precision:
+    """The `Precision` of a dtype, by its name (`dtype.name`)."""
+    same = device_function(_same)
+    if name in ("float32", "float64"):
+        return Precision(name, np.dtype(name), getattr(types, name), same, same)
+    if name == "float16":
+        return Precision(
+            name, np.dtype(name), types.float32, _cast(types.float32), _cast(types.float16)
+        )
+    if name == "bfloat16":
+        return Precision(
+            name,
+            np.dtype(np.uint16),
+            types.float32,
+            device_function(_bfloat16_to_float32),
+            device_function(_float32_to_bfloat16),
+        )
+    raise TypeError(f"kernels compute with float16, bfloat16, float32 and float64, got {name}")
+
+
+def _cast(target: Any) -> Any:
+    @device_function
+    def convert(x):  # type: ignore[no-untyped-def]
+        return target(x)
+
+    return convert
+
+
+# ----- a warp's and a block's sums -----
+
+
+@cuda.jit(device=True)
+def _shuffle_xor_simulated(x, mask):  # type: ignore[no-untyped-def]
+    """Through shared memory: all threads of the block must call it."""
+    lanes = cuda.shared.array(1024, types.float64)
+    thread = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y
+    lanes[thread] = x
+    cuda.syncthreads()
+    other = lanes[thread ^ mask]
+    cuda.syncthreads()
+    return other
+
+
+def _shuffle_xor(x, mask):  # type: ignore[no-untyped-def]
+    return cuda.shfl_xor_sync(0xFFFFFFFF, x, mask)
+
+
+shuffle_xor = _shuffle_xor_simulated if SIMULATED else device_function(_shuffle_xor)
+
+
+@device_function
+def warp_sum(x):  # type: ignore[no-untyped-def]
+    """The sum of x over the 32 threads of a warp, in every one of them, always in one order.
+
+    In the simulator a block must call it with all its threads, a multiple of 32.
+    """
+    x += shuffle_xor(x, 16)
+    x += shuffle_xor(x, 8)
+    x += shuffle_xor(x, 4)
+    x += shuffle_xor(x, 2)
+    x += shuffle_xor(x, 1)
+    return x
+
+
+@device_function
+def warp_max(x):  # type: ignore[no-untyped-def]
+    """The largest x of the 32 threads of a warp, in every one of them."""
+    x = max(x, shuffle_xor(x, 16))
+    x = max(x, shuffle_xor(x, 8))
+    x = max(x, shuffle_xor(x, 4))
+    x = max(x, shuffle_xor(x, 2))
+    x = max(x, shuffle_xor(x, 1))
+    return x
+
+
+def ceil_div(a: int, b: int) -> int:
+    """How many pieces of b it takes to cover a."""
+    return -(-a // b)
+
+
+NEGATIVE_INFINITY = -math.inf
