@@ -4,25 +4,46 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+HALF_DTYPES = (np.dtype(np.float16), BFLOAT16)  # on the GPU alone
 
 _default_dtype = np.dtype(np.float64)  # MiniTorch computes in float64
 
 
-def check_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
+def check_dtype(dtype: npt.DTypeLike, on_gpu: bool = False) -> np.dtype[Any]:
     """The numpy dtype that `dtype` names.
 
+    Args:
+        dtype: a dtype, a type or a name, "bfloat16" too.
+        on_gpu: whether it is for a tensor on the GPU, where there are float16 and bfloat16 as well.
+
     Raises:
-        TypeError: it is neither float32 nor float64.
+        TypeError: it is none of ours.
 
     """
-    given = np.dtype(dtype)
-    if given not in FLOAT_DTYPES:
-        raise TypeError(f"dtype must be float32 or float64, got {given.name}")
-    return given
+    given = BFLOAT16 if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
+    if given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES):
+        return given
+    if on_gpu:
+        raise TypeError(
+            f"dtype must be float32, float64, float16 or bfloat16 on the GPU, got {given.name}"
+        )
+    hint = " (only a tensor on the GPU can have that)" if given in HALF_DTYPES else ""
+    raise TypeError(f"dtype must be float32 or float64, got {given.name}{hint}")
+
+
+def promote(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of an operation on two: the wider one; float16 with bfloat16 gives float32."""
+    if a == b:
+        return a
+    if a in HALF_DTYPES and b in HALF_DTYPES:
+        return np.dtype(np.float32)
+    return a if a.itemsize > b.itemsize else b
 
 
 def get_default_dtype() -> np.dtype[Any]:
@@ -44,8 +65,9 @@ def set_default_dtype(dtype: npt.DTypeLike) -> None:
     _default_dtype = check_dtype(dtype)
 
 
-def storage_dtype(given: np.dtype[Any]) -> np.dtype[Any]:
+def storage_dtype(given: np.dtype[Any], on_gpu: bool = False) -> np.dtype[Any]:
     """The dtype in which an array of dtype `given` is stored: its own if it is a float of ours,
     else the default.
     """
-    return given if given in FLOAT_DTYPES else _default_dtype
+    ours = given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES)
+    return given if ours else _default_dtype

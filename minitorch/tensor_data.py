@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .device_array import DeviceArray
 from .dtypes import get_default_dtype, storage_dtype
 
 MAX_DIMS = 32
@@ -111,7 +112,7 @@ class TensorData:
 
     Args:
         storage: the elements; a list gets the default dtype, a float32 or float64 array keeps its
-            own and is not copied.
+            own and is not copied; a DeviceArray is memory of the GPU.
         shape: sizes, as a tuple.
         strides: elements between neighbours along each dimension, as a tuple; contiguous if not
             given.
@@ -124,14 +125,14 @@ class TensorData:
 
     __slots__ = ("_shape_array", "_storage", "_strides_array", "shape", "size", "strides")
 
-    _storage: Storage
+    _storage: Any  # a numpy array, or a DeviceArray for a tensor on the GPU
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     size: int
 
     def __init__(
         self,
-        storage: Sequence[float] | Storage,
+        storage: Sequence[float] | Storage | DeviceArray,
         shape: UserShape,
         strides: UserStrides | None = None,
     ) -> None:
@@ -157,7 +158,7 @@ class TensorData:
         self._set(storage, shape, strides_from_shape(shape) if strides is None else strides, size)
 
     def _set(
-        self, storage: Storage, shape: tuple[int, ...], strides: tuple[int, ...], size: int
+        self, storage: Any, shape: tuple[int, ...], strides: tuple[int, ...], size: int
     ) -> None:
         self._storage = storage
         self.shape = shape
@@ -165,6 +166,15 @@ class TensorData:
         self.size = size
         self._shape_array: Shape | None = None
         self._strides_array: Strides | None = None
+
+    @staticmethod
+    def _of(
+        storage: Storage | DeviceArray, shape: tuple[int, ...], strides: tuple[int, ...]
+    ) -> TensorData:
+        """The same as the constructor, without checks: for strides that are known to fit."""
+        data = TensorData.__new__(TensorData)
+        data._set(storage, shape, strides, prod(shape))
+        return data
 
     @staticmethod
     def from_array(array: npt.NDArray[Any]) -> TensorData:
@@ -191,10 +201,20 @@ class TensorData:
 
     @property
     def array(self) -> npt.NDArray[Any]:
-        """A numpy view of the elements in this shape; writing to it writes to the storage."""
+        """A numpy view of the elements in this shape; writing to it writes to the storage.
+
+        Raises:
+            TypeError: the elements are on the GPU, where numpy cannot see them.
+
+        """
         storage = self._storage
+        if type(storage) is DeviceArray:
+            raise TypeError(
+                "this tensor is on the GPU, its elements have no numpy view: to_numpy() copies them"
+            )
         if self.is_contiguous():
-            return storage[: self.size].reshape(self.shape)
+            array: npt.NDArray[Any] = storage[: self.size].reshape(self.shape)
+            return array
         step = storage.itemsize
         return np.ndarray(
             self.shape, storage.dtype, storage, strides=tuple(s * step for s in self.strides)
@@ -223,12 +243,25 @@ class TensorData:
         dtype: np.dtype[Any] = self._storage.dtype
         return dtype
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the elements are on the GPU."""
+        return type(self._storage) is DeviceArray
+
     def to_cuda_(self) -> None:
         """Move the storage to the GPU, in place."""
-        import numba.cuda
+        if not self.on_device:
+            self._storage = DeviceArray.from_host(self._storage)
 
-        if not hasattr(self._storage, "copy_to_host"):
-            self._storage = numba.cuda.to_device(self._storage)
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """A contiguous copy of the elements, from wherever they are."""
+        if type(self._storage) is not DeviceArray:
+            return self.array.copy(order="C")
+        host = self._storage.copy_to_host()
+        if self.is_contiguous():
+            return host[: self.size].reshape(self.shape)
+        steps = tuple(stride * host.itemsize for stride in self.strides)
+        return np.ndarray(self.shape, host.dtype, host, strides=steps).copy(order="C")
 
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order with no gap."""
@@ -274,15 +307,56 @@ class TensorData:
 
     def get(self, key: UserIndex) -> float:
         """The element at a full index."""
-        return self._storage[self.index(key)].item()  # type: ignore[no-any-return]
+        return float(self._storage[self.index(key)])
 
     def set(self, key: UserIndex, val: float) -> None:
         """Change the element at a full index."""
         self._storage[self.index(key)] = val
 
     def tuple(self) -> tuple[Storage, Shape, Strides]:
-        """Storage, shape and strides, as the kernels of `map`, `zip` and `reduce` take them."""
-        return self._storage, self._shape, self._strides
+        """Storage, shape and strides, as the kernels of `map`, `zip` and `reduce` take them; on the
+        GPU the storage as numba's array.
+        """
+        storage = self._storage.array if self.on_device else self._storage
+        return storage, self._shape, self._strides
+
+    def slice(self, key: Any) -> TensorData:
+        """What basic indexing by `key` (whole numbers, slices, None and ...) sees; no copy, unless
+        a step is negative.
+
+        Raises:
+            IndexError: the key does not fit the shape.
+
+        """
+        if not self.on_device:
+            return TensorData.from_array(self.array[key])
+        # numpy works it out on an array of this shape that has no elements to speak of.
+        view = np.asarray(_Layout(self.shape, self.strides))[key]
+        offset = view.__array_interface__["data"][0] - _NO_ELEMENTS.ctypes.data
+        if min(view.strides, default=0) < 0:
+            host = DeviceArray.from_host(self.to_numpy()[key])
+            return TensorData._of(host, view.shape, strides_from_shape(view.shape))
+        span = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
+        span = span if view.size else 0
+        return TensorData._of(self._storage[offset : offset + span], view.shape, view.strides)
+
+    def broadcast_to(self, shape: UserShape) -> TensorData:
+        """The same storage repeated to `shape` by strides of 0.
+
+        Raises:
+            ValueError: the shape does not broadcast to that.
+
+        """
+        wanted = tuple(shape)
+        added = len(wanted) - len(self.shape)
+        fits = added >= 0 and all(
+            n in (1, want) for n, want in zip(self.shape, wanted[added:], strict=True)
+        )
+        if not fits:
+            raise ValueError(f"shape {self.shape} does not broadcast to {wanted}")
+        kept = zip(self.shape, self.strides, wanted[added:], strict=True)
+        strides = (0,) * added + tuple(s if n == want else 0 for n, s, want in kept)
+        return TensorData._of(self._storage, wanted, strides)
 
     def permute(self, *order: int) -> TensorData:
         """The same storage with its dimensions in another order.
@@ -300,13 +374,29 @@ class TensorData:
 
     def to_string(self) -> str:
         """The values, nested in brackets."""
-        return np.array2string(self.array, precision=4, separator=", ")
+        return np.array2string(self.to_numpy(), precision=4, separator=", ")
 
 
-def _as_storage(storage: Sequence[float] | Storage) -> Storage:
+_NO_ELEMENTS = np.zeros(1, np.uint8)
+
+
+class _Layout:
+    """Makes numpy see an array of bytes with a shape and strides; nobody reads its elements."""
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self.__array_interface__ = {
+            "shape": shape,
+            "strides": strides,
+            "typestr": "|u1",
+            "data": (_NO_ELEMENTS.ctypes.data, False),
+            "version": 3,
+        }
+
+
+def _as_storage(storage: Any) -> Any:
     """A one-dimensional array of a dtype that we have."""
     if isinstance(storage, np.ndarray):
         return np.ascontiguousarray(storage, dtype=storage_dtype(storage.dtype)).reshape(-1)
-    if hasattr(storage, "copy_to_host"):  # on the GPU already
-        return storage  # type: ignore[return-value]
+    if isinstance(storage, DeviceArray):
+        return storage
     return np.array(storage, dtype=get_default_dtype()).reshape(-1)

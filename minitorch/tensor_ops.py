@@ -3,7 +3,8 @@ named operations.
 
 A backend is three higher-order functions, `map`, `zip` and `reduce`, plus `matrix_multiply`;
 `TensorBackend` applies them to the scalar functions of `operators`. Fused operations come from
-`FusedOps` unless the backend overrides them.
+`FusedOps`, and those that make and move elements from `StorageOps`, unless the backend overrides
+them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from . import operators
 from .fused_ops import FusedOps
+from .storage_ops import StorageOps
 from .tensor_data import (
     IndexingError,
     Shape,
@@ -69,13 +71,18 @@ def empty_output(
     like: Tensor, shape: tuple[int, ...], dtype: np.dtype[Any] | None = None
 ) -> Tensor:
     """A constant tensor of `shape` on the backend of `like`, its values not set."""
-    return like._new(TensorData.from_array(np.empty(shape, like.dtype if dtype is None else dtype)))
+    return like._new(like.backend.ops.empty(shape, like.dtype if dtype is None else dtype))
 
 
-class TensorOps(FusedOps):
+class TensorOps(FusedOps, StorageOps):
     """What a backend provides. All are static: a backend has no state."""
 
-    cuda = False
+    cuda = False  # whether its tensors are on the GPU
+
+    @classmethod
+    def on_this_machine(cls) -> type[TensorOps]:
+        """The class to compute with: this one, unless it needs what the machine does not have."""
+        return cls
 
     @staticmethod
     def map(fn: MapFn) -> MapProto:
@@ -244,12 +251,20 @@ def tensor_reduce(fn: ZipFn) -> ReduceKernel:
 class TensorBackend:
     """The named operations that tensors and functions call, made from one `TensorOps`.
 
+    Without a GPU, a backend of the GPU computes with FastOps on the CPU, and says so when printed.
+
     Args:
         ops: the class that provides `map`, `zip`, `reduce` and `matrix_multiply`.
+
+    Attributes:
+        ops: the class that is computed with.
+        cuda: whether tensors of this backend are on the GPU.
 
     """
 
     def __init__(self, ops: type[TensorOps]) -> None:
+        self._wanted = ops
+        ops = ops.on_this_machine()
         self.ops = ops
         self.cuda = ops.cuda
         self.neg_map = ops.map(operators.neg)
@@ -298,7 +313,9 @@ class TensorBackend:
         self.flash_attention_backward = ops.flash_attention_backward
 
     def __repr__(self) -> str:
-        return f"TensorBackend({self.ops.__name__})"
+        if self.ops is self._wanted:
+            return f"TensorBackend({self.ops.__name__})"
+        return f"TensorBackend({self._wanted.__name__}, no GPU: {self.ops.__name__})"
 
 
 SimpleBackend = TensorBackend(SimpleOps)

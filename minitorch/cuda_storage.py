@@ -1,0 +1,57 @@
+"""The part of a GPU backend that needs no kernel: new storage, by the allocator and the driver."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .device_array import DeviceArray
+from .dtypes import storage_dtype
+from .tensor_data import TensorData, strides_from_shape
+from .tensor_ops import TensorOps
+
+if TYPE_CHECKING:
+    from .tensor import Tensor
+
+    Array = npt.NDArray[Any]
+
+
+def _contiguous(storage: DeviceArray, shape: tuple[int, ...]) -> TensorData:
+    return TensorData._of(storage, shape, strides_from_shape(shape))
+
+
+class CudaStorageOps(TensorOps):
+    """Storage in device memory."""
+
+    cuda = True
+
+    @staticmethod
+    def from_numpy(array: Array) -> TensorData:
+        """See `StorageOps.from_numpy`; a copy. float16 and bfloat16 keep their dtype too."""
+        dtype = storage_dtype(array.dtype, on_gpu=True)
+        host = np.asarray(array, dtype)
+        return _contiguous(DeviceArray.from_host(host), array.shape)
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> TensorData:
+        """See `StorageOps.empty`."""
+        return _contiguous(DeviceArray.empty(prod(shape), dtype), shape)
+
+    @staticmethod
+    def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any]) -> TensorData:
+        """See `StorageOps.full`; by the driver, without a kernel."""
+        storage = DeviceArray.empty(prod(shape), dtype)
+        storage.fill(value)
+        return _contiguous(storage, shape)
+
+    @staticmethod
+    def check_class_numbers(ids: Tensor, num_classes: int, name: str) -> None:
+        """Nothing is read here: the kernels that use the numbers report bad ones
+        (`device_array.error_word`).
+        """
+
+
+__all__ = ["CudaStorageOps"]

@@ -1,0 +1,127 @@
+"""How a backend makes and moves elements: new storage, views, casts, pieces put together.
+
+Written for numpy, and inherited by every backend of the CPU; a backend of the GPU overrides what
+touches elements. Functions call these through their tensor's backend, so that no function asks
+where a tensor lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .kernels.philox import attention_dropout_mask
+from .tensor_data import TensorData, strides_from_shape
+
+if TYPE_CHECKING:
+    from .tensor import Tensor
+
+    Array = npt.NDArray[Any]
+
+
+def _like(tensor: Tensor, array: Array) -> Tensor:
+    """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
+    return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
+
+
+class StorageOps:
+    """Making and moving elements. Tensors in, constant tensors out."""
+
+    # ----- new storage -----
+
+    @staticmethod
+    def from_numpy(array: Array) -> TensorData:
+        """The elements of a numpy array where this backend computes; shared if that is here."""
+        return TensorData.from_array(array)
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> TensorData:
+        """Contiguous elements that are not set."""
+        return TensorData._of(np.empty(prod(shape), dtype), shape, strides_from_shape(shape))
+
+    @staticmethod
+    def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any]) -> TensorData:
+        """Contiguous elements that are all `value`."""
+        storage = np.full(prod(shape), value, dtype)
+        return TensorData._of(storage, shape, strides_from_shape(shape))
+
+    # ----- views -----
+
+    @staticmethod
+    def slice(a: Tensor, key: Any) -> Tensor:
+        """Basic indexing: a view of part of the tensor."""
+        return a._new(a._tensor.slice(key))
+
+    @staticmethod
+    def broadcast_to(a: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A view that repeats the tensor to `shape`."""
+        return a._new(a._tensor.broadcast_to(shape))
+
+    # ----- copies -----
+
+    @staticmethod
+    def slice_backward(grad: Tensor, key: Any, shape: tuple[int, ...]) -> Tensor:
+        """Zeros of `shape`, with `grad` where `key` points."""
+        out = np.zeros(shape, grad.dtype)
+        out[key] = grad._tensor.array
+        return _like(grad, out)
+
+    @staticmethod
+    def cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
+        """A contiguous copy in another dtype, rounded to the nearest."""
+        return a._new(TensorData.from_array(a._tensor.array.astype(dtype, order="C")))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
+        """Tensors joined along a dimension."""
+        return _like(parts[0], np.concatenate([part._tensor.array for part in parts], dim))
+
+    @staticmethod
+    def masked_fill(a: Tensor, mask: Array, value: float) -> Tensor:
+        """`value` where `mask` (bool, broadcasts to the tensor) is True, the tensor elsewhere."""
+        return _like(a, np.where(mask, a.dtype.type(value), a._tensor.array))
+
+    # ----- dropout: y = x / (1 - p) where kept, else 0 -----
+
+    @staticmethod
+    def dropout_forward(x: Tensor, p: float, seed: int) -> Tensor:
+        """Elements dropped with probability `p`, the others divided by 1 - p.
+
+        The mask is that of an attention with one row of scores (see `kernels.philox`).
+        """
+        kept = attention_dropout_mask(1, 1, x.size, p, seed).reshape(x.shape)
+        factor = x.dtype.type(0 if p == 1 else 1 / (1 - p))
+        return _like(x, np.where(kept, x._tensor.array * factor, x.dtype.type(0)))
+
+    @staticmethod
+    def dropout_backward(grad: Tensor, p: float, seed: int) -> Tensor:
+        """The same mask and factor, on the gradient."""
+        return StorageOps.dropout_forward(grad, p, seed)
+
+    # ----- checks -----
+
+    @staticmethod
+    def check_class_numbers(ids: Tensor, num_classes: int, name: str) -> None:
+        """Check that a tensor holds whole numbers from 0 to num_classes - 1.
+
+        Raises:
+            ValueError: it does not; `name` is named. A backend of the GPU, where looking would make
+                the program wait, leaves that to the kernel which uses the numbers, and the error
+                comes when something is next copied from the GPU.
+
+        """
+        values = ids._tensor.array
+        whole = values.astype(np.int64)
+        wrong = (whole != values) | (whole < 0) | (whole >= num_classes)
+        if wrong.any():
+            raise ValueError(
+                f"{name} must hold whole numbers from 0 to {num_classes - 1}, "
+                f"got {values[wrong][0]:g}"
+            )
+
+
+__all__ = ["StorageOps"]
