@@ -1,0 +1,114 @@
+"""Scalar functions, such as those of `minitorch.operators`, made ready to be called in kernels.
+
+In Python a number is a number. In a kernel `1.0` is a float64 and turns the float32 arithmetic
+around it into float64 arithmetic, which most GPUs have little of (a GeForce 1/64 of its float32
+rate). So the numbers in the function's text are converted to the working type first.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import numba
+
+from .runtime import SIMULATED, cuda, device_function
+
+CONVERT = "_working_type"
+
+
+@cache
+def scalar_function(fn: Callable[..., Any], real: Any) -> Any:
+    """A device function that computes `fn` in `real`; the caller converts the result to `real`.
+
+    Args:
+        fn: numbers -> number: plain, or compiled by numba for the CPU or the GPU. Where its source
+            cannot be had it is compiled as it is, with Python's float64 constants.
+        real: numba type of its arguments.
+
+    """
+    plain = plain_function(fn)
+    plain = with_constants_of_type(plain, real) or plain
+    if not SIMULATED:
+        return device_function(plain)
+    # Python's own arithmetic raises where a GPU returns inf or NaN: compiled for the CPU, it does
+    # as the GPU does.
+    compiled = numba.njit(error_model="numpy")(plain)
+
+    @cuda.jit(device=True)
+    def simulated(*numbers):  # type: ignore[no-untyped-def]
+        return compiled(*numbers)
+
+    return simulated
+
+
+def plain_function(fn: Any) -> Any:
+    """The Python function under a compiled one."""
+    for name in ("py_func", "fn"):  # a dispatcher of numba, a function of its simulator
+        fn = getattr(fn, name, fn)
+    return fn
+
+
+def with_constants_of_type(fn: Any, real: Any) -> Any:
+    """`fn` with `real(...)` around each number in its text; None if its text cannot be had."""
+    if not isinstance(fn, FunctionType) or fn.__closure__:
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    definition = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef):  # a lambda within some other statement
+        return None
+    definition.decorator_list = []
+    definition.returns = None
+    for argument in definition.args.args:
+        argument.annotation = None
+    floats = {name for name, value in fn.__globals__.items() if isinstance(value, float)}
+    tree = ast.fix_missing_locations(_Convert(floats).visit(tree))
+    scope = {**fn.__globals__, CONVERT: real}
+    exec(compile(tree, f"<{fn.__module__}.{fn.__qualname__} in {real}>", "exec"), scope)
+    return scope[definition.name]
+
+
+class _Convert(ast.NodeTransformer):
+    """Wraps float numbers, global names of floats, and whole numbers that meet floats."""
+
+    def __init__(self, floats: set[str]) -> None:
+        self.floats = floats
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return _call(node) if isinstance(node.value, float) else node
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return _call(node) if node.id in self.floats and isinstance(node.ctx, ast.Load) else node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        node.left = _number(node.left)
+        node.comparators = [_number(value) for value in node.comparators]
+        return node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        node.left = _number(node.left)
+        if not isinstance(node.op, ast.Pow):  # x ** 2 is a product, x ** 2.0 a call
+            node.right = _number(node.right)
+        return node
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
+        return node  # positions stay whole numbers
+
+
+def _number(node: ast.expr) -> ast.expr:
+    whole = isinstance(node, ast.Constant) and type(node.value) is int
+    return _call(node) if whole else node
+
+
+def _call(node: ast.expr) -> ast.Call:
+    return ast.Call(ast.Name(CONVERT, ast.Load()), [node], [])
