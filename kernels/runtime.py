@@ -62,7 +62,11 @@ def kernel(threads: int, *, fastmath: bool = False) -> Callable[[Any], Any]:
 
 def device_function(function: Any) -> Any:
     """Decorator: a function that kernels call, compiled into them."""
-    return cuda.jit(function, device=True) if SIMULATED else cuda.jit(device=True, inline="always")(function)
+    return (
+        cuda.jit(function, device=True)
+        if SIMULATED
+        else cuda.jit(device=True, inline="always")(function)
+    )
 
 
 @dataclass(frozen=True)
@@ -126,15 +130,15 @@ def launch(
 # ----- number types -----
 
 
-def _same(x):  # type: ignore[no-untyped-def]
+def _same(x):
     return x
 
 
-def _bfloat16_to_float32(bits):  # type: ignore[no-untyped-def]
+def _bfloat16_to_float32(bits):
     return _float32_of_bits(types.uint32(bits) << types.uint32(16))
 
 
-def _float32_to_bfloat16(x):  # type: ignore[no-untyped-def]
+def _float32_to_bfloat16(x):
     """To the nearest, ties to even; NaN stays NaN."""
     bits = _bits_of_float32(x)
     if x != x:
@@ -145,10 +149,10 @@ def _float32_to_bfloat16(x):  # type: ignore[no-untyped-def]
 
 if SIMULATED:
 
-    def _float32_of_bits(bits):  # type: ignore[no-untyped-def]
+    def _float32_of_bits(bits):
         return np.uint32(bits).view(np.float32)
 
-    def _bits_of_float32(x):  # type: ignore[no-untyped-def]
+    def _bits_of_float32(x):
         return np.float32(x).view(np.uint32)
 
 else:
@@ -157,8 +161,8 @@ else:
 
     def _bitcast(source: Any, target: Any, llvm_type: Any) -> Any:
         @intrinsic
-        def convert(typingctx, x):  # type: ignore[no-untyped-def]
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def convert(typingctx, x):
+            def codegen(context, builder, signature, args):
                 return builder.bitcast(args[0], llvm_type)
 
             return target(source), codegen
@@ -218,7 +222,7 @@ def precision(name: str) -> Precision:
 
 def _cast(target: Any) -> Any:
     @device_function
-    def convert(x):  # type: ignore[no-untyped-def]
+    def convert(x):
         return target(x)
 
     return convert
@@ -228,7 +232,7 @@ def _cast(target: Any) -> Any:
 
 
 @cuda.jit(device=True)
-def _shuffle_xor_simulated(x, mask):  # type: ignore[no-untyped-def]
+def _shuffle_xor_simulated(x, mask):
     """Through shared memory: all threads of the block must call it."""
     lanes = cuda.shared.array(1024, types.float64)
     thread = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y
@@ -239,7 +243,7 @@ def _shuffle_xor_simulated(x, mask):  # type: ignore[no-untyped-def]
     return other
 
 
-def _shuffle_xor(x, mask):  # type: ignore[no-untyped-def]
+def _shuffle_xor(x, mask):
     return cuda.shfl_xor_sync(0xFFFFFFFF, x, mask)
 
 
@@ -247,7 +251,7 @@ shuffle_xor = _shuffle_xor_simulated if SIMULATED else device_function(_shuffle_
 
 
 @device_function
-def warp_sum(x):  # type: ignore[no-untyped-def]
+def warp_sum(x):
     """The sum of x over the 32 threads of a warp, in every one of them, always in one order.
 
     In the simulator a block must call it with all its threads, a multiple of 32.
@@ -261,7 +265,7 @@ def warp_sum(x):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def warp_max(x):  # type: ignore[no-untyped-def]
+def warp_max(x):
     """The largest x of the 32 threads of a warp, in every one of them."""
     x = max(x, shuffle_xor(x, 16))
     x = max(x, shuffle_xor(x, 8))

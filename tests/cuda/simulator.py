@@ -212,7 +212,7 @@ class RaceChecker:
         thread = threading.current_thread()
         if not isinstance(thread, TurnThread) or thread.atomic:
             return
-        me = (tuple(thread.blockIdx), thread.interval, thread.thread_id)
+        me: Access = (tuple(thread.blockIdx), thread.interval, thread.thread_id)
         indices = index if isinstance(index, tuple) else (index,)
         cell = array.__array_interface__["data"][0]
         for i, stride, size in zip(indices, array.strides, array.shape, strict=True):
