@@ -12,27 +12,50 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& echo $$python && break; done)
 
-.PHONY: help train test check lint types unit bench doctor clean
+# Parts that run side by side print one after the other (GNU make 4 and later).
+TOGETHER := --jobs=2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
+.PHONY: help train test check lint types unit compile simulator test-gpu sanitize bench bench-gpu \
+	doctor clean
 
 help:
-	@echo "make train    train the default transformer on the text inside Python itself"
-	@echo "make test     linter, formatter, type checker and tests"
-	@echo "make check    linter, formatter and type checker alone"
-	@echo "make bench    measure against PyTorch (installs it) and rewrite project/results"
-	@echo "make doctor   what this machine offers, and what is wrong with it"
-	@echo "make clean    remove the environment, caches and build products; runs/ is kept"
+	@echo "make train      train the default transformer on the text inside Python itself"
+	@echo "make test       linter, formatter, type checker and tests; no GPU needed. Its parts:"
+	@echo "                lint, types, unit, compile (GPU kernels for five architectures),"
+	@echo "                simulator (GPU kernels in numba's simulator)"
+	@echo "make test-gpu   the GPU tests on the GPU"
+	@echo "make sanitize   the same, small ones, under compute-sanitizer: memcheck and racecheck"
+	@echo "make check      linter, formatter and type checker alone"
+	@echo "make bench      measure against PyTorch (installs it) and rewrite project/results"
+	@echo "make bench-gpu  the same on the GPU"
+	@echo "make doctor     what this machine offers, and what is wrong with it"
+	@echo "make clean      remove the environment, caches and build products; runs/ is kept"
 
 train: $(VENV)/train.stamp
 	$(BIN)/python project/run_transformer.py train --out $(OUT)
 
-# All three run, whatever one of them says; the exit code is 0 only if all is well.
+# All parts run, whatever one of them says; the exit code is 0 only if all is well.
 test: $(VENV)/dev.stamp
-	@failed=; for part in lint types unit; do \
-	$(MAKE) --no-print-directory $$part || failed="$$failed $$part"; done; \
-	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+	@$(MAKE) --no-print-directory $(TOGETHER) unit simulator compile types lint
 
+# On a machine with a GPU this runs tests/cuda on it, too.
 unit: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/test_kernels_compile.py
+
+compile: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/test_kernels_compile.py
+
+# The simulator is chosen before numba is imported: it needs a process of its own.
+simulator: $(VENV)/dev.stamp
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda
+
+test-gpu: $(VENV)/gpu.stamp
+	$(BIN)/python -m pytest tests/cuda
+
+# Tests without the mark `gpu` have small shapes, for the simulator's sake.
+sanitize: $(VENV)/gpu.stamp
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m pytest tests/cuda -m "not gpu"
+	compute-sanitizer --tool racecheck --error-exitcode 9 $(BIN)/python -m pytest tests/cuda -m "not gpu"
 
 check: lint types
 
@@ -48,6 +71,14 @@ bench: $(VENV)/bench.stamp
 	$(BIN)/python project/bench_transformer.py
 	$(BIN)/python project/run_transformer.py train --out runs/bench \
 		--record project/results/training_cpu.md
+	$(BIN)/python project/readme_tables.py
+
+# PyTorch's default build, with CUDA.
+bench-gpu: $(VENV)/gpu.stamp
+	$(PIP) install 'torch>=2.9'
+	$(BIN)/python project/bench_cuda_ops.py
+	$(BIN)/python project/bench_attention_cuda.py
+	$(BIN)/python project/bench_training_cuda.py
 	$(BIN)/python project/readme_tables.py
 
 doctor: $(VENV)/train.stamp
@@ -71,6 +102,10 @@ $(VENV)/python.stamp:
 
 $(VENV)/train.stamp $(VENV)/dev.stamp: $(VENV)/%.stamp: $(VENV)/python.stamp setup.py pyproject.toml
 	$(PIP) install --editable '.[$*]'
+	@touch $@
+
+$(VENV)/gpu.stamp: $(VENV)/python.stamp setup.py pyproject.toml
+	$(PIP) install --editable '.[dev,cuda]'
 	@touch $@
 
 $(VENV)/bench.stamp: $(VENV)/python.stamp setup.py pyproject.toml

@@ -7,8 +7,14 @@ type checkers, editors and a plain `pytest` in the checkout find the same files.
 Lower bounds are versions the tests were run with:
 - numpy 2.0 is the oldest numpy that numba 0.68 and this code work with.
 - numba 0.68 needs Python 3.10 or later; we need 3.11.
-- numba-cuda 0.30.4 calls `np.row_stack`, which numpy 2.5 removed: the extra `cuda` keeps numpy
+- ml_dtypes 0.5 is the oldest that numpy 2.3 works with; it gives numpy bfloat16.
+- numba-cuda 0.30.4 calls `np.row_stack`, which numpy 2.5 removed: where it is wanted numpy stays
   below 2.5.
+- The extra `cuda` brings numba-cuda with CUDA 13's compiler, which needs a driver of version 580 or
+  later, and cuBLAS with NVIDIA's Python bindings to it; `cuda12` is the same for drivers from 525 on.
+  No CUDA toolkit is needed beside them.
+- `dev` compiles the GPU kernels without a GPU, hence numba-cuda (185 MB), but calls no cuBLAS
+  (1 GB on disk). There are no wheels of it for macOS, where those tests are skipped.
 - safetensors 0.8.0 writes wrong bytes for arrays that are not contiguous; `minitorch.checkpoint`
   makes them contiguous first, so that no version is excluded for it.
 - matplotlib before 3.11 calls names that pyparsing 3.3 warns of.
@@ -26,6 +32,9 @@ TRAIN = [
     "tokenizers>=0.20",
 ]
 
+NUMBA_CUDA = "numba-cuda[{}]>=0.30.4"
+CUBLAS = "nvmath-python>=1.0"  # NVIDIA's Python bindings
+
 setup(
     name="minitorch",
     version="0.4.0",
@@ -36,15 +45,18 @@ setup(
     package_dir={"minitorch.kernels": "kernels"},
     package_data={"minitorch": ["py.typed"]},
     python_requires=">=3.11",
-    install_requires=["numpy>=2.0", "numba>=0.68"],
+    install_requires=["ml_dtypes>=0.5", "numpy>=2.0", "numba>=0.68"],
     extras_require={
-        "cuda": ["numba-cuda[cu13]>=0.30.4", "numpy<2.5"],
+        "cuda": [NUMBA_CUDA.format("cu13"), CUBLAS, "cuda-toolkit[cublas]==13.*", "numpy<2.5"],
+        "cuda12": [NUMBA_CUDA.format("cu12"), CUBLAS, "cuda-toolkit[cublas]==12.*", "numpy<2.5"],
         "train": TRAIN,
         "bench": ["torch==2.13.0", "threadpoolctl>=3.5"],
         "dev": [
             *TRAIN,
             "hypothesis>=6.115",
             "mypy==2.4.1",
+            NUMBA_CUDA.format("cu13") + "; sys_platform != 'darwin'",
+            "numpy<2.5",
             "pytest>=8.3",
             "ruff==0.17.5",
             "scikit-learn>=1.5",
