@@ -64,7 +64,7 @@ def operand_precision(dtype: str) -> Precision:
         return precision(dtype)
 
     @device_function
-    def same(x):  # type: ignore[no-untyped-def]
+    def same(x):
         return x
 
     return Precision("mask", np.dtype(np.uint8), types.uint8, same, same)
@@ -178,7 +178,7 @@ def group_offset(dims: int, lanes: int, index: Any) -> Any:
     """
 
     @device_function
-    def offset(group, shape, strides):  # type: ignore[no-untyped-def]
+    def offset(group, shape, strides):
         rest = index(group)
         position = types.int64(0)
         for back in range(dims - 1):  # from the last dimension to the second
@@ -201,14 +201,14 @@ def group_load(source: Precision, lanes: int, repeat: bool) -> Any:
     load = source.load
 
     @device_function
-    def load_group(x, first, values):  # type: ignore[no-untyped-def]
+    def load_group(x, first, values):
         stored = cuda.local.array(lanes, storage)
         load_vector(x, first, stored)
         for k in range(lanes):
             values[k] = load(stored[k])
 
     @device_function
-    def load_repeated(x, first, values):  # type: ignore[no-untyped-def]
+    def load_repeated(x, first, values):
         number = load(x[first])
         for k in range(lanes):
             values[k] = number
@@ -250,7 +250,7 @@ def map_kernel(
     _, store_vector = vector_access(lanes)
 
     @kernel(THREADS)
-    def map_elements(out, x, shape, out_strides, x_strides, groups):  # type: ignore[no-untyped-def]
+    def map_elements(out, x, shape, out_strides, x_strides, groups):
         values = cuda.local.array(lanes, real)
         results = cuda.local.array(lanes, storage)
         for group in range(cuda.grid(1), groups, cuda.gridsize(1)):
@@ -307,9 +307,7 @@ def zip_kernel(
     _, store_vector = vector_access(lanes)
 
     @kernel(THREADS)
-    def zip_elements(  # type: ignore[no-untyped-def]
-        out, x, y, shape, out_strides, x_strides, y_strides, groups
-    ):
+    def zip_elements(out, x, y, shape, out_strides, x_strides, y_strides, groups):
         x_values = cuda.local.array(lanes, real)
         y_values = cuda.local.array(lanes, real)
         results = cuda.local.array(lanes, storage)

@@ -41,7 +41,7 @@ def scalar_function(fn: Callable[..., Any], real: Any) -> Any:
     compiled = numba.njit(error_model="numpy")(plain)
 
     @cuda.jit(device=True)
-    def simulated(*numbers):  # type: ignore[no-untyped-def]
+    def simulated(*numbers):
         return compiled(*numbers)
 
     return simulated

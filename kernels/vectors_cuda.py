@@ -37,14 +37,14 @@ def _plain_access(count: int) -> tuple[Any, Any]:
     """Element by element; the simulator checks what the hardware would trap on."""
 
     @device_function
-    def load(x, first, values):  # type: ignore[no-untyped-def]
+    def load(x, first, values):
         if SIMULATED:
             assert first % count == 0, "a vector must be aligned"
         for k in range(count):
             values[k] = x[first + k]
 
     @device_function
-    def store(out, first, values):  # type: ignore[no-untyped-def]
+    def store(out, first, values):
         if SIMULATED:
             assert first % count == 0, "a vector must be aligned"
         for k in range(count):
@@ -107,8 +107,8 @@ if not SIMULATED:
 
     def _vector_load(count: int) -> Any:
         @intrinsic
-        def load(typingctx, x, first, values):  # type: ignore[no-untyped-def]
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def load(typingctx, x, first, values):
+            def codegen(context, builder, signature, args):
                 source = _element_pointer(context, builder, signature.args[0], *args[:2])
                 itemsize = context.get_abi_sizeof(source.type.pointee)
                 for k, item in enumerate(_read(builder, source, count, itemsize)):
@@ -122,8 +122,8 @@ if not SIMULATED:
 
     def _vector_store(count: int) -> Any:
         @intrinsic
-        def store(typingctx, out, first, values):  # type: ignore[no-untyped-def]
-            def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        def store(typingctx, out, first, values):
+            def codegen(context, builder, signature, args):
                 target = _element_pointer(context, builder, signature.args[0], *args[:2])
                 itemsize = context.get_abi_sizeof(target.type.pointee)
                 items = [
