@@ -114,13 +114,14 @@ def transpose_kernel(dtype: str, rest_dims: int) -> Any:
 
     """
     tile_side = tile_size(dtype)
+    width = tile_side + 1  # odd: the numbers of a column lie in different banks
     lines = THREADS // tile_side  # rows of a tile that the block moves at a time
     storage = numba.from_dtype(precision(dtype).storage)
     offset = group_offset(rest_dims, 1, types.uint32)
 
     @kernel(THREADS)
     def transpose(out, x, rest, out_rest, x_rest, rows, columns, out_row, x_column):
-        tile = cuda.shared.array((tile_side, tile_side + 1), storage)
+        tile = cuda.shared.array((tile_side, width), storage)
         across, down = (columns - 1) // tile_side + 1, (rows - 1) // tile_side + 1
         block = types.int64(cuda.blockIdx.x)
         matrix, number = block // (across * down), block % (across * down)
