@@ -1,0 +1,147 @@
+"""Every GPU kernel compiles for every architecture, and keeps its numbers in registers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitorch.kernels import runtime
+from minitorch.kernels.runtime import Instance, cuda, types
+
+if runtime.SIMULATED:
+    pytest.skip("the simulator has no compiler", allow_module_level=True)
+pytest.importorskip("numba_cuda", reason="compiles with pip install 'numba-cuda[cu13]'")
+
+from tests import cubin
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = 64
+
+
+def kernel_files() -> list[Path]:
+    """Files that may hold GPU kernels."""
+    kernels, library = ROOT / "kernels", ROOT / "minitorch"
+    return sorted([*kernels.rglob("*cuda*.py"), *library.glob("*cuda*.py")])
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "minitorch" else ("minitorch", *parts))
+
+
+@cache
+def instances() -> list[Instance]:
+    """Of every module: what its function `instances` lists, if that needs no arguments.
+
+    Kernels made of functions given by the caller (map, zip, reduce) are listed where those
+    functions are known.
+    """
+    found: list[Instance] = []
+    for path in kernel_files():
+        list_instances = getattr(importlib.import_module(module_of(path)), "instances", None)
+        if list_instances is not None and not inspect.signature(list_instances).parameters:
+            found += list_instances()
+    return found
+
+
+def kernels_in(path: Path) -> Iterator[tuple[str, str]]:
+    """Module and name of every function that is decorated with `kernel(...)`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call):
+                    if ast.unparse(decorator.func).split(".")[-1] == "kernel":
+                        yield module_of(path), node.name
+
+
+def test_every_kernel_is_compiled_here() -> None:
+    written = {kernel for path in kernel_files() for kernel in kernels_in(path)}
+    listed = {(i.kernel.py_func.__module__, i.kernel.py_func.__name__) for i in instances()}
+    assert written - listed == set(), "give these modules a function instances()"
+    names = [instance.name for instance in instances()]
+    assert sorted(names) == sorted(set(names)), "two instances have one name"
+
+
+@pytest.mark.parametrize("instance", instances(), ids=lambda instance: instance.name)
+def test_compiles(instance: Instance) -> None:
+    code = cubin.intermediate(instance)
+    wrong = {}
+    for architecture in cubin.ARCHITECTURES:
+        complaint = cubin.complaint(instance, cubin.assembled(instance, code, architecture))
+        if complaint:
+            wrong[architecture] = complaint
+    assert not wrong, f"{instance.name}: {wrong}"
+
+
+# ----- the checks find what they are there to find -----
+
+
+@runtime.kernel(THREADS)
+def indexed_at_run_time(x, n):  # type: ignore[no-untyped-def]
+    """An array that cannot live in registers, since the loop's bound is not known."""
+    numbers = cuda.local.array(64, types.float32)
+    for i in range(64):
+        numbers[i] = x[(cuda.threadIdx.x * i) % n]
+    for i in range(n):
+        x[i] += numbers[(7 * i + cuda.threadIdx.x) % 64]
+
+
+@runtime.kernel(1024)
+def crowded(x, out):  # type: ignore[no-untyped-def]
+    """128 numbers for each of 1024 threads, twice what a multiprocessor's registers hold."""
+    numbers = cuda.local.array(128, types.float32)
+    for i in range(128):
+        numbers[i] = x[1024 * i + cuda.threadIdx.x]
+    cuda.syncthreads()
+    for i in range(128):
+        out[1024 * (127 - i) + cuda.threadIdx.x] = numbers[i]
+
+
+@runtime.kernel(THREADS)
+def modest(x, out):  # type: ignore[no-untyped-def]
+    tile = cuda.shared.array(THREADS, types.float32)
+    tile[cuda.threadIdx.x] = x[cuda.grid(1)]
+    cuda.syncthreads()
+    out[cuda.grid(1)] = tile[THREADS - 1 - cuda.threadIdx.x]
+
+
+def planted(kernel: Any, *signature: Any) -> tuple[Instance, cubin.Usage]:
+    instance = Instance("planted", kernel, signature)
+    return instance, cubin.assembled(instance, cubin.intermediate(instance), "sm_80")
+
+
+def test_an_array_outside_of_registers_is_found() -> None:
+    instance, usage = planted(indexed_at_run_time, types.float32[::1], types.int64)
+    assert usage.stack == 4 * 64
+    assert "local memory" in cubin.complaint(instance, usage)
+
+
+def test_spills_are_found() -> None:
+    instance, usage = planted(crowded, types.float32[::1], types.float32[::1])
+    assert usage.registers <= 64  # the launch bounds arrive: 65536 registers for 1024 threads
+    assert usage.spills > 0
+    assert "spilled" in cubin.complaint(instance, usage)
+
+
+def test_too_many_registers_are_found() -> None:
+    instance, usage = planted(modest, types.float32[::1], types.float32[::1])
+    assert usage.shared == 4 * THREADS
+    assert cubin.complaint(instance, usage) == ""
+    strict = replace(instance, most_registers=usage.registers - 1)
+    assert "registers, its limit is" in cubin.complaint(strict, usage)
+
+
+def test_code_of_the_oldest_architecture_serves_the_others() -> None:
+    """Lowered for an architecture or for the oldest one, a kernel needs the same."""
+    instance = Instance("planted", modest, (types.float32[::1], types.float32[::1]))
+    own = cubin.intermediate(instance, (9, 0, "a"))
+    oldest = cubin.intermediate(instance)
+    assert cubin.assembled(instance, own, "sm_90a") == cubin.assembled(instance, oldest, "sm_90a")
