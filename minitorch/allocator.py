@@ -228,6 +228,11 @@ def empty_cache() -> None:
     ordinary.release()
 
 
+def is_capturing() -> bool:
+    """Whether memory comes from the private pool of a CUDA graph, which is being captured."""
+    return _pools[-1] is not ordinary
+
+
 @contextmanager
 def use_pool(pool: Pool) -> Iterator[None]:
     """Allocate from `pool` inside the block: a CUDA graph's private one while it is captured."""

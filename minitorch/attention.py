@@ -17,8 +17,7 @@ from .fused_functions import LogSumExp, Softmax
 from .kernels.flash_attention.problem import AttentionProblem, Causal, Window
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
-from .tensor_data import TensorData
-from .tensor_functions import FlashAttention, MaskedFill
+from .tensor_functions import BandFill, FlashAttention, MaskedFill
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -46,13 +45,14 @@ def flash_attention(
     (FlashAttention-2), algorithms 1 and 2; the loops are in `kernels/flash_attention/`.
 
     Args:
-        query: (..., H, Nq, D), float32 or float64.
+        query: (..., H, Nq, D), float32 or float64; on the GPU float16 or bfloat16 too.
         key: (..., Hk, Nk, D), of the same dtype; leading dimensions broadcast.
         value: (..., Hk, Nk, Dv), likewise.
         attn_mask: broadcastable to (..., H, Nq, Nk). A bool numpy array: True takes part. A float
             array or Tensor: added to the scores; a Tensor that requires a gradient gets one.
             Comparisons of tensors give floats, 1.0 and 0.0, which would be added: pass
-            `mask.numpy() > 0`.
+            `mask.to_numpy() > 0`. On the GPU an array is copied there in each call, a Tensor is
+            there already.
         is_causal: True or "top-left": row i sees keys up to i, as in PyTorch. "bottom-right": row i
             sees keys up to i + Nk - Nq, for a cache of keys.
         dropout_p: probability that a weight is dropped; the others are scaled by
@@ -67,7 +67,8 @@ def flash_attention(
 
     Returns:
         Output (..., H, Nq, Dv) in the query's dtype, or (output, logsumexp (..., H, Nq), natural
-        logarithm). A row with no allowed key gives output 0, logsumexp -inf and zero gradients.
+        logarithm, float32 if the query has 16 bits). A row with no allowed key gives output 0,
+        logsumexp -inf and zero gradients.
 
     Raises:
         ValueError: shapes, mask or options that do not fit together.
@@ -80,7 +81,7 @@ def flash_attention(
     tracked_mask: Any = attn_mask if hasattr(attn_mask, "requires_grad") else None
     needs_mask_grad = tracked_mask is not None and tracked_mask.requires_grad()
     out = FlashAttention.apply(query, key, value, attn_mask, problem, needs_mask_grad, return_lse)
-    return (out[..., :-1], out[..., -1]) if return_lse else out
+    return (out[..., :-1].to(query.dtype), out[..., -1]) if return_lse else out
 
 
 def standard_attention(
@@ -108,12 +109,12 @@ def standard_attention(
     full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
     if scores.shape != full:  # value alone has some of the leading dimensions
         scores = scores + scores.zeros(full)
-    allowed = problem.allowed_positions()  # (Nq, Nk)
     if attn_mask is not None and attn_mask.dtype == np.bool_:
-        allowed = allowed & np.asarray(attn_mask)
+        scores = MaskedFill.apply(scores, ~np.asarray(attn_mask))
     elif attn_mask is not None:
         scores = scores + _as_tensor(attn_mask, scores)
-    scores = MaskedFill.apply(scores, ~allowed)
+    if problem.left is not None or problem.right is not None:
+        scores = BandFill.apply(scores, problem.lower, problem.upper)
     weights = Softmax.apply(scores, -1)
     if problem.dropout_p > 0:
         weights = weights * _dropout_factors(weights, problem)
@@ -150,7 +151,7 @@ def _problem(
         key.shape,
         value.shape,
         query.dtype,
-        attn_mask=None if attn_mask is None else _mask_array(attn_mask),
+        attn_mask=None if attn_mask is None else _mask_description(attn_mask),
         is_causal=is_causal,
         dropout_p=dropout_p,
         scale=scale,
@@ -163,18 +164,18 @@ def _problem(
     return problem
 
 
-def _mask_array(mask: Any) -> npt.NDArray[Any]:
-    """The elements of a mask, a Tensor or an array.
+def _mask_description(mask: Any) -> npt.NDArray[Any]:
+    """An array with the shape and the kind of dtype of a mask, a Tensor or an array, and with
+    elements that nobody reads: they may be on the GPU.
 
     Raises:
         TypeError: it is neither.
 
     """
-    if hasattr(mask, "_tensor"):
-        array: npt.NDArray[Any] = mask._tensor.array
-        return array
     if isinstance(mask, np.ndarray):
         return mask
+    if hasattr(mask, "_tensor"):
+        return np.broadcast_to(np.float32(0), mask.shape)
     raise TypeError(f"attn_mask must be a Tensor or a numpy array, got {type(mask).__name__}")
 
 
@@ -192,14 +193,14 @@ def _as_tensor(mask: Any, like: Tensor) -> Tensor:
     """An additive mask as a tensor in the dtype of the scores."""
     if hasattr(mask, "_tensor"):
         return mask if mask.dtype == like.dtype else mask.to(like.dtype)  # type: ignore[no-any-return]
-    return like._new(TensorData.from_array(np.asarray(mask, like.dtype)))
+    return like._from_numpy(np.asarray(mask, like.dtype))
 
 
 def _dropout_factors(weights: Tensor, problem: AttentionProblem) -> Tensor:
-    """0 for a dropped weight, 1 / (1 - dropout_p) for a kept one."""
+    """0 for a dropped weight, 1 / (1 - dropout_p) for a kept one; made on the host."""
     kept = attention_dropout_mask(weights.shape, problem.dropout_p, problem.seed)
     factor = 0.0 if problem.dropout_p == 1 else 1 / (1 - problem.dropout_p)
-    return weights._new(TensorData.from_array(kept.astype(weights.dtype) * factor))
+    return weights._from_numpy((kept * factor).astype(weights.dtype))
 
 
 def attention_dropout_mask(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from . import allocator
 from .device_array import DeviceArray
 from .dtypes import storage_dtype
 from .tensor_data import TensorData, strides_from_shape
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from .tensor import Tensor
 
     Array = npt.NDArray[Any]
+
+# Numbers that programs compute with, kept on the GPU. None is ever dropped: the kernels of a CUDA
+# graph may hold its address.
+MOST_CONSTANTS = 4096
+_constants: dict[tuple[float, str, np.dtype[Any]], TensorData] = {}
 
 
 def _contiguous(storage: DeviceArray, shape: tuple[int, ...]) -> TensorData:
@@ -46,6 +52,29 @@ class CudaStorageOps(TensorOps):
         storage = DeviceArray.empty(prod(shape), dtype)
         storage.fill(value)
         return _contiguous(storage, shape)
+
+    @classmethod
+    def constant(cls, value: float, dtype: np.dtype[Any]) -> TensorData:
+        """See `StorageOps.constant`; written once, used ever after."""
+        value = float(value)
+        key = (value, value.hex(), dtype)  # hex tells -0.0 from 0.0
+        data = _constants.get(key)
+        if data is None:
+            data = cls.full((1,), value, dtype)
+            data.number = value
+            if len(_constants) < MOST_CONSTANTS and not allocator.is_capturing():
+                _constants[key] = data
+        return data
+
+    @staticmethod
+    def attention_mask(mask: Any) -> Any:
+        """See `StorageOps.attention_mask`; a numpy array is copied to the GPU."""
+        if mask is None or isinstance(mask, TensorData):
+            return mask
+        if hasattr(mask, "_tensor"):
+            return mask._tensor
+        host = np.asarray(mask)
+        return _contiguous(DeviceArray.from_host(host), host.shape)
 
     @staticmethod
     def check_class_numbers(ids: Tensor, num_classes: int, name: str) -> None:

@@ -41,8 +41,8 @@ def _leaf(data: TensorData, backend: TensorBackend, requires_grad: bool) -> Tens
     return out
 
 
-def _dtype(dtype: npt.DTypeLike | None) -> np.dtype[Any]:
-    return get_default_dtype() if dtype is None else check_dtype(dtype)
+def _dtype(dtype: npt.DTypeLike | None, backend: TensorBackend) -> np.dtype[Any]:
+    return get_default_dtype() if dtype is None else check_dtype(dtype, backend.cuda)
 
 
 def zeros(
@@ -52,8 +52,8 @@ def zeros(
     dtype: npt.DTypeLike | None = None,
 ) -> Tensor:
     """Zeros of `shape`."""
-    array = np.zeros(_shape(shape), _dtype(dtype))
-    return _leaf(TensorData.from_array(array), backend, requires_grad)
+    data = backend.ops.full(_shape(shape), 0.0, _dtype(dtype, backend))
+    return _leaf(data, backend, requires_grad)
 
 
 def ones(
@@ -63,8 +63,8 @@ def ones(
     dtype: npt.DTypeLike | None = None,
 ) -> Tensor:
     """Ones of `shape`."""
-    array = np.ones(_shape(shape), _dtype(dtype))
-    return _leaf(TensorData.from_array(array), backend, requires_grad)
+    data = backend.ops.full(_shape(shape), 1.0, _dtype(dtype, backend))
+    return _leaf(data, backend, requires_grad)
 
 
 def rand(
@@ -75,8 +75,9 @@ def rand(
 ) -> Tensor:
     """Uniform numbers in [0, 1), one `random.random()` an element in row-major order."""
     wanted = _shape(shape)
-    values = np.array([random.random() for _ in range(prod(wanted))], _dtype(dtype))
-    return _leaf(TensorData(values, wanted), backend, requires_grad is not False)
+    values = np.array([random.random() for _ in range(prod(wanted))], _dtype(dtype, backend))
+    data = backend.ops.from_numpy(values.reshape(wanted))
+    return _leaf(data, backend, requires_grad is not False)
 
 
 def _tensor(
@@ -98,10 +99,11 @@ def tensor(
     """A tensor from a number, nested lists or an array; the values are copied.
 
     Args:
-        ls: float32 and float64 arrays keep their dtype, all else becomes the default dtype.
+        ls: float32 and float64 arrays keep their dtype (on the GPU float16 and bfloat16 too), all
+            else becomes the default dtype.
         backend: its operations.
         requires_grad: None or True: a leaf that collects a gradient; False: a constant.
-        dtype: float32 or float64, in place of the rule above.
+        dtype: float32 or float64, on the GPU also float16 or bfloat16, in place of the rule above.
 
     Raises:
         ValueError: lists of different lengths.
@@ -109,16 +111,13 @@ def tensor(
 
     """
     try:
-        array = np.asarray(ls) if hasattr(ls, "__array__") else np.array(ls, _dtype(dtype))
+        array = np.asarray(ls) if hasattr(ls, "__array__") else np.array(ls, _dtype(dtype, backend))
     except ValueError as error:
         raise ValueError(f"tensor: nested lists must all have the same length ({error})") from None
     if dtype is not None:
-        array = array.astype(check_dtype(dtype))
-    return _leaf(
-        TensorData.from_array(np.array(array, order="C")),
-        backend,
-        requires_grad is not False,
-    )
+        array = array.astype(check_dtype(dtype, backend.cuda))
+    data = backend.ops.from_numpy(np.array(array, order="C"))
+    return _leaf(data, backend, requires_grad is not False)
 
 
 def tensor_from_numpy(
@@ -127,7 +126,7 @@ def tensor_from_numpy(
     """A contiguous copy of an array: float32 and float64 keep their dtype, all else becomes the
     default one.
     """
-    return _leaf(TensorData.from_array(np.array(ls, order="C")), backend, requires_grad)
+    return _leaf(backend.ops.from_numpy(np.array(ls, order="C")), backend, requires_grad)
 
 
 def zeros_tensor_from_numpy(shape: UserShape, backend: TensorBackend = SimpleBackend) -> Tensor:

@@ -148,3 +148,17 @@ class SoftmaxLoss(Function):
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         return grad_output.f.cross_entropy_backward(grad_output, *ctx.saved_values), 0.0
+
+
+class DropoutFun(Function):
+    """input / (1 - p) where a mask keeps it, else 0; the backward pass makes the mask again."""
+
+    @staticmethod
+    def forward(ctx: Context, input: Tensor, p: float, seed: int) -> Tensor:
+        ctx.save_for_backward(p, seed)
+        return input.f.ops.dropout_forward(input, p, seed)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float, float]:
+        p, seed = ctx.saved_values
+        return grad_output.f.ops.dropout_backward(grad_output, p, seed), 0.0, 0.0

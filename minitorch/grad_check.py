@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from .autodiff import no_grad
 from .tensor import Tensor
-from .tensor_data import TensorData, UserIndex
+from .tensor_data import UserIndex
 
 __all__ = ["grad_central_difference", "grad_check"]
 
@@ -83,7 +83,7 @@ def grad_check(
     out = f(*vals)
     rng = np.random.default_rng(seed)
     weights = rng.uniform(0.5, 1.5, out.shape) * rng.choice([-1.0, 1.0], out.shape)
-    out.backward(out._new(TensorData.from_array(weights.astype(out.dtype))))
+    out.backward(out._from_numpy(weights.astype(out.dtype)))
 
     def loss(arg: int, step: Array) -> float:
         random.seed(seed)
@@ -105,7 +105,7 @@ def _evaluate(f: Callable[..., Tensor], vals: tuple[Tensor, ...], arg: int, step
     moved = []
     for i, x in enumerate(vals):
         value = x.to_numpy().astype(np.float64)
-        moved.append(x._new(TensorData.from_array(value + step if i == arg else value)))
+        moved.append(x._from_numpy(value + step if i == arg else value))
     with no_grad():
         return f(*moved).to_numpy().astype(np.float64)
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from .dtypes import get_default_dtype
 from .factories import ones, rand, tensor_from_numpy, zeros
-from .fused_functions import EmbeddingFun, LinearFun
+from .fused_functions import DropoutFun, EmbeddingFun, LinearFun
 from .module import Module, Parameter
-from .nn import class_numbers
+from .rng import next_seed
 from .tensor import Tensor
 from .tensor_ops import SimpleBackend, TensorBackend
 
@@ -88,10 +88,11 @@ class Embedding(Module):
         """Whole numbers stored as floats (...) -> (..., embedding_dim)
 
         Raises:
-            ValueError: a number outside 0 ... num_embeddings - 1.
+            ValueError: a number outside 0 ... num_embeddings - 1; on the GPU this comes when
+                something is next copied from there.
 
         """
-        class_numbers(x, self.num_embeddings, "Embedding: x")
+        x.f.ops.check_class_numbers(x, self.num_embeddings, "Embedding: x")
         return EmbeddingFun.apply(x.detach(), self.weights.value)
 
 
@@ -99,7 +100,8 @@ class Dropout(Module):
     """In training, set elements to 0 with probability p_dropout and scale the others by 1 / (1 -
     p_dropout).
 
-    The mask comes from numpy's global generator; p_dropout = 0 draws nothing from it.
+    The mask comes from numpy's global generator, on the GPU from the seeds of `manual_seed`;
+    p_dropout = 0 draws nothing.
 
     Args:
         p_dropout: from 0 to 1.
@@ -121,6 +123,8 @@ class Dropout(Module):
             return x
         if self.p_dropout == 1.0:
             return x * 0.0
+        if x.backend.cuda:
+            return DropoutFun.apply(x, self.p_dropout, next_seed())
         kept = np.random.binomial(1, 1 - self.p_dropout, x.shape) / (1 - self.p_dropout)
         return x * tensor_from_numpy(kept.astype(x.dtype), x.backend)
 

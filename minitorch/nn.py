@@ -8,7 +8,9 @@ import numpy as np
 
 from .factories import rand
 from .function import check_dim
-from .fused_functions import GELUFun, LogSoftmax, LogSumExp, Softmax, SoftmaxLoss
+from .fused_functions import DropoutFun, GELUFun, LogSoftmax, LogSumExp, Softmax, SoftmaxLoss
+from .rng import next_seed
+from .storage_ops import StorageOps
 from .tensor import Tensor
 from .tensor_data import TensorData
 from .tensor_functions import Max
@@ -92,6 +94,8 @@ def logsumexp(input: Tensor, dim: int) -> Tensor:
 def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
     """Set elements to 0 with probability `rate`. As in MiniTorch the others are not rescaled.
 
+    The mask is drawn by `rand`, on the GPU by a kernel from the seeds of `manual_seed`.
+
     Args:
         input: any tensor.
         rate: 0 keeps everything, 1 drops everything.
@@ -100,6 +104,9 @@ def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
     """
     if ignore:
         return input
+    if input.backend.cuda:
+        scaled = DropoutFun.apply(input.zeros() + 1.0, rate, next_seed())
+        return input * (scaled > 0.0)
     return input * (rand(input.shape, backend=input.backend, requires_grad=False) > rate).to(
         input.dtype
     )
@@ -122,13 +129,14 @@ def layer_norm(input: Tensor, eps: float = 1e-5) -> Tensor:
 def one_hot(input: Tensor, num_classes: int) -> Tensor:
     """A row with a single 1.0 for each class number: (...) -> (..., num_classes).
 
+    Tensors on the GPU come to the host for it: it is not meant for training (`softmax_loss` is).
+
     Raises:
         ValueError: a class number outside 0 ... num_classes - 1.
 
     """
     ids = class_numbers(input, num_classes, "input")
-    rows = np.eye(num_classes, dtype=input.dtype)[ids]
-    return input._new(TensorData.from_array(rows))
+    return input._from_numpy(np.eye(num_classes, dtype=input.dtype)[ids])
 
 
 def softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -142,7 +150,8 @@ def softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
         Loss of each row, (batch,).
 
     Raises:
-        ValueError: shapes that do not fit, or a class number outside 0 ... C - 1.
+        ValueError: shapes that do not fit, or a class number outside 0 ... C - 1; on the GPU the
+            latter comes when something is next copied from there.
 
     """
     if logits.dims != 2 or target.shape != logits.shape[:1]:
@@ -150,7 +159,7 @@ def softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
             f"softmax_loss needs logits (batch, C) and target (batch,), "
             f"got {logits.shape} and {target.shape}"
         )
-    class_numbers(target, logits.shape[1], "target")
+    logits.f.ops.check_class_numbers(target, logits.shape[1], "target")
     return SoftmaxLoss.apply(logits, target.detach())
 
 
@@ -161,14 +170,9 @@ def class_numbers(ids: Tensor, num_classes: int, name: str) -> Any:
         ValueError: one of them is not a whole number from 0 to num_classes - 1; `name` is named.
 
     """
-    values = ids._tensor.array
-    whole = values.astype(np.int64)
-    wrong = (whole != values) | (whole < 0) | (whole >= num_classes)
-    if wrong.any():
-        raise ValueError(
-            f"{name} must hold whole numbers from 0 to {num_classes - 1}, got {values[wrong][0]:g}"
-        )
-    return whole
+    values = ids.to_numpy()
+    StorageOps.check_class_numbers(Tensor(TensorData.from_array(values)), num_classes, name)
+    return values.astype(np.int64)
 
 
 __all__ = [

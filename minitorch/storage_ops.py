@@ -46,8 +46,14 @@ class StorageOps:
     @staticmethod
     def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any]) -> TensorData:
         """Contiguous elements that are all `value`."""
-        storage = np.full(prod(shape), value, dtype)
+        size = prod(shape)
+        storage = np.full(size, value, dtype) if value else np.zeros(size, dtype)
         return TensorData._of(storage, shape, strides_from_shape(shape))
+
+    @staticmethod
+    def constant(value: float, dtype: np.dtype[Any]) -> TensorData:
+        """A number as an operand, of shape (1,). It may be shared: nobody may write into it."""
+        return TensorData._of(np.array([value], dtype), (1,), (1,))
 
     # ----- views -----
 
@@ -71,8 +77,13 @@ class StorageOps:
         return _like(grad, out)
 
     @staticmethod
+    def copy_into(target: Tensor, source: Tensor) -> None:
+        """Overwrite the elements of `target`, of any strides, by those of `source` of its shape."""
+        target._tensor.array[...] = source._tensor.array
+
+    @staticmethod
     def cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
-        """A contiguous copy in another dtype, rounded to the nearest."""
+        """A contiguous copy in a dtype, which may be the same, rounded to the nearest."""
         return a._new(TensorData.from_array(a._tensor.array.astype(dtype, order="C")))
 
     @staticmethod
@@ -81,9 +92,28 @@ class StorageOps:
         return _like(parts[0], np.concatenate([part._tensor.array for part in parts], dim))
 
     @staticmethod
-    def masked_fill(a: Tensor, mask: Array, value: float) -> Tensor:
-        """`value` where `mask` (bool, broadcasts to the tensor) is True, the tensor elsewhere."""
+    def masked_fill(a: Tensor, mask: Any, value: float) -> Tensor:
+        """`value` where `mask` (of `attention_mask`, bool, broadcasts to the tensor) is True, the
+        tensor elsewhere.
+        """
         return _like(a, np.where(mask, a.dtype.type(value), a._tensor.array))
+
+    @staticmethod
+    def band_fill(a: Tensor, lower: int, upper: int, value: float) -> Tensor:
+        """`value` in column j of row i (the last two dimensions) unless
+        i + lower <= j < i + upper, the tensor elsewhere.
+        """
+        rows, columns = a.shape[-2:]
+        row, column = np.arange(rows)[:, None], np.arange(columns)
+        inside = (column >= row + lower) & (column < row + upper)
+        return _like(a, np.where(inside, a._tensor.array, a.dtype.type(value)))
+
+    @staticmethod
+    def attention_mask(mask: Any) -> Any:
+        """The mask of an attention, bool or added to the scores, as this backend's kernels take it:
+        here a numpy array, on the GPU a TensorData whose elements are there.
+        """
+        return mask._tensor.array if hasattr(mask, "_tensor") else mask
 
     # ----- dropout: y = x / (1 - p) where kept, else 0 -----
 

@@ -40,6 +40,7 @@ from .tensor_functions import (
     IsClose,
     Log,
     MatMul,
+    Move,
     Mul,
     Neg,
     Permute,
@@ -122,7 +123,7 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """float32 or float64."""
+        """float32 or float64; on the GPU also float16 or bfloat16."""
         return self._tensor.dtype
 
     def requires_grad_(self, x: bool) -> None:
@@ -138,17 +139,30 @@ class Tensor:
     def numpy(self) -> npt.NDArray[Any]:
         """The elements as a numpy array that shares this tensor's memory; a graph knows nothing of
         writes to it.
+
+        Raises:
+            TypeError: the tensor is on the GPU; `to_numpy` copies it.
+
         """
         return self._tensor.array
 
     def to_numpy(self) -> npt.NDArray[Any]:
-        """A contiguous copy of the elements."""
-        return self._tensor.array.copy(order="C")
+        """A contiguous copy of the elements, from the GPU too (then this waits for its work).
+
+        Raises:
+            ValueError: a kernel has found bad input, such as a class number that does not exist.
+
+        """
+        return self._tensor.to_numpy()
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
     ) -> npt.NDArray[Any]:
-        return np.array(self._tensor.array, dtype=dtype, copy=copy)
+        if not self._tensor.on_device:
+            return np.array(self._tensor.array, dtype=dtype, copy=copy)
+        if copy is False:
+            raise ValueError("a tensor on the GPU becomes a numpy array by a copy only")
+        return np.asarray(self.to_numpy(), dtype)
 
     def item(self) -> float:
         """The only element, as a Python float.
@@ -159,7 +173,7 @@ class Tensor:
         """
         if self.size != 1:
             raise ValueError(f"item() needs a tensor of one element, got shape {self.shape}")
-        return self._tensor.array.item()  # type: ignore[no-any-return]
+        return self._tensor.item()
 
     def __float__(self) -> float:
         return self.item()
@@ -168,17 +182,37 @@ class Tensor:
         """Whether every element is true (not zero). MiniTorch's `is_close` relies on a truth value
         of whole tensors.
         """
+        if self._tensor.on_device:
+            return bool(np.all(self.to_numpy()))
         return bool(np.all(self._tensor.array))
 
-    def to(self, dtype: npt.DTypeLike) -> Tensor:
-        """The same values as float32 or float64; the gradient comes back in this tensor's dtype.
+    def to(self, target: npt.DTypeLike | TensorBackend) -> Tensor:
+        """The same values in another dtype, or on another backend: `x.to(cuda_backend)` copies them
+        to the GPU. The gradient comes back in this tensor's dtype, to this tensor's backend.
+
+        Args:
+            target: float32 or float64, on the GPU also float16 or bfloat16, as dtype or name; or a
+                backend, where float16 and bfloat16 become float32 if that is one of the CPU.
 
         Raises:
             TypeError: another dtype.
 
         """
-        wanted = dtypes.check_dtype(dtype)
+        if isinstance(target, TensorBackend):
+            return self if target is self.backend else Move.apply(self, target)
+        wanted = dtypes.check_dtype(target, self.backend.cuda)
         return self if wanted == self.dtype else Cast.apply(self, wanted)
+
+    def _moved(self, backend: TensorBackend) -> Tensor:
+        """A constant with the same values on another backend; shares them where it can."""
+        data = self._tensor
+        if data.on_device and not backend.cuda:
+            array = data.to_numpy()
+            half = array.dtype in dtypes.HALF_DTYPES
+            data = TensorData.from_array(array.astype(np.float32) if half else array)
+        elif backend.cuda and not data.on_device:
+            data = backend.ops.from_numpy(data.array)
+        return Tensor(data, backend=backend)
 
     def tuple(self) -> Arrays:
         """Storage, shape and strides."""
@@ -186,7 +220,7 @@ class Tensor:
 
     def __repr__(self) -> str:
         text = np.array2string(
-            self._tensor.array, precision=4, separator=", ", prefix="tensor(", threshold=100
+            self.to_numpy(), precision=4, separator=", ", prefix="tensor(", threshold=100
         )
         dtype = "" if self.dtype == dtypes.get_default_dtype() else f", dtype={self.dtype.name}"
         if self.history is None or self.history.last_fn is None:
@@ -202,7 +236,7 @@ class Tensor:
         if isinstance(b, Tensor):
             return b
         if isinstance(b, int | float | np.number):
-            return self._new(TensorData(np.array([b], dtype=self.dtype), (1,)))
+            return self._new(self.backend.ops.constant(b, self.dtype))
         raise TypeError(f"expected a number or a Tensor, got {type(b).__name__}")
 
     def __add__(self, b: TensorLike) -> Tensor:
@@ -380,9 +414,7 @@ class Tensor:
 
     def broadcast_to(self, shape: UserShape) -> Tensor:
         """A constant view of this tensor repeated to `shape`, without a copy."""
-        array = np.broadcast_to(self._tensor.array, tuple(shape))
-        array.flags.writeable = True  # numba compiles every loop again for read-only arrays
-        return self._new(TensorData.from_array(array))
+        return self.backend.ops.broadcast_to(self, Sizes(shape))
 
     # ----- fused -----
 
@@ -409,8 +441,12 @@ class Tensor:
     # ----- making others like it -----
 
     def _new(self, tensor_data: TensorData) -> Tensor:
-        """A constant on the same backend."""
+        """A constant on the same backend; the elements are there already."""
         return Tensor(tensor_data, backend=self.backend)
+
+    def _from_numpy(self, array: npt.NDArray[Any]) -> Tensor:
+        """A constant on the same backend, from an array, which a backend of the CPU may share."""
+        return Tensor(self.backend.ops.from_numpy(array), backend=self.backend)
 
     @staticmethod
     def make(
@@ -420,12 +456,14 @@ class Tensor:
         backend: TensorBackend | None = None,
     ) -> Tensor:
         """A constant tensor from storage, shape and strides."""
-        return Tensor(TensorData(storage, shape, strides), backend=backend)
+        out = Tensor(TensorData(storage, shape, strides), backend=backend)
+        out._type_(out.backend)
+        return out
 
     def zeros(self, shape: UserShape | None = None) -> Tensor:
         """Zeros of `shape` (of this one if not given), with this tensor's dtype and backend."""
         wanted = self.shape if shape is None else tuple(shape)
-        return self._new(TensorData(np.zeros(prod(wanted), self.dtype), wanted))
+        return self._new(self.backend.ops.full(wanted, 0.0, self.dtype))
 
     def expand(self, other: Tensor | float) -> Tensor:
         """`other`, a gradient, brought to this tensor's shape: repeated where it is smaller, summed
@@ -441,7 +479,7 @@ class Tensor:
             if shape[dim] != 1 and (dim < added or self.shape[dim - added] == 1):
                 out = self.f.add_reduce(out, dim)
         contiguous = out.detach().contiguous()
-        return self._new(TensorData(contiguous._tensor._storage, self.shape))
+        return self._new(TensorData(contiguous._tensor._storage[: self.size], self.shape))
 
     def detach(self) -> Tensor:
         """A constant that shares this tensor's elements."""
@@ -449,9 +487,9 @@ class Tensor:
 
     def _type_(self, backend: TensorBackend) -> None:
         """Move this tensor to another backend, in place."""
+        if backend.cuda != self._tensor.on_device:
+            self._tensor = self._moved(backend)._tensor
         self.backend = backend
-        if backend.cuda:
-            self._tensor.to_cuda_()
 
     # ----- the variable of the autodiff engine -----
 
@@ -462,8 +500,7 @@ class Tensor:
         if not self.is_leaf():
             raise RuntimeError("only leaves collect a derivative")
         if self.grad is None:
-            copy = x._tensor.array.astype(self.dtype, order="C")
-            self.grad = self._new(TensorData.from_array(copy))
+            self.grad = x.f.ops.cast(x, self.dtype)
         else:
             self.grad = (self.grad + x).detach()
 
@@ -528,7 +565,7 @@ class Tensor:
                     f"backward() of a tensor of shape {self.shape} needs grad_output: "
                     "give one, or sum() first"
                 )
-            grad_output = self._new(TensorData(np.ones(1, self.dtype), self.shape))
+            grad_output = self._new(self.backend.ops.full(self.shape, 1.0, self.dtype))
         elif grad_output.shape != self.shape:
             raise ValueError(f"grad_output must have shape {self.shape}, got {grad_output.shape}")
         backpropagate(self, grad_output.detach(), retain_graph)

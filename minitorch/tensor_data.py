@@ -123,12 +123,21 @@ class TensorData:
 
     """
 
-    __slots__ = ("_shape_array", "_storage", "_strides_array", "shape", "size", "strides")
+    __slots__ = (
+        "_shape_array",
+        "_storage",
+        "_strides_array",
+        "number",
+        "shape",
+        "size",
+        "strides",
+    )
 
     _storage: Any  # a numpy array, or a DeviceArray for a tensor on the GPU
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     size: int
+    number: float | None  # the value of a constant on the GPU, which need not be read back
 
     def __init__(
         self,
@@ -166,6 +175,7 @@ class TensorData:
         self.size = size
         self._shape_array: Shape | None = None
         self._strides_array: Strides | None = None
+        self.number = None
 
     @staticmethod
     def _of(
@@ -253,6 +263,12 @@ class TensorData:
         if not self.on_device:
             self._storage = DeviceArray.from_host(self._storage)
 
+    def item(self) -> float:
+        """The only element."""
+        if not self.on_device:
+            return self.array.item()  # type: ignore[no-any-return]
+        return float(self.to_numpy().reshape(())) if self.number is None else self.number
+
     def to_numpy(self) -> npt.NDArray[Any]:
         """A contiguous copy of the elements, from wherever they are."""
         if type(self._storage) is not DeviceArray:
@@ -312,6 +328,7 @@ class TensorData:
     def set(self, key: UserIndex, val: float) -> None:
         """Change the element at a full index."""
         self._storage[self.index(key)] = val
+        self.number = None
 
     def tuple(self) -> tuple[Storage, Shape, Strides]:
         """Storage, shape and strides, as the kernels of `map`, `zip` and `reduce` take them; on the

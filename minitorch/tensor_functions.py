@@ -7,6 +7,7 @@ Functions never ask where a tensor lives: its backend (`t.f`) has the operation.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .tensor_data import TensorData
 if TYPE_CHECKING:
     from .kernels.flash_attention.problem import AttentionProblem
     from .tensor import Tensor
+    from .tensor_ops import TensorBackend
 
 
 # ----- elementwise -----
@@ -295,7 +297,7 @@ class View(Function):
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         (shape,) = ctx.saved_values
         grad = grad_output.contiguous()
-        return grad._new(TensorData(grad._tensor._storage, shape)), 0.0
+        return grad._new(TensorData(grad._tensor._storage[: grad.size], shape)), 0.0
 
 
 class Copy(Function):
@@ -316,14 +318,12 @@ class Slice(Function):
     @staticmethod
     def forward(ctx: Context, a: Tensor, key: Any) -> Tensor:
         ctx.save_for_backward(a.shape, key)
-        return a._new(TensorData.from_array(a._tensor.array[key]))
+        return a.f.ops.slice(a, key)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         shape, key = ctx.saved_values
-        grad = grad_output.zeros(shape)
-        grad._tensor.array[key] = grad_output._tensor.array
-        return grad, 0.0
+        return grad_output.f.ops.slice_backward(grad_output, key, shape), 0.0
 
 
 class Concatenate(Function):
@@ -333,14 +333,15 @@ class Concatenate(Function):
     def forward(ctx: Context, dim: int, *parts: Tensor) -> Tensor:
         axis = check_dim(dim, parts[0].dims)
         ctx.save_for_backward(axis, [part.shape[axis] for part in parts])
-        joined = np.concatenate([part._tensor.array for part in parts], axis)
-        return parts[0]._new(TensorData.from_array(np.asarray(joined, order="C")))
+        return parts[0].f.ops.concatenate(parts, axis)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
         axis, sizes = ctx.saved_values
-        pieces = np.split(grad_output._tensor.array, np.cumsum(sizes)[:-1], axis)
-        return 0.0, *(grad_output._new(TensorData.from_array(piece)) for piece in pieces)
+        ends = list(accumulate(sizes))
+        before = (slice(None),) * axis
+        pieces = [(*before, slice(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
+        return 0.0, *(grad_output.f.ops.slice(grad_output, piece) for piece in pieces)
 
 
 class MaskedFill(Function):
@@ -348,15 +349,28 @@ class MaskedFill(Function):
 
     @staticmethod
     def forward(ctx: Context, a: Tensor, mask: Any) -> Tensor:
+        mask = a.f.ops.attention_mask(mask)
         ctx.save_for_backward(mask)
-        filled = np.where(mask, a.dtype.type(-np.inf), a._tensor.array)
-        return a._new(TensorData.from_array(np.asarray(filled, order="C")))
+        return a.f.ops.masked_fill(a, mask, -np.inf)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         (mask,) = ctx.saved_values
-        grad = np.where(mask, grad_output.dtype.type(0), grad_output._tensor.array)
-        return grad_output._new(TensorData.from_array(grad)), 0.0
+        return grad_output.f.ops.masked_fill(grad_output, mask, 0.0), 0.0
+
+
+class BandFill(Function):
+    """-inf outside a band: in column j of row i unless i + lower <= j < i + upper."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Tensor, lower: int, upper: int) -> Tensor:
+        ctx.save_for_backward(lower, upper)
+        return a.f.ops.band_fill(a, lower, upper, -np.inf)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float, float]:
+        lower, upper = ctx.saved_values
+        return grad_output.f.ops.band_fill(grad_output, lower, upper, 0.0), 0.0, 0.0
 
 
 class Cast(Function):
@@ -365,12 +379,26 @@ class Cast(Function):
     @staticmethod
     def forward(ctx: Context, a: Tensor, dtype: np.dtype[Any]) -> Tensor:
         ctx.save_for_backward(a.dtype)
-        return a._new(TensorData.from_array(a._tensor.array.astype(dtype, order="C")))
+        return a.f.ops.cast(a, dtype)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         (dtype,) = ctx.saved_values
-        return Cast.forward(Context(no_grad=True), grad_output, dtype), 0.0
+        return grad_output.f.ops.cast(grad_output, dtype), 0.0
+
+
+class Move(Function):
+    """The same values on another backend."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Tensor, backend: TensorBackend) -> Tensor:
+        ctx.save_for_backward(a.backend)
+        return a._moved(backend)
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
+        (backend,) = ctx.saved_values
+        return grad_output._moved(backend), 0.0
 
 
 # ----- matrix product -----
@@ -417,16 +445,20 @@ class FlashAttention(Function):
         needs_mask_grad: bool,
         return_lse: bool,
     ) -> Tensor:
-        """Output (..., Nq, Dv); with `return_lse` the logsumexp is joined as one more column."""
-        mask = attn_mask._tensor.array if hasattr(attn_mask, "_tensor") else attn_mask
+        """Output (..., Nq, Dv); with `return_lse` the logsumexp is joined as one more column, and a
+        16-bit output becomes float32 for it.
+        """
+        mask = query.f.ops.attention_mask(attn_mask)
         out, logsumexp = query.f.flash_attention_forward(query, key, value, mask, problem)
         ctx.save_for_backward(
             query, key, value, mask, out, logsumexp, problem, needs_mask_grad, return_lse
         )
         if not return_lse:
             return out
-        column = logsumexp._new(TensorData.from_array(logsumexp._tensor.array[..., None]))
-        return Concatenate.forward(Context(no_grad=True), -1, out, column)
+        ops = query.f.ops
+        if out.dtype != logsumexp.dtype:
+            out = ops.cast(out, logsumexp.dtype)
+        return ops.concatenate((out, ops.slice(logsumexp, (..., None))), out.dims - 1)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
@@ -436,9 +468,11 @@ class FlashAttention(Function):
         )
         grad_logsumexp = None
         if return_lse:
-            columns = grad_output._tensor.array
-            grad_logsumexp = grad_output._new(TensorData.from_array(columns[..., -1]))
-            grad_output = grad_output._new(TensorData.from_array(columns[..., :-1]))
+            ops = grad_output.f.ops
+            grad_logsumexp = ops.slice(grad_output, (..., -1))
+            grad_output = ops.slice(grad_output, (..., slice(None, -1)))
+            if grad_output.dtype != query.dtype:
+                grad_output = ops.cast(grad_output, query.dtype)
         dq, dk, dv, dmask = grad_output.f.flash_attention_backward(
             grad_output,
             grad_logsumexp,

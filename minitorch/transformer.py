@@ -9,12 +9,11 @@ from __future__ import annotations
 import numpy as np
 
 from .dtypes import get_default_dtype
-from .factories import tensor_from_numpy
+from .factories import tensor_from_numpy, zeros
 from .module import Module
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
 from .nn import GELU, softmax
 from .tensor import Tensor
-from .tensor_data import TensorData
 from .tensor_ops import SimpleBackend, TensorBackend
 
 
@@ -40,8 +39,9 @@ class KeyValueCache:
         dtype: np.dtype[np.floating],
     ) -> None:
         self.length = 0
-        self._keys = np.zeros((batch, n_head, max_positions, head_dim), dtype)
-        self._values = np.zeros_like(self._keys)
+        self._shape = (batch, n_head, max_positions, head_dim)
+        self._dtype = np.dtype(dtype)
+        self._kept: tuple[Tensor, Tensor] | None = None  # keys and values, where they are computed
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add new positions, (batch, n_head, new, head_dim) each, and return views of all of them.
@@ -51,17 +51,18 @@ class KeyValueCache:
 
         """
         end = self.length + key.shape[2]
-        if end > self._keys.shape[2]:
-            raise ValueError(
-                f"the cache has room for {self._keys.shape[2]} positions, {end} are wanted"
-            )
-        self._keys[:, :, self.length : end] = key.numpy()
-        self._values[:, :, self.length : end] = value.numpy()
+        if end > self._shape[2]:
+            raise ValueError(f"the cache has room for {self._shape[2]} positions, {end} are wanted")
+        ops = key.f.ops
+        if self._kept is None:
+            keys = key._new(ops.full(self._shape, 0.0, self._dtype))
+            self._kept = keys, value._new(ops.full(self._shape, 0.0, self._dtype))
+        new = (slice(None), slice(None), slice(self.length, end))
+        for kept, given in zip(self._kept, (key, value), strict=True):
+            ops.copy_into(ops.slice(kept, new), given.detach().to(self._dtype))
         self.length = end
-        return (
-            key._new(TensorData.from_array(self._keys[:, :, :end])),
-            value._new(TensorData.from_array(self._values[:, :, :end])),
-        )
+        seen = (slice(None), slice(None), slice(0, end))
+        return ops.slice(self._kept[0], seen), ops.slice(self._kept[1], seen)
 
 
 class MultiHeadAttention(Module):
@@ -113,8 +114,8 @@ class MultiHeadAttention(Module):
     def create_causal_mask(self, *sizes: int) -> Tensor:
         """Additive mask (1, 1, T, T), -inf above the diagonal; T is the last of `sizes`."""
         seq_len = sizes[-1]
-        mask = np.triu(np.full((1, 1, seq_len, seq_len), -np.inf, get_default_dtype()), 1)
-        return tensor_from_numpy(mask, self.backend)
+        mask = zeros((1, 1, seq_len, seq_len), self.backend)
+        return mask.f.ops.band_fill(mask, -seq_len, 1, -np.inf)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(B, T, E) -> (B, H, T, E / H), a view."""
@@ -163,7 +164,7 @@ class MultiHeadAttention(Module):
         if self.causal:
             rows: Tensor = self.create_causal_mask(seqlen_k)[:, :, seqlen_k - seqlen_q :]
             return rows
-        return tensor_from_numpy(np.zeros((1, 1, 1, seqlen_k), get_default_dtype()), self.backend)
+        return zeros((1, 1, 1, seqlen_k), self.backend)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T, E) -> (B, T, E); with a cache, x continues the positions that the cache holds."""
@@ -294,6 +295,7 @@ class DecoderLM(Module):
         self.n_head = n_head
         self.n_positions = n_positions
         self.n_layer = n_layer
+        self._positions: Tensor | None = None
         self.token_embeddings = Embedding(n_vocab, n_embd, backend)
         self.position_embeddings = Embedding(n_positions, n_embd, backend)
         for number in range(1, n_layer + 1):
@@ -316,6 +318,15 @@ class DecoderLM(Module):
     def layers(self) -> list[TransformerLayer]:
         """The transformer layers, first to last."""
         return [getattr(self, f"t_layer_{number}") for number in range(1, self.n_layer + 1)]
+
+    def _all_positions(self) -> Tensor:
+        """0 ... n_positions - 1, of shape (1, n_positions); made once, where the weights are."""
+        backend = self.position_embeddings.weights.value.backend
+        if self._positions is None or self._positions.backend is not backend:
+            numbers = np.arange(self.n_positions, dtype=get_default_dtype()).reshape(1, -1)
+            self._positions = tensor_from_numpy(numbers, backend)
+        made: Tensor = self._positions
+        return made
 
     def init_cache(self, batch: int = 1) -> list[KeyValueCache]:
         """An empty cache for each layer, with room for n_positions."""
@@ -343,10 +354,8 @@ class DecoderLM(Module):
         end = start + idx.shape[1]
         if end > self.n_positions:
             raise ValueError(f"the model has {self.n_positions} positions, {end} are wanted")
-        positions = np.arange(start, end, dtype=get_default_dtype()).reshape(1, -1)
-        x = self.token_embeddings(idx) + self.position_embeddings(
-            tensor_from_numpy(positions, self.backend)
-        )
+        positions = self._all_positions()[:, start:end]
+        x = self.token_embeddings(idx) + self.position_embeddings(positions)
         x = self.dropout(x)
         for number, layer in enumerate(self.layers()):
             x = layer(x, None if cache is None else cache[number])

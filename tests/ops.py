@@ -211,6 +211,23 @@ MOVEMENT = [
         lambda x: np.where(np.arange(x.shape[-1]) % 2 == 1, 0.0, np.exp(x)),
         ANY,
     ),
+    Op(
+        "band fill",
+        lambda x: tensor_functions.BandFill.apply(x, -1, 2).exp(),
+        lambda x: np.exp(
+            np.where(np.tri(*x.shape[-2:], 1) - np.tri(*x.shape[-2:], -2), x, -np.inf)
+        ),
+        st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 5)).map(lambda s: (s,)),
+    ),
+    Op(
+        "dropout",
+        lambda x: fused_functions.DropoutFun.apply(x, 0.25, 7),
+        lambda x: (
+            x / 0.75 * minitorch.attention_dropout_mask((1, x.size), 0.25, 7).reshape(x.shape)
+        ),
+        ANY,
+    ),
+    Op("move", lambda x: x.to(minitorch.TensorBackend(minitorch.FastOps)).exp(), np.exp, ANY),
 ]
 
 NETWORKS = [

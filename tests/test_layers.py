@@ -70,7 +70,7 @@ MOST_LINES = 520
 MOST_FUNCTION_LINES = 65
 MOST_KERNEL_LINES = 120
 # A list of many small methods, where a cut would part what belongs together.
-LONG_FILES = {"minitorch/tensor.py": 560}
+LONG_FILES = {"minitorch/tensor.py": 600}
 
 
 def source_files(*folders: str) -> list[Path]:
