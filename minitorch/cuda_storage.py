@@ -1,4 +1,4 @@
-"""The part of a GPU backend that needs no kernel: new storage, by the allocator and the driver."""
+"""The part of a GPU backend that makes storage, by the allocator and the driver; and masks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy.typing as npt
 from . import allocator
 from .device_array import DeviceArray
 from .dtypes import storage_dtype
+from .kernels import band_cuda
 from .tensor_data import TensorData, strides_from_shape
-from .tensor_ops import TensorOps
+from .tensor_ops import TensorOps, empty_output
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -75,6 +76,15 @@ class CudaStorageOps(TensorOps):
             return mask._tensor
         host = np.asarray(mask)
         return _contiguous(DeviceArray.from_host(host), host.shape)
+
+    @staticmethod
+    def band_fill(a: Tensor, lower: int, upper: int, value: float) -> Tensor:
+        """See `StorageOps.band_fill`."""
+        a = a.contiguous()
+        out = empty_output(a, a.shape)
+        arrays = (x._tensor._storage.array for x in (out, a))
+        band_cuda.fill(*arrays, *a.shape[-2:], lower, upper, value, a.dtype.name)
+        return out
 
     @staticmethod
     def check_class_numbers(ids: Tensor, num_classes: int, name: str) -> None:

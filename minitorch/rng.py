@@ -2,15 +2,18 @@
 
 Three generators are in use, because MiniTorch's API fixes two of them: `random` (factory `rand`),
 numpy's global one (`Dropout`, `Embedding`), and one of our own that gives each call of fused
-attention its dropout seed.
+attention, and of dropout on the GPU, its seed.
 """
 
 from __future__ import annotations
 
 import random
+from functools import cache
 from typing import Any
 
 import numpy as np
+
+from .device_array import DeviceArray, permanent
 
 _attention_seeds = np.random.Generator(np.random.PCG64(0))
 
@@ -34,8 +37,18 @@ def manual_seed(seed: int) -> None:
 
 
 def next_seed() -> int:
-    """Draw the 64-bit seed of the next dropout mask inside attention."""
+    """Draw the 64-bit seed of the next dropout mask inside attention, or on the GPU."""
     return int(_attention_seeds.integers(0, 2**64, dtype=np.uint64))
+
+
+@cache
+def device_offset() -> DeviceArray:
+    """A number (uint64, one element) on the GPU that kernels add to the seed of a dropout mask.
+
+    It is 0, unless a CUDA graph that is replayed changes it: its seeds are built in, and without
+    this every step would drop the same elements.
+    """
+    return permanent(np.uint64)
 
 
 def get_rng_state() -> dict[str, Any]:
