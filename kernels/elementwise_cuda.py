@@ -142,7 +142,8 @@ def make_plan(out: View, *inputs: View) -> Plan:
 
 @lru_cache(4096)
 def _plan(shape: Ints, strides: tuple[Ints, ...], sizes: Ints, offsets: Ints) -> Plan:
-    shape, strides = merge_dimensions(shape, *strides)
+    shape, merged = merge_dimensions(shape, *strides)
+    strides = tuple(merged)
     lanes = BYTES // max(sizes)
     while lanes > 1 and not all(
         _allows(lanes, shape, *operand) for operand in zip(strides, sizes, offsets, strict=True)
@@ -362,9 +363,9 @@ def instances(
     for number, fn in enumerate(maps):
         for dtype in ("float32", "float64", "float16", "bfloat16"):
             yield from _map_instances(fn, dtype, layouts=number == 0)
-    for number, fn in enumerate(zips):
+    for number, function in enumerate(zips):
         for dtype in ("float32", "float64", "float16", "bfloat16"):
-            yield from _zip_instances(fn, dtype, layouts=number == 0)
+            yield from _zip_instances(function, dtype, layouts=number == 0)
 
 
 def _layouts(dtype: str, every: bool) -> Iterator[tuple[int, int]]:
