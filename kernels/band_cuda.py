@@ -1,4 +1,4 @@
-"""A band of a matrix on the GPU: what lies outside gets another value, as a causal mask wants it."""
+"""A band of a matrix on the GPU: what lies outside gets another value, as in a causal mask."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def instances() -> Iterator[Instance]:
         array = precision(dtype).array
         whole = (types.int64,) * 4
         signature = (array, array, *whole, types.float64)
-        yield Instance(f"band_fill[{dtype}]", fill_kernel(dtype), signature, 40)
+        yield Instance(f"band_fill[{dtype}]", fill_kernel(dtype), signature, 64)
 
 
 __all__ = ["fill", "instances"]

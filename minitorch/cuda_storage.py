@@ -82,8 +82,9 @@ class CudaStorageOps(TensorOps):
         """See `StorageOps.band_fill`."""
         a = a.contiguous()
         out = empty_output(a, a.shape)
-        arrays = (x._tensor._storage.array for x in (out, a))
-        band_cuda.fill(*arrays, *a.shape[-2:], lower, upper, value, a.dtype.name)
+        x, y = a._tensor._storage.array, out._tensor._storage.array
+        rows, columns = a.shape[-2:]
+        band_cuda.fill(y, x, rows, columns, lower, upper, value, a.dtype.name)
         return out
 
     @staticmethod

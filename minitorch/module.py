@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from .tensor_data import TensorData
+from .tensor_ops import TensorBackend
 
 Array = npt.NDArray[Any]
 
@@ -129,6 +129,33 @@ class Module:
         for parameter in self.parameters():
             parameter.zero_grad()
 
+    def to(self, target: TensorBackend | npt.DTypeLike) -> Self:
+        """Move every parameter of this module and those below to another backend or dtype.
+
+        Parameters get new values: an optimiser made before keeps working, a graph or a variable
+        that holds an old value does not see the change. Gradients are forgotten.
+
+        Args:
+            target: as for `Tensor.to`. After a backend, modules that remember one
+                (`self.backend`) remember this one.
+
+        Returns:
+            This module.
+
+        """
+        for parameter in self.parameters():
+            if hasattr(parameter.value, "to"):
+                parameter.update(parameter.value.detach().to(target))
+        if isinstance(target, TensorBackend):
+            self._set_backend(target)
+        return self
+
+    def _set_backend(self, backend: TensorBackend) -> None:
+        if isinstance(self.__dict__.get("backend"), TensorBackend):
+            self.backend = backend
+        for module in self._modules.values():
+            module._set_backend(backend)
+
     # ----- attributes -----
 
     def __setattr__(self, key: str, val: Any) -> None:
@@ -208,7 +235,7 @@ class Module:
             problems.append(f"unexpected: {', '.join(unexpected)}")
         arrays = {name: np.asarray(state[name]) for name in parameters if name in state}
         for name, array in arrays.items():
-            wanted = _to_array(parameters[name].value).shape
+            wanted = getattr(parameters[name].value, "shape", ())
             if array.shape != wanted:
                 problems.append(f"{name} has shape {array.shape}, wanted {wanted}")
         if problems:
@@ -227,7 +254,5 @@ def _to_array(value: Any) -> Array:
 def _from_array(array: Array, like: Any) -> Any:
     """A value of the same kind, dtype and backend as `like`, from a copy of `array`."""
     if hasattr(like, "to_numpy"):
-        out = like._new(TensorData.from_array(np.array(array, dtype=like.dtype, order="C")))
-        out._type_(like.backend)  # moves the values to where that backend computes
-        return out
+        return like._from_numpy(np.array(array, dtype=like.dtype, order="C"))
     return type(like)(array.item())
