@@ -7,7 +7,8 @@ in MiniTorch, and hides the module of that name.
 # How thread pools wait must be set before they are loaded.
 from . import threads as _threads  # isort: skip  # noqa: F401
 
-import numba.cuda  # noqa: F401  # numba does not bind it by itself; programs ask numba.cuda.is_available()
+# Binds numba.cuda, which numba does not do by itself: programs ask numba.cuda.is_available().
+from .kernels import runtime as _runtime  # isort: skip  # noqa: F401
 
 from . import modules_transfomer, operators, scalar_functions, testing
 from .attention import attention_dropout_mask, flash_attention

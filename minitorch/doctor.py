@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +22,17 @@ from typing import Any
 
 import numpy as np
 
-from . import threads
+from . import cublas, threads
+from .kernels import runtime
 
 # About a millisecond, as a power of two of cycles.
 MOST_SPINNING = 22
 EXTRAS = {
-    "cuda": ["numba-cuda"],
+    "cuda": ["numba-cuda", "nvmath-python"],
     "train": ["matplotlib", "rich", "safetensors", "tokenizers"],
     "bench": ["torch", "threadpoolctl"],
 }
+OLDEST_CUDA_13_DRIVER = 580
 # OpenBLAS's own names for the kernels it can be held to that use 512-bit vectors.
 OPENBLAS_512_BIT = ("skylakex", "cooperlake", "sapphirerapids")
 # How builds of OpenBLAS name their functions (numpy's wheels: the first).
@@ -74,7 +76,7 @@ def examine_versions() -> Finding:
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": platform.platform(),
     }
-    for package in ("minitorch", "numpy", "numba", "llvmlite"):
+    for package in ("minitorch", "numpy", "ml_dtypes", "numba", "llvmlite"):
         facts[package] = version_of(package) or "not installed as a package"
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if version_of(package) is None]
@@ -294,17 +296,58 @@ def examine_kernels(kernels: Path) -> Finding:
 # --- the GPU ---------------------------------------------------------------------------------
 
 
-def examine_gpu() -> Finding:
-    """The NVIDIA GPU, if there is one, and whether numba can use it."""
+def examine_gpu(environment: Mapping[str, str]) -> Finding:
+    """The NVIDIA GPU, if there is one, whether kernels run on it, and what multiplies matrices.
+
+    Args:
+        environment: `os.environ`.
+
+    """
     seen = _nvidia_smi()
+    compiler = version_of("numba-cuda")
+    facts = {
+        "gpu": seen or "none (everything runs on the CPU)",
+        "numba-cuda": compiler or "not installed (numba's own CUDA target is used)",
+    }
+    problems = []
+    if environment.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0"):
+        text = "NUMBA_ENABLE_CUDASIM runs GPU kernels as plain Python, thousands of times slower"
+        problems.append(Problem(text, "unset NUMBA_ENABLE_CUDASIM"))
+        return Finding(facts | {"gpu": "simulated"}, problems)
+    if compiler is not None and numpy_too_new(compiler, np.__version__):
+        text = f"numba-cuda {compiler} calls np.row_stack, which numpy {np.__version__} has not"
+        problems.append(Problem(text, "pip install 'numpy<2.5'"))
+    if seen is None:
+        return Finding(facts, problems)
     usable, why_not = _cuda_usable()
     if usable:
-        return Finding({"gpu": seen or "usable, nvidia-smi not found"})
-    if seen is None:
-        return Finding({"gpu": "none (everything runs on the CPU)"})
-    mend = "pip install 'minitorch[cuda]'"
-    return Finding(
-        {"gpu": f"{seen}, not usable"}, [Problem(f"numba cannot use the GPU ({why_not})", mend)]
+        facts["matmul on the gpu"] = cublas.description()
+        if not cublas.is_available():
+            text = "matrix products on the GPU use our tiled kernel, for lack of cuBLAS"
+            problems.append(Problem(text, f"pip install '{_gpu_extra(seen)}'"))
+    else:
+        facts["gpu"] += ", not usable"
+        text = f"numba cannot use the GPU ({why_not})"
+        problems.append(Problem(text, f"pip install '{_gpu_extra(seen)}'"))
+    return Finding(facts, problems)
+
+
+def numpy_too_new(numba_cuda: str, numpy: str) -> bool:
+    """Whether this numba-cuda fails with this numpy (seen with 0.30.4, and numpy 2.5)."""
+    return _numbers(numba_cuda) <= (0, 30, 4) and _numbers(numpy) >= (2, 5)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(2, 4, 6) of "2.4.6"; what is no number ends it."""
+    parts = itertools.takewhile(str.isdigit, version.split("."))
+    return tuple(int(part) for part in parts)
+
+
+def _gpu_extra(seen: str) -> str:
+    """The extra that fits a driver: CUDA 13 needs version 580 or later."""
+    driver = _numbers(seen.split(";")[0].rsplit(",", 1)[-1].strip())
+    return (
+        "minitorch[cuda12]" if driver and driver < (OLDEST_CUDA_13_DRIVER,) else "minitorch[cuda]"
     )
 
 
@@ -321,14 +364,10 @@ def _nvidia_smi() -> str | None:
 
 
 def _cuda_usable() -> tuple[bool, str]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numba's own CUDA target announces its successor
-        try:
-            from numba import cuda
-
-            return bool(cuda.is_available()), "no working driver, or no CUDA libraries"
-        except Exception as error:
-            return False, f"{type(error).__name__}: {error}".replace("\n", " ")
+    try:
+        return runtime.is_available(), "no working driver, or no CUDA libraries that fit it"
+    except Exception as error:
+        return False, f"{type(error).__name__}: {error}".replace("\n", " ")
 
 
 # --- the report ------------------------------------------------------------------------------
@@ -355,7 +394,7 @@ def examine(environment: Mapping[str, str] | None = None) -> list[Finding]:
         examine_waiting(variables),
         examine_kernels(kernels),
         examine_cache(variables, kernels),
-        examine_gpu(),
+        examine_gpu(variables),
     ]
 
 

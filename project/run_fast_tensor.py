@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `project
 
 import minitorch
 from minitorch import TensorBackend
+from minitorch.kernels import runtime
 from project.points import add_training_options, make_parser, make_points, picture
 from project.run_tensor import TensorTrain
 
@@ -36,9 +37,7 @@ def choose_backend(name: str) -> TensorBackend:
     """
     if name == "cpu":
         return FastTensorBackend
-    import numba.cuda
-
-    if not numba.cuda.is_available():
+    if not runtime.is_available():
         raise SystemExit("--backend gpu: no CUDA GPU was found (python -m minitorch doctor)")
     return TensorBackend(minitorch.CudaOps)
 

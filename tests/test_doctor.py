@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitorch import doctor
+from minitorch import cublas, doctor
 from minitorch.threads import SETTINGS
 
 
@@ -106,13 +106,44 @@ def test_a_lost_link_is_found(tmp_path: Path) -> None:
     assert not doctor.examine_kernels(tmp_path).problems
 
 
-def test_a_gpu_that_numba_cannot_use_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: "NVIDIA X, 1 MiB, 1.0")
+@pytest.mark.parametrize(
+    ("driver", "extra"), [("580.65.06", "minitorch[cuda]"), ("550.54.15", "minitorch[cuda12]")]
+)
+def test_a_gpu_that_numba_cannot_use_is_found(
+    monkeypatch: pytest.MonkeyPatch, driver: str, extra: str
+) -> None:
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: f"NVIDIA X, 1 MiB, {driver}")
     monkeypatch.setattr(doctor, "_cuda_usable", lambda: (False, "no driver"))
-    (problem,) = doctor.examine_gpu().problems
-    assert "minitorch[cuda]" in str(problem)
+    (problem,) = doctor.examine_gpu({}).problems
+    assert f"'{extra}'" in str(problem)
     monkeypatch.setattr(doctor, "_cuda_usable", lambda: (True, ""))
-    assert not doctor.examine_gpu().problems
+    monkeypatch.setattr(cublas, "is_available", lambda: False)
+    (problem,) = doctor.examine_gpu({}).problems
+    assert "tiled kernel" in str(problem) and f"'{extra}'" in str(problem)
+    monkeypatch.setattr(cublas, "is_available", lambda: True)
+    assert not doctor.examine_gpu({}).problems
+
+
+def test_a_machine_without_a_gpu_has_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: None)
+    finding = doctor.examine_gpu({})
+    assert finding.facts["gpu"].startswith("none")
+    assert not finding.problems
+
+
+def test_the_simulator_is_found() -> None:
+    (problem,) = doctor.examine_gpu({"NUMBA_ENABLE_CUDASIM": "1"}).problems
+    assert "unset NUMBA_ENABLE_CUDASIM" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("numba_cuda", "numpy", "wrong"),
+    [("0.30.4", "2.5.0", True), ("0.30.4", "2.4.6", False), ("0.31.0", "2.5.1rc1", False)],
+)
+def test_a_numpy_that_numba_cuda_cannot_use_is_found(
+    numba_cuda: str, numpy: str, wrong: bool
+) -> None:
+    assert doctor.numpy_too_new(numba_cuda, numpy) is wrong
 
 
 def test_the_cores_of_this_process_are_counted() -> None:

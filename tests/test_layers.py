@@ -20,16 +20,39 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom to the top. A module imports from its own layer and from those below; `kernels`
 # stands under them all.
 LAYERS: list[tuple[str, set[str]]] = [
-    ("data and mathematics", {"dtypes", "jit", "operators", "rng", "tensor_data", "threads"}),
+    (
+        "data and mathematics",
+        {
+            "allocator",
+            "cuda_driver",
+            "device_array",
+            "dtypes",
+            "jit",
+            "operators",
+            "rng",
+            "tensor_data",
+            "threads",
+        },
+    ),
     (
         "engine and backends",
         {
             "autodiff",
+            "cublas",
+            "cublas_lt",
+            "cuda",
+            "cuda_elementwise",
+            "cuda_fallback",
             "cuda_kernel_ops",
+            "cuda_matmul",
+            "cuda_movement",
             "cuda_ops",
+            "cuda_storage",
+            "cuda_views",
             "fast_fused",
             "fast_ops",
             "fused_ops",
+            "storage_ops",
             "tensor_ops",
         },
     ),
@@ -144,6 +167,13 @@ def test_kernels_know_arrays_and_nothing_of_the_library() -> None:
             top = name.split(".")[0]
             assert top == "kernels" or top in allowed, f"{path} imports {name}"
             assert name != "kernels.." and not name.startswith("minitorch"), path
+
+
+def test_one_file_imports_the_cuda_target() -> None:
+    """So that another compiler of the same language is one line away."""
+    for path in source_files("minitorch", "kernels", "project"):
+        found = {name for name in imports(path, "x.y.z") if name.startswith("numba.cuda")}
+        assert not found or path.name == "runtime.py", f"{path}: take cuda from kernels/runtime.py"
 
 
 def test_the_library_knows_neither_projects_nor_tests() -> None:
