@@ -55,7 +55,8 @@ def _plain_access(count: int) -> tuple[Any, Any]:
 
 if not SIMULATED:
     from llvmlite import ir
-    from numba.cuda.extending import intrinsic
+
+    from .runtime import intrinsic
 
     def _element_pointer(
         context: Any, builder: Any, array_type: Any, array: Any, index: Any
