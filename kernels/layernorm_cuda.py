@@ -1,0 +1,323 @@
+"""Layer norm of the rows of a matrix on a GPU (Ba, Kiros & Hinton 2016, equation 4).
+
+xhat = (x - mean) / sqrt(var + eps),     y = gamma xhat + beta
+dx = (g - mean(g) - xhat mean(g xhat)) / sqrt(var + eps),     g = gamma dy
+dgamma = sum over rows of dy xhat,     dbeta = sum over rows of dy
+
+The backward pass is two kernels: in the first, each thread adds up dgamma and dbeta over the rows
+of its block, in registers; the second adds the blocks' sums. Always in one order, so a second run
+gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from .reduce_cuda import FOLD_COLUMNS, FOLD_SIZE, FOLD_THREADS, fold
+from .rows_cuda import (
+    RowShape, block_row, row_blocks, row_shape, team_sum, tile_access,
+)  # fmt: skip
+from .runtime import (
+    SIMULATED, Instance, ceil_div, cuda, device_function, kernel, launch, precision, types,
+)  # fmt: skip
+
+FORWARD_BYTES = 64  # of each of three rows that a thread keeps in its registers: x, gamma, beta
+BACKWARD_BYTES = 48  # of each of four: two rows, and two sums over rows
+BACKWARD_ROWS = 2 if SIMULATED else 8
+# Threads of the backward pass: they fill a GPU of 132 multiprocessors. Each block leaves two sums.
+MOST_BACKWARD_THREADS = 128 if SIMULATED else 132 * 1024
+
+
+def forward(
+    precision_name: str,
+    weight_name: str,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    eps: float,
+    y: Any,
+    var: Any,
+    mean: Any,
+    rows: int,
+    columns: int,
+) -> None:
+    """y, var and mean of the rows of x.
+
+    Args:
+        precision_name: of x and y; var and mean are of its arithmetic type, float32 for 16 bits.
+        weight_name: of gamma and beta.
+        x: (rows, columns), flat and contiguous, as y.
+        gamma: (columns,), as beta.
+        beta: added.
+        eps: added to the variance.
+        y: the output.
+        var: (rows,), as mean.
+        mean: of each row.
+        rows: number of rows.
+        columns: length of a row.
+
+    """
+    if not rows or not columns:
+        return
+    shape = row_shape(precision_name, columns, FORWARD_BYTES)
+    launch(
+        forward_kernel(precision_name, weight_name, shape),
+        row_blocks(rows, shape), shape.block, x, gamma, beta, eps, y, var, mean, rows, columns,
+    )  # fmt: skip
+
+
+@cache
+def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> Any:
+    """One row to a team."""
+    real = precision(precision_name).real
+    load, store = tile_access(precision_name, shape)
+    load_weight, _ = tile_access(weight_name, shape)
+    add = team_sum(precision_name, shape.threads)
+    count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
+    vector, step = shape.vector, shape.threads * shape.vector
+
+    @kernel(shape.threads * shape.rows)
+    def layernorm_forward(x, gamma, beta, eps, y, var, mean, rows, columns):
+        values = cuda.local.array(count, real)
+        scale = cuda.local.array(count, real)
+        shift = cuda.local.array(count, real)
+        row = block_row(rows_of_block)
+        start = row * columns
+        limit = columns if row < rows else 0  # a team without a row reads and writes nothing
+        tiles = (columns + width - 1) // width if tiled else 1
+        first = cuda.threadIdx.x * vector
+
+        total = real(0.0)
+        for tile in range(tiles):
+            load(x, start, tile, limit, values, real(0.0))
+            for i in range(count):
+                total += values[i]
+        centre = add(total) / real(columns)
+
+        total = real(0.0)
+        for tile in range(tiles):
+            if tiled:  # read again
+                load(x, start, tile, limit, values, centre)
+            for i in range(count):
+                column = tile * width + first + (i // vector) * step  # of the element's vector
+                distance = values[i] - centre if column < columns else real(0.0)
+                total += distance * distance
+        variance = add(total) / real(columns)
+        rstd = real(1.0) / real(math.sqrt(variance + real(eps)))
+
+        for tile in range(tiles):
+            if tiled:
+                load(x, start, tile, limit, values, centre)
+            load_weight(gamma, 0, tile, limit, scale, real(0.0))
+            load_weight(beta, 0, tile, limit, shift, real(0.0))
+            for i in range(count):
+                values[i] = (values[i] - centre) * rstd * real(scale[i]) + real(shift[i])
+            store(y, start, tile, limit, values)
+        if row < rows and cuda.threadIdx.x == 0:
+            var[row] = variance
+            mean[row] = centre
+
+    return layernorm_forward
+
+
+def backward_blocks(precision_name: str, rows: int, columns: int) -> int:
+    """Blocks of the backward pass along the rows; `partials` is (blocks, 2, columns)."""
+    if not rows or not columns:
+        return 0
+    shape = row_shape(precision_name, columns, BACKWARD_BYTES, BACKWARD_ROWS)
+    most = max(1, MOST_BACKWARD_THREADS // (shape.threads * shape.rows))
+    return min(row_blocks(rows, shape), most)
+
+
+def backward(
+    precision_name: str,
+    weight_name: str,
+    dy: Any,
+    x: Any,
+    gamma: Any,
+    var: Any,
+    mean: Any,
+    eps: float,
+    dx: Any,
+    partials: Any,
+    dgamma: Any,
+    dbeta: Any,
+    rows: int,
+    columns: int,
+) -> None:
+    """dx, dgamma and dbeta, given what `forward` took and gave.
+
+    Args:
+        precision_name: of dy, x and dx; var, mean and partials are of its arithmetic type.
+        weight_name: of gamma, dgamma and dbeta.
+        dy: (rows, columns), flat and contiguous, as x and dx.
+        x: input of the forward pass.
+        gamma: (columns,), as dgamma and dbeta.
+        var: (rows,), as mean.
+        mean: of each row.
+        eps: that of the forward pass.
+        dx: gradient of x.
+        partials: workspace of (backward_blocks(...), 2, columns).
+        dgamma: gradient of gamma.
+        dbeta: gradient of beta.
+        rows: number of rows; with 0 of them dgamma and dbeta become 0.
+        columns: length of a row.
+
+    """
+    if not columns:
+        return
+    shape = row_shape(precision_name, columns, BACKWARD_BYTES, BACKWARD_ROWS)
+    blocks = backward_blocks(precision_name, rows, columns)
+    if rows:
+        launch(
+            backward_kernel(precision_name, weight_name, shape),
+            (blocks, ceil_div(columns, shape.tile)), shape.block,
+            dy, x, gamma, var, mean, eps, dx, partials, rows, columns,
+        )  # fmt: skip
+    launch(
+        fold_kernel(precision(precision_name).real.name, weight_name),
+        (ceil_div(columns, FOLD_COLUMNS), 2), (FOLD_COLUMNS, FOLD_THREADS),
+        partials, dgamma, dbeta, blocks, columns,
+    )  # fmt: skip
+
+
+@cache
+def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> Any:
+    """dx of rows number blockIdx.x + n gridDim.x, of the columns of tile blockIdx.y; their sums."""
+    real = precision(precision_name).real
+    load, store = tile_access(precision_name, shape)
+    load_weight, _ = tile_access(weight_name, shape)
+    store_sums = _store_sums(real, shape)
+    add = team_sum(precision_name, shape.threads)
+    count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
+    shared_size = rows_of_block * width if rows_of_block > 1 else 1
+
+    @kernel(shape.threads * shape.rows)
+    def layernorm_backward(dy, x, gamma, var, mean, eps, dx, partials, rows, columns):
+        shared = cuda.shared.array(shared_size, real)
+        grad = cuda.local.array(count, real)
+        xhat = cuda.local.array(count, real)
+        scale = cuda.local.array(count, real)
+        dgamma = cuda.local.array(count, real)
+        dbeta = cuda.local.array(count, real)
+        for i in range(count):
+            dgamma[i] = dbeta[i] = real(0.0)
+        own = cuda.blockIdx.y if tiled else 0
+        tiles = (columns + width - 1) // width if tiled else 1
+        # All teams of a block go round equally often: they meet at barriers.
+        for first in range(cuda.blockIdx.x * rows_of_block, rows, cuda.gridDim.x * rows_of_block):
+            row = types.int64(first) + cuda.threadIdx.y
+            limit = columns if row < rows else 0
+            known = min(row, rows - 1)
+            centre = mean[known]
+            rstd = real(1.0) / real(math.sqrt(var[known] + real(eps)))
+            sum_g, sum_g_xhat = real(0.0), real(0.0)
+            for tile in range(tiles):
+                load(dy, row * columns, tile, limit, grad, real(0.0))
+                load(x, row * columns, tile, limit, xhat, real(0.0))
+                load_weight(gamma, 0, tile, limit, scale, real(0.0))
+                for i in range(count):
+                    xhat[i] = (xhat[i] - centre) * rstd
+                    g = grad[i] * real(scale[i])
+                    sum_g += g
+                    sum_g_xhat += g * xhat[i]
+            mean_g = add(sum_g) / real(columns)
+            mean_g_xhat = add(sum_g_xhat) / real(columns)
+            if tiled:  # read the own tile again
+                load(dy, row * columns, own, limit, grad, real(0.0))
+                load(x, row * columns, own, limit, xhat, real(0.0))
+                for i in range(count):
+                    xhat[i] = (xhat[i] - centre) * rstd
+            load_weight(gamma, 0, own, limit, scale, real(0.0))
+            for i in range(count):
+                dgamma[i] += grad[i] * xhat[i]
+                dbeta[i] += grad[i]
+                xhat[i] = (grad[i] * real(scale[i]) - mean_g - xhat[i] * mean_g_xhat) * rstd
+            store(dx, row * columns, own, limit, xhat)
+        store_sums(shared, partials, 2 * cuda.blockIdx.x * columns, own, columns, dgamma)
+        store_sums(shared, partials, (2 * cuda.blockIdx.x + 1) * columns, own, columns, dbeta)
+
+    return layernorm_backward
+
+
+def _store_sums(real: Any, shape: RowShape) -> Any:
+    """Device function: adds up what each team of the block has in `values`, and writes it."""
+    _, store = tile_access(real.name, shape)
+    rows, width, threads = shape.rows, shape.tile, shape.threads * shape.rows
+    if rows == 1:
+
+        @device_function
+        def write(shared, partials, start, tile, columns, values):
+            store(partials, start, tile, columns, values)
+
+        return write
+
+    @device_function
+    def add_and_write(shared, partials, start, tile, columns, values):
+        cuda.syncthreads()  # the last use of `shared` is over
+        store(shared, cuda.threadIdx.y * width, 0, columns, values)
+        cuda.syncthreads()
+        own = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+        for column in range(own, columns, threads):
+            total = real(0.0)
+            for team in range(rows):
+                total += shared[team * width + column]
+            partials[start + column] = total
+
+    return add_and_write
+
+
+@cache
+def fold_kernel(real_name: str, weight_name: str) -> Any:
+    """The blocks' sums added up: dgamma in the blocks of blockIdx.y = 0, dbeta in those of 1."""
+    real, to_storage = precision(real_name).real, precision(weight_name).store
+    add = fold(real, 1)
+
+    @kernel(FOLD_SIZE)
+    def layernorm_fold(partials, dgamma, dbeta, parts, columns):
+        shared = cuda.shared.array(FOLD_SIZE, real)
+        sums = cuda.local.array(1, real)
+        sums[0] = real(0.0)
+        column = types.int64(cuda.blockIdx.x) * FOLD_COLUMNS + cuda.threadIdx.x
+        if column < columns:
+            for part in range(cuda.threadIdx.y, parts, FOLD_THREADS):
+                sums[0] += partials[(2 * part + cuda.blockIdx.y) * columns + column]
+        add(shared, sums)
+        if cuda.threadIdx.y == 0 and column < columns:
+            if cuda.blockIdx.y == 0:
+                dgamma[column] = to_storage(sums[0])
+            else:
+                dbeta[column] = to_storage(sums[0])
+
+    return layernorm_fold
+
+
+def instances() -> Iterator[Instance]:
+    """Rows for one warp, a block, and several tiles; gamma of the precision of x and in float32."""
+    size, eps = types.int64, types.float64
+    lengths = {"float32": (63, 384, 1024, 16384, 100_000), "float64": (1024, 100_000)}
+    for name in ("float32", "float64", "float16", "bfloat16"):
+        array, sums = precision(name).array, precision(precision(name).real.name).array
+        for weight_name in sorted({name, precision(name).real.name}):
+            weight = precision(weight_name).array
+            for columns in lengths.get(name, (384,)):
+                label = f"[{name}, {weight_name}, {columns}]"
+                yield Instance(
+                    "layernorm_forward" + label,
+                    forward_kernel(name, weight_name, row_shape(name, columns, FORWARD_BYTES)),
+                    (array, weight, weight, eps, array, sums, sums, size, size),
+                )
+                shape = row_shape(name, columns, BACKWARD_BYTES, BACKWARD_ROWS)
+                yield Instance(
+                    "layernorm_backward" + label,
+                    backward_kernel(name, weight_name, shape),
+                    (array, array, weight, sums, sums, eps, array, sums, size, size),
+                )
+            fold_of = fold_kernel(precision(name).real.name, weight_name)
+            if name == weight_name:
+                yield Instance(
+                    f"layernorm_fold[{name}]", fold_of, (sums, weight, weight, size, size)
+                )

@@ -1,0 +1,183 @@
+"""Rows of a matrix on a GPU: which threads read which columns, and sums over the threads of a row.
+
+The team of a row is one warp, or a whole block where the row is long. A thread reads vectors of up
+to 16 bytes and keeps what it read in registers, so that a kernel that needs a row twice (the sum,
+then the quotients) reads it from memory once:
+
+    columns   0 1 2 3 | 4 5 6 7 | ...      with vectors of 4
+    thread       0    |    1    | ... thread 31, then thread 0 again with its second vector
+
+A row too long for that is read tile by tile, each time that it is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from .runtime import WARP, ceil_div, cuda, device_function, precision, types, warp_max, warp_sum
+from .vectors_cuda import BYTES, vector_access
+
+MOST_THREADS = 1024  # of a block
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """How a block reads rows.
+
+    Args:
+        threads: of a row's team: a multiple of 32, 32 unless `rows` is 1.
+        rows: rows that a block works on at once, one team each; 1 if they are tiled.
+        vector: elements that a thread reads at once.
+        vectors: vectors that a thread keeps.
+        tiled: a row is longer than its team keeps.
+
+    """
+
+    threads: int
+    rows: int
+    vector: int
+    vectors: int
+    tiled: bool
+
+    @property
+    def values(self) -> int:
+        """Elements that a thread keeps."""
+        return self.vector * self.vectors
+
+    @property
+    def tile(self) -> int:
+        """Columns that a team keeps."""
+        return self.threads * self.values
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Threads of a block: a team along x, rows along y."""
+        return self.threads, self.rows
+
+
+@cache
+def row_shape(precision_name: str, columns: int, bytes_kept: int, rows: int = 4) -> RowShape:
+    """The shape for rows of this length.
+
+    Args:
+        precision_name: of the elements.
+        columns: length of a row.
+        bytes_kept: of registers, for what a thread keeps of one row.
+        rows: rows of a block where a warp is enough for a row.
+
+    """
+    number = precision(precision_name)
+    most_values = bytes_kept // (8 if precision_name == "float64" else 4)
+    vector = _vector_size(columns, number.storage.itemsize)
+    threads = WARP
+    while threads < MOST_THREADS and threads * most_values < columns:
+        threads *= 2
+    vectors = ceil_div(ceil_div(columns, vector), threads)
+    most = max(1, most_values // vector)
+    tiled = vectors > most
+    if tiled:
+        vectors = max(1, most // 2)  # the rest of its registers hold places in the row
+    elif vectors > 4:  # few different kernels, though some threads then have nothing to read
+        vectors = min(most, 1 << (vectors - 1).bit_length())
+    return RowShape(threads, 1 if tiled or threads > WARP else rows, vector, vectors, tiled)
+
+
+def _vector_size(columns: int, itemsize: int) -> int:
+    """The longest vector that divides a row; a shorter one if that gives all threads the same."""
+    largest = BYTES // itemsize
+    while columns % largest:
+        largest //= 2
+    half = largest // 2
+    if half * itemsize >= BYTES // 2 and columns % (WARP * largest) and not columns % (WARP * half):
+        return half
+    return largest
+
+
+@cache
+def tile_access(precision_name: str, shape: RowShape) -> tuple[Any, Any]:
+    """Device functions that move a thread's part of a row's tile.
+
+    `load(x, start, tile, columns, values, fill)`: values[...] = x[start + column], `fill` where a
+    column is not below `columns`. `store(y, start, tile, columns, values)` writes them back.
+    `start` is the index of the row's first element.
+    """
+    number = precision(precision_name)
+    to_real, to_storage, storage = number.load, number.store, number.storage
+    load_vector, store_vector = vector_access(shape.vector)
+    vector, vectors, count = shape.vector, shape.vectors, shape.values
+    step, width = shape.threads * shape.vector, shape.tile
+
+    @device_function
+    def load(x, start, tile, columns, values, fill):
+        stored = cuda.local.array(count, storage)
+        one = cuda.local.array(vector, storage)
+        first = tile * width + cuda.threadIdx.x * vector
+        filling = to_storage(fill)
+        for k in range(vectors):  # all reads first: none waits for another
+            if first + k * step < columns:
+                load_vector(x, start + first + k * step, one)
+                for lane in range(vector):
+                    stored[k * vector + lane] = one[lane]
+            else:
+                for lane in range(vector):
+                    stored[k * vector + lane] = filling
+        for i in range(count):
+            values[i] = to_real(stored[i])
+
+    @device_function
+    def store(y, start, tile, columns, values):
+        one = cuda.local.array(vector, storage)
+        first = tile * width + cuda.threadIdx.x * vector
+        for k in range(vectors):
+            if first + k * step < columns:
+                for lane in range(vector):
+                    one[lane] = to_storage(values[k * vector + lane])
+                store_vector(y, start + first + k * step, one)
+
+    return load, store
+
+
+@cache
+def team_sum(precision_name: str, threads: int) -> Any:
+    """Device function: the sum of x over the threads of a row, in each of them."""
+    return _over_team(precision_name, threads, warp_sum, 0.0)
+
+
+@cache
+def team_max(precision_name: str, threads: int) -> Any:
+    """Device function: the largest x of the threads of a row, in each of them."""
+    return _over_team(precision_name, threads, warp_max, float("-inf"))
+
+
+def _over_team(precision_name: str, threads: int, over_warp: Any, nothing: float) -> Any:
+    if threads == WARP:
+        return over_warp
+    real = precision(precision_name).real
+    warps = threads // WARP
+
+    @device_function
+    def over_block(x):
+        of_warp = cuda.shared.array(warps, real)
+        x = over_warp(x)
+        lane = cuda.threadIdx.x % WARP
+        if lane == 0:
+            of_warp[cuda.threadIdx.x // WARP] = x
+        cuda.syncthreads()
+        x = over_warp(of_warp[lane] if lane < warps else real(nothing))
+        cuda.syncthreads()  # all have read before the next call writes
+        return x
+
+    return over_block
+
+
+def row_blocks(rows: int, shape: RowShape) -> int:
+    """Blocks that cover all rows."""
+    return ceil_div(rows, shape.rows)
+
+
+@device_function
+def block_row(rows_of_block):
+    """The row of this thread's team, if each team has one."""
+    return types.int64(cuda.blockIdx.x) * rows_of_block + cuda.threadIdx.y

@@ -1,0 +1,412 @@
+"""The fused kernels of the GPU against plain numpy in float64, on small shapes of every kind."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from minitorch.kernels import (
+    cross_entropy_cuda,
+    dropout_cuda,
+    embedding_cuda,
+    gelu_cuda,
+    layernorm_cuda,
+    reduce_cuda,
+    rows_cuda,
+    runtime,
+    softmax_cuda,
+)
+from minitorch.kernels.philox import attention_dropout_mask
+from minitorch.kernels.runtime import SIMULATED
+
+Array = NDArray[Any]
+
+NAMES = ("float32", "float64", "float16", "bfloat16")
+DTYPES = {name: np.dtype(name) for name in NAMES[:3]} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+# Roundings of a result and of a sum of a hundred terms, relative to the largest number.
+TOLERANCE = {"float32": 4e-6, "float64": 1e-13, "float16": 2e-3, "bfloat16": 1.6e-2}
+few = settings(max_examples=12 if SIMULATED else 60, deadline=None)
+names = st.sampled_from(NAMES)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def real_name(name: str) -> str:
+    """The dtype that a precision computes in."""
+    return str(runtime.precision(name).real.name)
+
+
+def random(seed: int, name: str, *shape: int) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(DTYPES[name])
+
+
+def exact(array: Array) -> Array:
+    return array.astype(np.float64)
+
+
+def to_device(array: Array) -> Any:
+    """Flat, as the kernels take it: bfloat16 as its bits."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    if flat.dtype == DTYPES["bfloat16"]:
+        flat = flat.view(np.uint16)
+    return runtime.cuda.to_device(flat)
+
+
+def empty(name: str, *shape: int) -> Any:
+    """Output, with NaN in it: what a kernel forgets is seen."""
+    return to_device(np.full(shape, np.nan, DTYPES[name]))
+
+
+def to_host(array: Any, name: str, *shape: int) -> Array:
+    return np.asarray(array.copy_to_host()).view(DTYPES[name]).reshape(shape)
+
+
+def assert_close(actual: Array, expected: Array, name: str) -> None:
+    finite = np.abs(expected[np.isfinite(expected)])
+    size = max(1.0, float(finite.max(initial=0.0)))
+    np.testing.assert_allclose(
+        exact(actual), expected, rtol=4 * TOLERANCE[name], atol=TOLERANCE[name] * size
+    )
+
+
+def softmax_reference(x: Array) -> Array:
+    top = x.max(-1, keepdims=True)
+    e = np.exp(x - np.where(np.isneginf(top), 0, top))
+    total = e.sum(-1, keepdims=True)
+    return np.asarray(e / np.where(total == 0, 1, total))
+
+
+# Rows of one warp, of several values to a thread, of a block; what no vector divides.
+COLUMNS = st.sampled_from([1, 3, 8, 31, 64, 100, 130, 256])
+LONG = [1100, 4100] if SIMULATED else [1100, 2048, 4100, 16384, 33000, 70001]
+
+
+# ----- softmax -----
+
+
+@few
+@given(seeds, names, st.integers(1, 6), COLUMNS)
+def test_softmax(seed: int, name: str, rows: int, columns: int) -> None:
+    check_softmax(seed, name, rows, columns)
+
+
+@pytest.mark.parametrize("columns", LONG)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_softmax_of_long_rows(name: str, columns: int) -> None:
+    check_softmax(3, name, 2, columns)
+
+
+def test_softmax_of_rows_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_cuda, "MOST_THREADS", 32)
+    rows_cuda.row_shape.cache_clear()
+    check_softmax(5, "float32", 3, 1300)
+    check_cross_entropy(5, "float32", 3, 1300)
+    check_layernorm(5, "float32", "float32", 3, 1300)
+    rows_cuda.row_shape.cache_clear()
+
+
+def check_softmax(seed: int, name: str, rows: int, columns: int) -> None:
+    x = random(seed, name, rows, columns)
+    x[0, columns // 2 :] = -np.inf
+    x[-1] = -np.inf  # nothing to attend to
+    grad = random(seed + 1, name, rows, columns)
+    y, dx = empty(name, rows, columns), empty(name, rows, columns)
+    softmax_cuda.forward(name, to_device(x), y, rows, columns)
+    expected = softmax_reference(exact(x))
+    assert_close(to_host(y, name, rows, columns), expected, name)
+
+    kept = exact(to_host(y, name, rows, columns))
+    softmax_cuda.backward(name, to_device(grad), y, dx, rows, columns)
+    dot = (exact(grad) * kept).sum(-1, keepdims=True)
+    assert_close(to_host(dx, name, rows, columns), kept * (exact(grad) - dot), name)
+
+    total = empty(name, rows)
+    softmax_cuda.logsumexp_forward(name, to_device(x), total, rows, columns)
+    with np.errstate(divide="ignore"):
+        logsumexp = np.log(np.exp(exact(x)).sum(-1))
+    assert_close(to_host(total, name, rows), logsumexp, name)
+
+    dtotal = random(seed + 2, name, rows)
+    dx = empty(name, rows, columns)
+    softmax_cuda.logsumexp_backward(name, to_device(dtotal), to_device(x), total, dx, rows, columns)
+    assert_close(to_host(dx, name, rows, columns), exact(dtotal)[:, None] * expected, name)
+
+
+@few
+@given(
+    seeds,
+    names,
+    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 7, 40])),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_masked_softmax(
+    seed: int, name: str, shape: tuple[int, int, int, int], broadcast: tuple[bool, bool, bool]
+) -> None:
+    x = random(seed, name, *shape)
+    sizes = tuple(1 if one else n for one, n in zip(broadcast, shape[:3], strict=True))
+    mask = random(seed + 1, name, *sizes, shape[3])
+    mask[..., shape[3] // 2 :] = -np.inf
+    elements = [s // mask.itemsize for s in mask.strides]
+    strides = [0 if n == 1 else s for n, s in zip(sizes, elements, strict=False)]
+    y = empty(name, *shape)
+    softmax_cuda.forward(
+        name, to_device(x), y, math.prod(shape[:3]), shape[3],
+        to_device(mask), (shape[1], shape[2]), (strides[0], strides[1], strides[2]),
+    )  # fmt: skip
+    assert_close(to_host(y, name, *shape), softmax_reference(exact(x) + exact(mask)), name)
+
+
+# ----- layer norm -----
+
+
+@few
+@given(seeds, names, st.booleans(), st.integers(1, 7), COLUMNS)
+def test_layernorm(seed: int, name: str, wide_weight: bool, rows: int, columns: int) -> None:
+    check_layernorm(seed, name, real_name(name) if wide_weight else name, rows, columns)
+
+
+@pytest.mark.parametrize("columns", LONG)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_layernorm_of_long_rows(name: str, columns: int) -> None:
+    check_layernorm(3, name, "float32", 3, columns)
+
+
+def check_layernorm(seed: int, name: str, weight_name: str, rows: int, columns: int) -> None:
+    real, eps = real_name(name), 1e-5
+    x = random(seed, name, rows, columns) + DTYPES[name].type(3)
+    dy = random(seed + 1, name, rows, columns)
+    gamma, beta = random(seed + 2, weight_name, 2, columns)
+    y, var, mean = empty(name, rows, columns), empty(real, rows), empty(real, rows)
+    layernorm_cuda.forward(
+        name, weight_name, to_device(x), to_device(gamma), to_device(beta), eps,
+        y, var, mean, rows, columns,
+    )  # fmt: skip
+    a, g, scale = exact(x), exact(dy), exact(gamma)
+    centre, variance = a.mean(-1, keepdims=True), a.var(-1, keepdims=True)
+    rstd = 1 / np.sqrt(variance + eps)
+    xhat = (a - centre) * rstd
+    assert_close(to_host(mean, real, rows), centre[:, 0], real)
+    assert_close(to_host(var, real, rows), variance[:, 0], real)
+    # A constant row's few last digits are magnified by 1 / sqrt(eps).
+    weaker = name if columns > 1 else "bfloat16"
+    assert_close(to_host(y, name, rows, columns), xhat * scale + exact(beta), weaker)
+
+    blocks = layernorm_cuda.backward_blocks(name, rows, columns)
+    dx, dgamma = empty(name, rows, columns), empty(weight_name, columns)
+    dbeta, partials = empty(weight_name, columns), empty(real, blocks, 2, columns)
+    layernorm_cuda.backward(
+        name, weight_name, to_device(dy), to_device(x), to_device(gamma), var, mean, eps,
+        dx, partials, dgamma, dbeta, rows, columns,
+    )  # fmt: skip
+    gx = g * scale
+    expected = rstd * (gx - gx.mean(-1, keepdims=True) - xhat * (gx * xhat).mean(-1, keepdims=True))
+    if columns > 1:
+        assert_close(to_host(dx, name, rows, columns), expected, name)
+    assert_close(to_host(dgamma, weight_name, columns), (g * xhat).sum(0), weight_name)
+    assert_close(to_host(dbeta, weight_name, columns), g.sum(0), weight_name)
+
+
+def test_layernorm_of_many_rows() -> None:
+    """More rows than blocks: each block goes round several times."""
+    check_layernorm(7, "float32", "float32", 40 if SIMULATED else 10_000, 48)
+
+
+def test_layernorm_without_rows() -> None:
+    dgamma, dbeta = empty("float32", 5), empty("float32", 5)
+    none = empty("float32", 1)
+    layernorm_cuda.backward(
+        "float32", "float32", none, none, none, none, none, 1e-5,
+        none, none, dgamma, dbeta, 0, 5,
+    )  # fmt: skip
+    assert not dgamma.copy_to_host().any() and not dbeta.copy_to_host().any()
+
+
+# ----- element by element -----
+
+SIZES = st.integers(1, 300 if SIMULATED else 5000)
+
+
+@few
+@given(seeds, names, SIZES)
+def test_gelu(seed: int, name: str, size: int) -> None:
+    x, dy = random(seed, name, size) * DTYPES[name].type(3), random(seed + 1, name, size)
+    y, dx = empty(name, size), empty(name, size)
+    gelu_cuda.forward(name, to_device(x), y, size)
+    gelu_cuda.backward(name, to_device(dy), to_device(x), dx, size)
+    a, c = exact(x), math.sqrt(2 / math.pi)
+    t = np.tanh(c * (a + 0.044715 * a**3))
+    assert_close(to_host(y, name, size), 0.5 * a * (1 + t), name)
+    slope = 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * c * (1 + 3 * 0.044715 * a**2)
+    assert_close(to_host(dx, name, size), exact(dy) * slope, name)
+
+
+@few
+@given(seeds, names, SIZES, st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 2**64 - 1))
+def test_dropout(seed: int, name: str, size: int, dropout_p: float, dropout_seed: int) -> None:
+    x, offset = random(seed, name, size), seed
+    y = empty(name, size)
+    device_offset = runtime.cuda.to_device(np.array([offset], np.uint64))
+    dropout_cuda.forward(name, to_device(x), y, size, dropout_p, dropout_seed, device_offset)
+    key = (dropout_seed + offset) % 2**64
+    kept = attention_dropout_mask(1, 1, size, dropout_p, key).reshape(size)
+    factor = 0 if dropout_p == 1 else 1 / (1 - dropout_p)
+    assert_close(to_host(y, name, size), np.where(kept, exact(x) * factor, 0), name)
+
+
+# ----- embedding -----
+
+
+@few
+@given(seeds, names, st.integers(1, 100), st.integers(1, 12), st.sampled_from([1, 6, 8, 40, 150]))
+def test_embedding(seed: int, name: str, tokens: int, table: int, width: int) -> None:
+    check_embedding(seed, name, tokens, table, width)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("table", [100, 5_000, 50_257])
+def test_embedding_of_many_tokens(table: int) -> None:
+    check_embedding(2, "float32", 16_384, table, 384)
+
+
+def check_embedding(seed: int, name: str, tokens: int, table: int, width: int) -> None:
+    generator = np.random.default_rng(seed)
+    weight = random(seed, name, table, width)
+    dy = random(seed + 1, name, tokens, width)
+    # Most of the time small: some ids are common, some do not occur.
+    ids = np.minimum(generator.geometric(0.4, tokens) - 1, table - 1)
+    ids[::3] = generator.integers(0, table, len(ids[::3]))
+    device_ids = to_device(ids.astype(np.float32))
+    error = runtime.cuda.to_device(np.zeros(1, np.int32))
+    y = empty(name, tokens, width)
+    embedding_cuda.forward(
+        name, "float32", device_ids, to_device(weight), y, error, tokens, width, table
+    )
+    np.testing.assert_array_equal(to_host(y, name, tokens, width), weight[ids])
+    assert error.copy_to_host()[0] == 0
+
+    expected = np.zeros((table, width))
+    np.add.at(expected, ids, exact(dy))
+    results = []
+    for _ in range(2):
+        parts = embedding_cuda.workspace(tokens, table)
+        work = np.full(parts.size, -1, np.int32)
+        work[: parts.starts] = 0
+        dweight = empty(name, table, width)
+        embedding_cuda.backward(
+            name, "float32", to_device(dy), device_ids, runtime.cuda.to_device(work), dweight,
+            tokens, width, table,
+        )  # fmt: skip
+        results.append(to_host(dweight, name, table, width))
+    assert_close(results[0], expected, name)
+    np.testing.assert_array_equal(*results)  # the second run gives the same bits
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 3.0, 0.5, np.nan, 1e30])
+def test_embedding_notes_an_id_that_is_no_row(wrong: float) -> None:
+    ids = to_device(np.array([2, wrong, 0], np.float32))
+    error = runtime.cuda.to_device(np.zeros(1, np.int32))
+    y, weight = empty("float32", 3, 2), random(0, "float32", 3, 2)
+    embedding_cuda.forward("float32", "float32", ids, to_device(weight), y, error, 3, 2, 3)
+    assert error.copy_to_host()[0] == embedding_cuda.ERROR_BIT
+    np.testing.assert_array_equal(to_host(y, "float32", 3, 2)[[0, 2]], weight[[2, 0]])
+
+    parts = embedding_cuda.workspace(3, 3)
+    work = runtime.cuda.to_device(np.zeros(parts.size, np.int32))
+    dweight = empty("float32", 3, 2)
+    dy = np.ones((3, 2), np.float32)
+    embedding_cuda.backward("float32", "float32", to_device(dy), ids, work, dweight, 3, 2, 3)
+    np.testing.assert_array_equal(to_host(dweight, "float32", 3, 2), [[1, 1], [0, 0], [1, 1]])
+
+
+# ----- cross entropy -----
+
+
+@few
+@given(seeds, names, st.integers(1, 6), COLUMNS)
+def test_cross_entropy(seed: int, name: str, rows: int, classes: int) -> None:
+    check_cross_entropy(seed, name, rows, classes)
+
+
+@pytest.mark.parametrize("classes", LONG)
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_cross_entropy_of_many_classes(name: str, classes: int) -> None:
+    check_cross_entropy(4, name, 2, classes)
+
+
+def check_cross_entropy(seed: int, name: str, rows: int, classes: int) -> None:
+    real = real_name(name)
+    x = random(seed, name, rows, classes) * DTYPES[name].type(4)
+    target = np.random.default_rng(seed).integers(0, classes, rows)
+    dloss = random(seed + 1, real, rows)
+    loss, logsumexp = empty(real, rows), empty(real, rows)
+    error = runtime.cuda.to_device(np.zeros(1, np.int32))
+    device_target = to_device(target.astype(np.float32))
+    cross_entropy_cuda.forward(
+        name, "float32", to_device(x), device_target, loss, logsumexp, error, rows, classes
+    )
+    a, every = exact(x), np.arange(rows)
+    expected = np.log(np.exp(a).sum(-1))
+    assert_close(to_host(logsumexp, real, rows), expected, real)
+    assert_close(to_host(loss, real, rows), expected - a[every, target], real)
+    assert error.copy_to_host()[0] == 0
+
+    dx = empty(name, rows, classes)
+    cross_entropy_cuda.backward(
+        name, "float32", to_device(dloss), to_device(x), device_target, logsumexp, dx, rows, classes
+    )
+    share = np.exp(a - expected[:, None])
+    share[every, target] -= 1
+    assert_close(to_host(dx, name, rows, classes), exact(dloss)[:, None] * share, name)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 3.0, 0.5, np.nan])
+def test_cross_entropy_notes_a_target_that_is_no_class(wrong: float) -> None:
+    x = random(0, "float32", 2, 3)
+    error = runtime.cuda.to_device(np.zeros(1, np.int32))
+    loss, logsumexp = empty("float32", 2), empty("float32", 2)
+    target = to_device(np.array([wrong, 1], np.float32))
+    cross_entropy_cuda.forward(
+        "float32", "float32", to_device(x), target, loss, logsumexp, error, 2, 3
+    )
+    assert error.copy_to_host()[0] == cross_entropy_cuda.ERROR_BIT
+    losses = loss.copy_to_host()
+    assert np.isnan(losses[0]) and np.isfinite(losses[1])
+
+
+# ----- sums -----
+
+
+@few
+@given(seeds, names, st.booleans(), st.integers(0, 200), st.sampled_from([1, 6, 40, 136]))
+def test_column_sums(seed: int, name: str, wide: bool, rows: int, columns: int) -> None:
+    x = random(seed, name, rows, columns)
+    out_name = real_name(name) if wide else name
+    out = empty(out_name, columns)
+    parts = reduce_cuda.column_parts(name, rows, columns)
+    partials = empty(real_name(name), parts, columns)
+    device = to_device(x) if rows else empty(name, 1)
+    reduce_cuda.column_sums(name, out_name, device, partials, out, rows, columns)
+    assert_close(to_host(out, out_name, columns), exact(x).sum(0), out_name)
+
+
+@few
+@given(seeds, names, st.integers(1, 2000), st.sampled_from([0.0, np.nan, np.inf, -np.inf]))
+def test_sum_of_squares(seed: int, name: str, size: int, special: float) -> None:
+    x, real = random(seed, name, size), real_name(name)
+    if special:
+        x[seed % size] = special
+    blocks = reduce_cuda.square_blocks(size)
+    partials, total = empty(real, blocks + 1), empty(real, 1)
+    partials[:1] = np.zeros(1, DTYPES[real])
+    found = to_device(np.zeros(1, np.float32))
+    reduce_cuda.sum_of_squares(name, to_device(x), size, partials, 1, found)
+    assert found.copy_to_host()[0] == (1 if special else 0)
+    if not special:
+        reduce_cuda.total(real, partials, blocks + 1, total)
+        assert_close(to_host(total, real, 1), np.array([np.square(exact(x)).sum()]), real)
