@@ -25,7 +25,7 @@ from .elementwise_cuda import (
 )
 from .runtime import SIMULATED, Instance, ceil_div, cuda, kernel, launch, precision, types
 
-THREADS = 32 if SIMULATED else 256
+THREADS = 8 if SIMULATED else 256
 
 
 def identity(x: float) -> float:

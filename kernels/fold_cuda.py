@@ -72,7 +72,7 @@ def make_plan(shape: Ints, strides: Ints, dim: int) -> FoldPlan:
     else:
         fold_lanes = 1 if length <= 32 else 8
     fold_lanes = min(fold_lanes, THREADS)
-    blocks = ceil_div(outputs, THREADS // fold_lanes)
+    blocks = max(ceil_div(outputs, THREADS // fold_lanes), 1)
     chunks = min(ceil_div(WANTED_BLOCKS, blocks), ceil_div(length, fold_lanes * LEAST_STEPS))
     per_chunk = ceil_div(length, chunks)
     return FoldPlan(

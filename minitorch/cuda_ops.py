@@ -89,7 +89,7 @@ def mm_practice(a: Tensor, b: Tensor) -> TensorData:
     left, right = a.contiguous()._tensor, b.contiguous()._tensor
     out = contiguous_data(DeviceArray.empty(size * size, a.dtype), (size, size))
     arrays = [device_storage(data).array for data in (out, left, right)]
-    practice_cuda.small_matmul_into(*arrays, dtype=dtype_name(a.dtype), size=size)
+    practice_cuda.small_matmul_into(arrays[0], arrays[1], arrays[2], dtype_name(a.dtype), size)
     return out
 
 

@@ -1,0 +1,556 @@
+"""`CudaOps` against numpy: map, zip, reduce, movement and matrix products, in four precisions."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minitorch
+from minitorch import Tensor, cublas, operators
+from minitorch.cuda_matmul import MATMULS
+from minitorch.cuda_ops import (
+    CudaOps,
+    device_jit,
+    mm_practice,
+    sum_practice,
+    tensor_map,
+    tensor_reduce,
+    tensor_zip,
+)
+from minitorch.cuda_views import view_of
+from minitorch.kernels import copy_cuda, elementwise_cuda, fold_cuda, runtime
+from minitorch.kernels.scalar_cuda import with_constants_of_type
+from minitorch.tensor_data import TensorData
+
+Array = npt.NDArray[Any]
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+EXAMPLES = 12 if runtime.SIMULATED else 20  # on a GPU each layout is a kernel to compile
+
+backend = minitorch.TensorBackend(CudaOps)
+numbers = np.random.default_rng(3)
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def make(shape: tuple[int, ...], dtype: str = "float32") -> tuple[Tensor, Array]:
+    """A tensor on the GPU and its values."""
+    array = numbers.standard_normal(shape).astype(dtype_of(dtype))
+    return minitorch.tensor_from_numpy(array, backend=backend), array
+
+
+def permuted(shape: tuple[int, ...], order: list[int], dtype: str) -> tuple[Tensor, Array]:
+    """The same with its dimensions in another order, so not contiguous."""
+    tensor, array = make(shape, dtype)
+    return tensor.permute(*order), array.transpose(order)
+
+
+def assert_same(result: Tensor, expected: Array, dtype: str, factor: float = 1.0) -> None:
+    assert result.dtype == dtype_of(dtype)
+    assert result.shape == expected.shape
+    np.testing.assert_allclose(
+        result.to_numpy().astype(np.float64),
+        expected.astype(np.float64),
+        rtol=factor * TOLERANCE[dtype],
+        atol=factor * TOLERANCE[dtype],
+    )
+
+
+@st.composite
+def layouts(draw: st.DrawFn, most: int = 5) -> tuple[tuple[int, ...], list[int]]:
+    """A shape and an order of its dimensions."""
+    shape = draw(st.lists(st.integers(1, most), min_size=1, max_size=4))
+    return tuple(shape), draw(st.permutations(range(len(shape))))
+
+
+# ----- map and zip -----
+
+MAPS: list[tuple[Callable[[float], float], Callable[[Array], Array]]] = [
+    (operators.neg, lambda x: -x),
+    (operators.sigmoid, lambda x: 1 / (1 + np.exp(-x))),
+    (operators.relu, lambda x: np.maximum(x, 0)),
+    (operators.exp, np.exp),
+    (operators.tanh, np.tanh),
+    (operators.id, lambda x: x),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(layout=layouts(), number=st.integers(0, len(MAPS) - 1))
+def test_map(dtype: str, layout: tuple[tuple[int, ...], list[int]], number: int) -> None:
+    x, array = permuted(*layout, dtype)
+    fn, expected = MAPS[number]
+    assert_same(CudaOps.map(fn)(x), expected(array.astype(np.float64)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(layout=layouts(), data=st.data())
+def test_zip_broadcasts(
+    dtype: str, layout: tuple[tuple[int, ...], list[int]], data: st.DataObject
+) -> None:
+    a, a_array = permuted(*layout, dtype)
+    kept = data.draw(st.integers(0, a.dims))  # of the last dimensions, some of size 1
+    shape = tuple(data.draw(st.sampled_from([1, n])) for n in a.shape[a.dims - kept :]) or (1,)
+    b, b_array = make(shape, dtype)
+    a64, b64 = a_array.astype(np.float64), b_array.astype(np.float64)
+    assert_same(backend.add_zip(a, b), a64 + b64, dtype)
+    assert_same(backend.mul_zip(b, a), a64 * b64, dtype)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 31, 64, 257])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_rows_with_an_end(dtype: str, size: int) -> None:
+    """The end of a row that is shorter than a vector."""
+    (a, x), (b, y), (one, z) = make((size,), dtype), make((size,), dtype), make((1,), dtype)
+    x, y, z = (values.astype(np.float64) for values in (x, y, z))
+    assert_same(backend.add_zip(a, b), x + y, dtype)
+    assert_same(backend.mul_zip(a, one), x * z, dtype)
+    assert_same(CudaOps.map(operators.tanh)(a), np.tanh(x), dtype)
+
+
+def test_views_that_are_not_aligned() -> None:
+    a, x = make((65,))
+    for start in range(5):
+        view = CudaOps.slice(a, slice(start, start + 60))
+        assert_same(CudaOps.map(operators.neg)(view), -x[start : start + 60], "float32")
+
+
+def test_dtypes_promote() -> None:
+    (a, x), (b, y), (c, z) = make((5, 8)), make((8,), "bfloat16"), make((5, 8), "float16")
+    x, y, z = (values.astype(np.float64) for values in (x, y, z))
+    assert_same(backend.add_zip(a, b), x + y, "float32")
+    assert_same(backend.mul_zip(b, c), y * z, "float32", 100)
+    assert_same(backend.mul_zip(CudaOps.cast(a, np.dtype("float64")), b), x * y, "float64")
+
+
+def test_infinity_and_nan() -> None:
+    x = minitorch.tensor([-np.inf, np.inf, np.nan, 0.0, 1000.0, -1000.0], backend=backend)
+    values = x.to_numpy()
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(CudaOps.map(operators.exp)(x).to_numpy(), np.exp(values))
+        np.testing.assert_array_equal(CudaOps.map(operators.inv)(x).to_numpy(), 1 / values)
+    np.testing.assert_array_equal(CudaOps.map(operators.relu)(x).to_numpy(), np.maximum(values, 0))
+    assert np.isnan(backend.max_reduce(x, 0).item())
+
+
+def test_map_into_a_larger_output() -> None:
+    x, array = make((3, 1))
+    out, _ = make((2, 3, 4))
+    assert CudaOps.map(operators.id)(x, out) is out
+    assert_same(out, np.broadcast_to(array, (2, 3, 4)), "float32")
+    CudaOps.cmap(operators.exp)(x, out)
+    assert_same(out, np.broadcast_to(np.exp(array), (2, 3, 4)), "float32")
+
+
+def test_empty_tensors() -> None:
+    x, _ = make((0, 3))
+    assert backend.add_zip(x, x).shape == (0, 3)
+    assert_same(x.sum(0), np.zeros((1, 3)), "float32")
+    assert x.sum(1).shape == (0, 1)
+    assert_same(make((2, 0))[0] @ make((0, 3))[0], np.zeros((2, 3)), "float32")
+
+
+def test_any_function_of_the_user() -> None:
+    offset = 3
+
+    def shifted(x: float) -> float:  # has a closure: taken as it is
+        return 2 * x + offset
+
+    x, array = make((9,))
+    for fn in (shifted, device_jit(shifted), lambda x: 2 * x + 3):
+        assert_same(CudaOps.map(fn)(x), 2 * array + 3, "float32")
+
+
+def polynomial(x: float) -> float:
+    """Numbers of all kinds."""
+    scale: float = 0.1
+    if x > 1:
+        return scale * x**2 + operators.EPS
+    return -1.5 * x + 1 / 3
+
+
+def test_numbers_in_a_function_take_the_working_type() -> None:
+    for dtype in (np.float32, np.float64):
+        fn = with_constants_of_type(polynomial, dtype)
+        for x in (0.5, 2.0):
+            result = fn(dtype(x))
+            assert type(result) is dtype
+            assert result == pytest.approx(polynomial(x), rel=1e-6)
+    assert with_constants_of_type(len, np.float32) is None
+
+
+def test_minitorchs_kernels() -> None:
+    a, x = make((3, 4))
+    b, y = make((4,))
+    out, _ = make((3, 4))
+    tensor_map(device_jit(operators.exp))(*out.tuple(), *a.tuple())
+    assert_same(out, np.exp(x), "float32")
+    tensor_zip(operators.mul)(*out.tuple(), *a.tuple(), *b.tuple())
+    assert_same(out, x * y, "float32")
+    row, _ = make((1, 4))
+    tensor_reduce(operators.add)(*row.tuple(), *a.tuple(), 0, 1.0)
+    assert_same(row, x.sum(0, keepdims=True) + 1, "float32")
+
+
+def test_merge_dimensions() -> None:
+    merge = elementwise_cuda.merge_dimensions
+    assert merge((2, 3, 4), (12, 4, 1)) == ((24,), [(1,)])
+    assert merge((2, 3, 4), (12, 4, 1), (0, 0, 1)) == ((6, 4), [(4, 1), (0, 1)])
+    assert merge((2, 1, 4), (4, 99, 1), (4, 0, 1)) == ((8,), [(1,), (1,)])
+    assert merge((3, 4), (1, 3)) == ((3, 4), [(1, 3)])
+    assert merge((), ()) == ((1,), [(1,)])
+
+
+# ----- reduce -----
+
+FOLDS = {"sum": (operators.add, 0.0), "max": (operators.max, -np.inf)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(layout=layouts(9), dim=st.integers(0, 3), name=st.sampled_from(sorted(FOLDS)))
+def test_reduce(dtype: str, layout: tuple[tuple[int, ...], list[int]], dim: int, name: str) -> None:
+    x, array = permuted(*layout, dtype)
+    dim %= x.dims
+    expected = getattr(array.astype(np.float64), name)(dim, keepdims=True)
+    assert_same(CudaOps.reduce(*FOLDS[name])(x, dim), expected, dtype, 4)
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("shape, dim", [((1100,), 0), ((3, 70), 1), ((600, 3), 0), ((2, 40, 3), 1)])
+def test_reduce_long_folds(shape: tuple[int, ...], dim: int) -> None:
+    """In chunks, and by trees of every height."""
+    x, array = make(shape)
+    expected = array.astype(np.float64).sum(dim, keepdims=True) + 2.5
+    assert_same(CudaOps.reduce(operators.add, 2.5)(x, dim), expected, "float32", 10)
+    again = CudaOps.reduce(operators.add, 2.5)(x, dim).to_numpy()
+    np.testing.assert_array_equal(CudaOps.reduce(operators.add, 2.5)(x, dim).to_numpy(), again)
+
+
+def test_fold_plans_cover_each_element_once() -> None:
+    for shape, strides in (((5000,), (1,)), ((7, 300), (300, 1)), ((300, 7), (1, 300))):
+        for dim in range(len(shape)):
+            plan = fold_cuda.make_plan(shape, strides, dim)
+            assert plan.outputs * plan.length == np.prod(shape)
+            assert (plan.chunks - 1) * plan.per_chunk < plan.length <= plan.chunks * plan.per_chunk
+
+
+# ----- movement -----
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, order", [((9, 7), [1, 0]), ((2, 5, 6), [2, 0, 1])])
+def test_contiguous_of_a_transposed_tensor(
+    dtype: str, shape: tuple[int, ...], order: list[int]
+) -> None:
+    x, array = permuted(shape, order, dtype)
+    copy = backend.id_map(x)
+    assert copy._tensor.is_contiguous()
+    np.testing.assert_array_equal(copy.to_numpy(), array)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(layout=layouts(9))
+def test_contiguous(layout: tuple[tuple[int, ...], list[int]]) -> None:
+    x, array = permuted(*layout, "float32")
+    np.testing.assert_array_equal(x.contiguous().to_numpy(), array)
+
+
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+def test_cast(source: str, target: str) -> None:
+    x, array = make((5, 9), source)
+    out = CudaOps.cast(x, dtype_of(target))
+    assert out._tensor._storage is not x._tensor._storage
+    expected = array.astype(np.float32 if source != "float64" else np.float64)
+    np.testing.assert_array_equal(
+        out.to_numpy().astype(np.float64), expected.astype(dtype_of(target)).astype(np.float64)
+    )
+
+
+def test_pieces() -> None:
+    (a, x), (b, y) = make((2, 3, 4)), make((2, 5, 4))
+    joined = CudaOps.concatenate([a, b], 1)
+    assert_same(joined, np.concatenate([x, y], 1), "float32")
+    key = (slice(None), slice(1, 6, 2))
+    piece = CudaOps.slice(joined, key)
+    assert_same(piece, joined.to_numpy()[key], "float32")
+    back = CudaOps.slice_backward(piece, key, joined.shape)
+    expected = np.zeros(joined.shape)
+    expected[key] = piece.to_numpy()
+    assert_same(back, expected, "float32")
+    with pytest.raises(ValueError, match="agree"):
+        CudaOps.concatenate([a, b], 2)
+    CudaOps.copy_into(CudaOps.slice(joined, (0, slice(0, 3))), CudaOps.slice(a, 1))
+    assert_same(CudaOps.slice(joined, (0, slice(0, 3))), x[1], "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_fill(dtype: str) -> None:
+    x, array = make((3, 4, 8), dtype)
+    mask = numbers.random((4, 8)) < 0.5
+    assert_same(
+        CudaOps.masked_fill(x, mask, -np.inf), np.where(mask, -np.inf, array.astype(float)), dtype
+    )
+    column = numbers.random((4, 1)) < 0.5
+    assert_same(
+        CudaOps.masked_fill(x, column, 0.0), np.where(column, 0, array.astype(float)), dtype
+    )
+
+
+def test_a_transposition_is_recognised() -> None:
+    found = copy_cuda._transposition((64, 5, 48), (240, 48, 1), (1, 64, 320))
+    assert found is not None and (found.rows, found.columns, found.rest) == (64, 48, (5,))
+    assert copy_cuda._transposition((64, 48), (48, 1), (48, 1)) is None
+
+
+# ----- matrix products -----
+
+PRODUCTS = [
+    ((2, 2), (2, 2)),
+    ((5, 7), (7, 3)),
+    ((33, 17), (17, 10)),
+    ((2, 9, 8), (2, 8, 10)),
+    ((2, 3, 4, 5), (3, 5, 6)),
+    ((3, 4), (2, 4, 5)),
+    ((2, 5, 3), (3, 4)),
+    ((1, 6), (6, 1)),
+    ((1, 1), (1, 1)),
+]
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("shapes", PRODUCTS)
+@pytest.mark.parametrize("implementation", MATMULS, ids=lambda m: m.name)
+def test_matmul(implementation: Any, shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to compute a product, with each factor as it is and transposed."""
+    if implementation.name == "cuBLAS" and not cublas.is_available():
+        pytest.skip("no cuBLAS here: pip install minitorch[cuda] on a machine with a GPU")
+    monkeypatch.setattr("minitorch.cuda_matmul.MATMULS", [implementation])
+    for turn_a, turn_b in ((False, False), (True, False), (False, True)):
+        (a, x), (b, y) = (turned(s, t) for s, t in zip(shapes, (turn_a, turn_b), strict=True))
+        assert_same(a @ b, x.astype(np.float64) @ y.astype(np.float64), "float32", 4)
+
+
+def turned(shape: tuple[int, ...], turn: bool, dtype: str = "float32") -> tuple[Tensor, Array]:
+    """A factor of `shape`; `turn`: stored by columns."""
+    if not turn:
+        return make(shape, dtype)
+    dims = len(shape)
+    order = [*range(dims - 2), dims - 1, dims - 2]
+    return permuted((*shape[:-2], shape[-1], shape[-2]), order, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmul_dtypes(dtype: str) -> None:
+    (a, x), (b, y) = make((3, 6, 20), dtype), make((20, 9), dtype)
+    assert_same(a @ b, x.astype(np.float64) @ y.astype(np.float64), dtype, 4)
+
+
+def test_matmul_of_views_with_gaps() -> None:
+    a, x = make((2, 3, 4, 6))
+    heads = a.permute(0, 2, 1, 3)  # batch dimensions that cannot be merged
+    assert_same(heads @ heads.permute(0, 1, 3, 2), matmul_of_heads(x), "float32", 4)
+    part = CudaOps.slice(a, (0, 0, slice(None), slice(1, 6, 2)))
+    values = x[0, 0, :, 1:6:2]
+    assert_same(part @ part.permute(1, 0), values @ values.T, "float32", 4)
+
+
+def matmul_of_heads(x: Array) -> Array:
+    heads = x.transpose(0, 2, 1, 3)
+    product: Array = heads @ heads.swapaxes(-1, -2)
+    return product
+
+
+def test_matmul_checks() -> None:
+    a, b = make((2, 3))[0], make((4, 2))[0]
+    with pytest.raises(ValueError, match="last size"):
+        a @ b
+    with pytest.raises(ValueError, match="two dimensions"):
+        a @ make((3,))[0]
+
+
+def test_how_cublas_reads_a_factor() -> None:
+    assert cublas.factor((4, 3, 5), (15, 5, 1)) == (cublas.BY_ROWS, 5, 15)
+    assert cublas.factor((4, 3, 5), (15, 1, 3)) == (cublas.BY_COLUMNS, 3, 15)
+    assert cublas.factor((1, 3, 5), (0, 10, 2)) is None
+    assert cublas.factor((1, 3, 5), (0, 0, 1)) is None
+    assert cublas.factor((1, 1, 5), (0, 0, 1)) == (cublas.BY_ROWS, 5, 0)
+    assert cublas.factor((1, 1, 5), (0, 7, 2)) == (cublas.BY_COLUMNS, 2, 0)
+    assert cublas.factor((1, 3, 1), (0, 4, 9)) == (cublas.BY_ROWS, 4, 0)
+    with pytest.raises(ValueError, match="highest"):
+        cublas.set_float32_matmul_precision("medium")
+
+
+def test_a_weight_makes_one_product_of_a_batch() -> None:
+    a = view_of(make((4, 3, 5))[0]._tensor)
+    weight = view_of(make((5, 2))[0]._tensor.broadcast_to((4, 5, 2)))
+    found = cublas.plan(a, weight)
+    assert found is not None and (found.batches, found.m, found.n, found.k) == (1, 12, 2, 5)
+    turned_weight = weight._replace(strides=(0, 1, 5))
+    found = cublas.plan(a, turned_weight)
+    assert found is not None and found.b.order == cublas.BY_COLUMNS
+
+
+# ----- linear layers -----
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear(dtype: str, with_bias: bool) -> None:
+    (x, xa), (w, wa), (b, ba) = make((2, 5, 8), dtype), make((8, 6), dtype), make((6,), dtype)
+    g, ga = make((2, 5, 6), dtype)
+    x64, w64, b64, g64 = (values.astype(np.float64) for values in (xa, wa, ba, ga))
+    out = CudaOps.linear_forward(x, w, b if with_bias else None)
+    assert_same(out, x64 @ w64 + (b64 if with_bias else 0), dtype, 4)
+    dx, dw, db = CudaOps.linear_backward(g, x, w, (True, True, True))
+    assert dx is not None and dw is not None and db is not None
+    assert_same(dx, g64 @ w64.T, dtype, 4)
+    assert_same(dw, x64.reshape(10, 8).T @ g64.reshape(10, 6), dtype, 8)
+    assert_same(db, g64.sum((0, 1)), dtype, 4)
+    assert CudaOps.linear_backward(g, x, w, (False, False, False)) == (None, None, None)
+
+
+def test_linear_checks() -> None:
+    x, w, b = make((2, 8))[0], make((7, 6))[0], make((6,))[0]
+    with pytest.raises(ValueError, match=r"\(2, 8\) and \(7, 6\)"):
+        CudaOps.linear_forward(x, w, b)
+    with pytest.raises(ValueError, match="bias"):
+        CudaOps.linear_forward(make((2, 7))[0], w, make((5,))[0])
+
+
+# ----- the course's cases -----
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("size", [16, 48, 64, 500])
+def test_sum_practice(size: int) -> None:
+    values = [random.random() for _ in range(size)]
+    x = minitorch.tensor(values, backend=backend)
+    sums = sum_practice(x)._storage
+    for block in range(-(-size // 32)):
+        assert float(sums[block]) == pytest.approx(sum(values[32 * block : 32 * block + 32]))
+    assert x.sum(0).item() == pytest.approx(sum(values))
+
+
+@pytest.mark.races
+@pytest.mark.parametrize("size", [1, 2, 5] if runtime.SIMULATED else [1, 2, 16, 31, 32])
+def test_mm_practice(size: int) -> None:
+    (a, x), (b, y) = make((size, size)), make((size, size))
+    np.testing.assert_allclose(mm_practice(a, b).to_numpy(), x @ y, rtol=1e-4, atol=1e-5)
+
+
+def test_practice_checks() -> None:
+    a = make((33, 33))[0]
+    with pytest.raises(ValueError, match="n <= 32"):
+        mm_practice(a, a)
+    with pytest.raises(ValueError, match="one dimension"):
+        sum_practice(a)
+
+
+def test_sum_of_rows() -> None:
+    x, array = make((16, 32))
+    assert_same(x.sum(1), array.sum(1, keepdims=True), "float32", 10)
+
+
+@pytest.mark.parametrize(
+    "left, right", [((2, 2), (2, 2)), ((33, 33), (33, 33)), ((2, 45, 33), (2, 33, 40))]
+)
+def test_course_products(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    (a, x), (b, y) = make(left), make(right)
+    assert_same(a @ b, x @ y, "float32", 10)
+
+
+UNARY: list[Callable[[Tensor], Tensor]] = [
+    lambda a: -a,
+    lambda a: a * a * a + 1.0,
+    lambda a: (a * a + 1.5).log(),
+    lambda a: a.sigmoid() * 2.0,
+    lambda a: (a + 10.0).relu(),
+    lambda a: a.exp(),
+    lambda a: (a * a + 1.0) ** -1,
+]
+BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda a, b: a + b,
+    lambda a, b: a - b,
+    lambda a, b: a * b,
+    lambda a, b: a / (b * b + 1.0),
+]
+
+
+@pytest.mark.parametrize("number", range(len(UNARY)))
+def test_gradients_of_one_tensor(number: int) -> None:
+    a = minitorch.tensor_from_numpy(numbers.standard_normal((2, 3)), backend=backend)
+    minitorch.grad_check(UNARY[number], a)
+
+
+@pytest.mark.parametrize("number", range(len(BINARY)))
+def test_gradients_of_two_tensors_that_broadcast(number: int) -> None:
+    a = minitorch.tensor_from_numpy(numbers.standard_normal((2, 3)), backend=backend)
+    b = minitorch.tensor_from_numpy(numbers.standard_normal((3,)), backend=backend)
+    minitorch.grad_check(BINARY[number], a, b)
+
+
+def test_gradients_of_movement_sums_and_products() -> None:
+    a = minitorch.tensor_from_numpy(numbers.standard_normal((2, 3)), backend=backend)
+    minitorch.grad_check(lambda x: x.permute(1, 0) * 2.0, a)
+    minitorch.grad_check(lambda x: x.sum(0) * x.sum(1).sum(), a)
+    minitorch.grad_check(lambda x: x @ x.permute(1, 0), a)
+    minitorch.grad_check(lambda x: x.permute(1, 0).contiguous().view(6), a)
+
+
+# ----- on the hardware: sizes and layouts that the simulator is too slow for -----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_shapes(dtype: str) -> None:
+    for shape, order in (((300, 4097), [1, 0]), ((8, 129, 6, 64), [0, 2, 1, 3])):
+        x, array = permuted(shape, order, dtype)
+        np.testing.assert_array_equal(x.contiguous().to_numpy(), array)
+        for dim in range(x.dims):
+            expected = array.astype(np.float64).sum(dim, keepdims=True)
+            assert_same(CudaOps.reduce(operators.add)(x, dim), expected, dtype, 40)
+    (a, x_values), (b, y_values) = make((130, 600), dtype), make((600, 515), dtype)
+    expected = x_values.astype(np.float64) @ y_values.astype(np.float64)
+    for implementation in MATMULS:
+        out = CudaOps.empty((130, 515), dtype_of(dtype))
+        if implementation.run(out, a._tensor, b._tensor):
+            assert_same(a._new(out), expected, dtype, 40)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", MATMULS, ids=lambda m: m.name)
+def test_more_batches_than_a_grid_dimension(implementation: Any) -> None:
+    (a, x), (b, y) = make((70000, 2, 3)), make((70000, 3, 2))
+    out = CudaOps.empty((70000, 2, 2), a.dtype)
+    if implementation.run(out, a._tensor, b._tensor):
+        assert_same(a._new(out), x @ y, "float32", 10)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements() -> None:
+    size = (1 << 31) + 5
+    x = a_tensor_of(CudaOps.full((size,), 1.0, np.dtype("float16")))
+    y = backend.add_zip(x, x)
+    assert float(CudaOps.slice(y, slice(size - 3, size)).to_numpy().min()) == 2.0
+    column = a_tensor_of(CudaOps.full((size // 8, 1), 2.0, np.dtype("float16")))
+    spread = backend.mul_zip(column, a_tensor_of(CudaOps.full((1, 9), 3.0, np.dtype("float16"))))
+    assert CudaOps.reduce(operators.max, 0.0)(spread, 0).to_numpy().min() == 6.0
+    assert float(CudaOps.slice(spread, slice(size // 8 - 1, size // 8)).to_numpy().min()) == 6.0
+
+
+def a_tensor_of(data: TensorData) -> Tensor:
+    return Tensor(data, backend=backend)
