@@ -294,9 +294,10 @@ def pair(numbers: list[float | None], form: str = "{:.2f}") -> str:
 def tflops(cell: dict[str, Any], what: str) -> float:
     """Useful 10**12 operations a second of ours: two products forward, five backward."""
     c, passes = cell, {"forward": 1.0, "both": 3.5}[what]
-    work = 4.0 * c["batch"] * c["heads"] * c["length"] ** 2 * c["head_dim"] * passes
+    work: float = 4.0 * c["batch"] * c["heads"] * c["length"] ** 2 * c["head_dim"] * passes
     milliseconds: float = c[what]["flash"]["gpu_ms"]
-    return work / (2 if c["causal"] else 1) / milliseconds / 1e9
+    speed = work / (2 if c["causal"] else 1) / milliseconds / 1e9
+    return speed
 
 
 def markdown(result: dict[str, Any]) -> str:
