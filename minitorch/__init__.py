@@ -10,8 +10,8 @@ from . import threads as _threads  # isort: skip  # noqa: F401
 # Binds numba.cuda, which numba does not do by itself: programs ask numba.cuda.is_available().
 from .kernels import runtime as _runtime  # isort: skip  # noqa: F401
 
-from . import modules_transfomer, operators, scalar_functions, testing
-from .attention import attention_dropout_mask, flash_attention
+from . import cuda, modules_transfomer, operators, scalar_functions, testing
+from .attention import attention_dropout_mask
 from .autodiff import (
     Context,
     Variable,
@@ -38,9 +38,11 @@ from .factories import (
 )
 from .fast_conv import Conv1dFun, Conv2dFun, conv1d, conv2d, tensor_conv1d, tensor_conv2d
 from .fast_ops import FastOps
+from .foreign import as_tensor, flash_attention, from_dlpack
 from .function import Function, History
 from .fused_functions import Attn_Softmax, LayerNorm, LogSoftmax, LogSumExp, Softmax
 from .grad_check import grad_central_difference, grad_check
+from .grad_scaler import GradScaler
 from .module import Module, Parameter
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
 from .nn import (
@@ -150,6 +152,7 @@ __all__ = [
     "FeedForward",
     "FlashAttention",
     "Function",
+    "GradScaler",
     "Graph",
     "History",
     "Index",
@@ -205,6 +208,7 @@ __all__ = [
     "View",
     "_tensor",
     "argmax",
+    "as_tensor",
     "attention_dropout_mask",
     "avgpool2d",
     "backpropagate",
@@ -213,10 +217,12 @@ __all__ = [
     "clip_grad_norm_",
     "conv1d",
     "conv2d",
+    "cuda",
     "datasets",
     "derivative_check",
     "dropout",
     "flash_attention",
+    "from_dlpack",
     "get_default_dtype",
     "get_rng_state",
     "grad_central_difference",

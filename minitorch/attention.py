@@ -17,6 +17,7 @@ from .fused_functions import LogSumExp, Softmax
 from .kernels.flash_attention.problem import AttentionProblem, Causal, Window
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
+from .tensor_data import TensorData
 from .tensor_functions import BandFill, FlashAttention, MaskedFill
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def flash_attention(
         TypeError: not tensors, or dtypes that differ or are not float32 or float64.
 
     """
-    problem = _problem(
+    problem = describe(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
     tracked_mask: Any = attn_mask if hasattr(attn_mask, "requires_grad") else None
@@ -102,7 +103,7 @@ def standard_attention(
 
     Arguments, result and errors are those of `flash_attention`.
     """
-    problem = _problem(
+    problem = describe(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
     scores = _matmul_heads(query, key.transpose(-2, -1)) * problem.scale  # (..., H, Nq, Nk)
@@ -127,17 +128,17 @@ def standard_attention(
     return out, logsumexp
 
 
-def _problem(
+def describe(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Mask,
-    is_causal: Causal,
-    dropout_p: float,
-    scale: float | None,
-    window: Window | None,
-    enable_gqa: bool,
-    seed: int | None,
+    attn_mask: Any = None,
+    is_causal: Causal = False,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: Window | None = None,
+    enable_gqa: bool = False,
+    seed: int | None = None,
 ) -> AttentionProblem:
     """The validated description of a call. The dropout seed is drawn last: bad input draws none."""
     for name, given in (("key", key), ("value", value)):
@@ -176,6 +177,8 @@ def _mask_description(mask: Any) -> npt.NDArray[Any]:
         return mask
     if hasattr(mask, "_tensor"):
         return np.broadcast_to(np.float32(0), mask.shape)
+    if isinstance(mask, TensorData):  # what interop.py imports
+        return np.broadcast_to(np.zeros((), mask.dtype), mask.shape)
     raise TypeError(f"attn_mask must be a Tensor or a numpy array, got {type(mask).__name__}")
 
 

@@ -225,9 +225,16 @@ def has_happened(event: Any) -> bool:
     return True
 
 
-def wait_for_stream(stream: int) -> None:
-    """Let later work of the current stream wait for what `stream` has so far."""
-    here = stream_handle()
+def wait_for(event: Any) -> None:
+    """Let the host wait until the work before an event is done, and destroy the event."""
+    if event is not None:
+        check(bindings().cuEventSynchronize(event))
+        check(bindings().cuEventDestroy(event))
+
+
+def wait_for_stream(stream: int, waiting: int | None = None) -> None:
+    """Let later work of the stream `waiting` (the current one) wait for what `stream` has now."""
+    here = stream_handle() if waiting is None else waiting
     if SIMULATED or stream == here:
         return
     event = record_event(stream)

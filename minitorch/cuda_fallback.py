@@ -17,6 +17,7 @@ from .cuda_storage import CudaStorageOps
 from .dtypes import HALF_DTYPES
 from .fused_ops import FusedOps
 from .tensor_data import TensorData
+from .tensor_ops import TensorOps
 
 # What an operation changes in place: names of arguments whose values are copied back.
 IN_PLACE = {"adamw_step": (0, 2, 3)}
@@ -48,8 +49,8 @@ def _to_device(x: Any, like: Any) -> Any:
 
 
 def on_host(name: str) -> Callable[..., Any]:
-    """The operation `name` of FusedOps, for tensors on the GPU."""
-    compute = getattr(FusedOps, name)
+    """The operation `name` of TensorOps, for tensors on the GPU."""
+    compute = getattr(TensorOps, name)
 
     def apply(*args: Any, **options: Any) -> Any:
         host = [_to_host(x) for x in args]
@@ -62,15 +63,15 @@ def on_host(name: str) -> Callable[..., Any]:
         return _to_device(result, like)
 
     apply.__name__ = name
-    apply.__doc__ = f"See `FusedOps.{name}`; on the host."
+    apply.__doc__ = f"See `TensorOps.{name}`; on the host."
     return apply
 
 
 class CudaFallbackOps(CudaStorageOps):
-    """Every fused operation of `FusedOps`, by the host."""
+    """Every fused operation of `FusedOps`, and dropout, by the host."""
 
 
-for _name in vars(FusedOps):
+for _name in (*vars(FusedOps), "dropout_forward", "dropout_backward"):
     if not _name.startswith("_"):
         setattr(CudaFallbackOps, _name, staticmethod(on_host(_name)))
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 HALF_DTYPES = (np.dtype(np.float16), BFLOAT16)  # on the GPU alone
 
 _default_dtype = np.dtype(np.float64)  # MiniTorch computes in float64

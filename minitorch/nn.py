@@ -105,8 +105,8 @@ def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
     if ignore:
         return input
     if input.backend.cuda:
-        scaled = DropoutFun.apply(input.zeros() + 1.0, rate, next_seed())
-        return input * (scaled > 0.0)
+        ones = input._new(input.f.ops.full(input.shape, 1.0, input.dtype))
+        return input * (DropoutFun.apply(ones, rate, next_seed()) > 0.0)
     return input * (rand(input.shape, backend=input.backend, requires_grad=False) > rate).to(
         input.dtype
     )

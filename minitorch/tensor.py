@@ -17,6 +17,7 @@ from .attention import flash_attention, standard_attention
 from .autodiff import Variable, backpropagate
 from .function import Function, History, check_dim
 from .fused_functions import Attn_Softmax, LayerNorm
+from .interop import cuda_array_interface, dlpack_device, to_dlpack
 from .tensor_data import (
     IndexingError,
     Shape,
@@ -79,6 +80,7 @@ class Tensor:
     """
 
     grad: Tensor | None
+    grad_buffer: Tensor | None = None  # where the gradient is written, if not into a new tensor
 
     def __init__(
         self,
@@ -163,6 +165,11 @@ class Tensor:
         if copy is False:
             raise ValueError("a tensor on the GPU becomes a numpy array by a copy only")
         return np.asarray(self.to_numpy(), dtype)
+
+    # For other libraries, which share the memory: see interop.py
+    __cuda_array_interface__ = property(cuda_array_interface)
+    __dlpack__ = to_dlpack
+    __dlpack_device__ = dlpack_device
 
     def item(self) -> float:
         """The only element, as a Python float.
@@ -499,7 +506,10 @@ class Tensor:
         """
         if not self.is_leaf():
             raise RuntimeError("only leaves collect a derivative")
-        if self.grad is None:
+        if self.grad is None and self.grad_buffer is not None:
+            x.f.ops.copy_into(self.grad_buffer, x)
+            self.grad = self.grad_buffer
+        elif self.grad is None:
             self.grad = x.f.ops.cast(x, self.dtype)
         else:
             self.grad = (self.grad + x).detach()
