@@ -13,8 +13,17 @@ from typing import Any
 
 from .rows_cuda import team_sum
 from .runtime import (
-    SIMULATED, WARP, Instance, ceil_div, cuda, device_function, kernel, launch, precision, types,
-)  # fmt: skip
+    SIMULATED,
+    WARP,
+    Instance,
+    ceil_div,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 from .vectors_cuda import BYTES, vector_access
 
 FOLD_COLUMNS = WARP  # threads of a block along the columns
@@ -197,7 +206,7 @@ def sum_of_squares_kernel(precision_name: str) -> Any:
                     total += value * value
                     finite = finite and (math.isfinite(value))
         if not finite:
-            found[0] = types.float32(1.0)  # whichever thread writes it, it is the same
+            cuda.atomic.max(found, 0, types.float32(1.0))
         total = add(total)
         if cuda.threadIdx.x == 0:
             partials[position + cuda.blockIdx.x] = total

@@ -16,19 +16,24 @@ from typing import Any
 from . import allocator, cublas
 from . import cuda_driver as driver
 from .allocator import OutOfMemoryError
+from .cublas import get_float32_matmul_precision, set_float32_matmul_precision
+from .cuda_graph import Graph
 from .device_array import raise_deferred_errors
 from .kernels import runtime
 
 __all__ = [
+    "Graph",
     "OutOfMemoryError",
     "config",
     "device_name",
     "empty_cache",
+    "get_float32_matmul_precision",
     "is_available",
     "max_memory_allocated",
     "memory_allocated",
     "memory_reserved",
     "reset_peak_memory_stats",
+    "set_float32_matmul_precision",
     "synchronize",
 ]
 

@@ -1,7 +1,8 @@
 """Optimisers: SGD, Adam and AdamW; gradient clipping and a learning-rate schedule.
 
 A step replaces the value of each parameter by a new leaf, as MiniTorch does, and never writes into
-the old one: a graph, a snapshot or a second model that holds the old value is not disturbed.
+the old one: a graph, a snapshot or a second model that holds the old value is not disturbed. The
+exception is Adam with `capturable=True`, for CUDA graphs: see `capturable.py`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .autodiff import no_grad
+from .capturable import CapturableState
 from .factories import tensor
 from .module import Parameter
 from .scalar import Scalar
@@ -56,9 +58,22 @@ class Optimizer:
     def __init__(self, parameters: Sequence[Parameter], lr: float) -> None:
         _check("lr", lr, 0.0)
         self.parameters = list(parameters)
-        self.lr = lr
+        self._lr = lr
         self._kept: list[dict[str, Tensor]] = [{} for _ in self.parameters]
         self._steps = [0] * len(self.parameters)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = lr
+
+    def clip_grad_norm_(self, max_norm: float) -> float | Tensor:
+        """`clip_grad_norm_` of this optimiser's parameters."""
+        return clip_grad_norm_(self.parameters, max_norm)
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""
@@ -91,6 +106,8 @@ class Optimizer:
         for slot in self.slots:
             if slot not in kept:
                 kept[slot] = like.zeros()
+            elif kept[slot].backend is not like.backend:  # the parameter has been moved
+                kept[slot] = kept[slot].to(like.backend)
         return kept
 
     # ----- saving and loading -----
@@ -101,12 +118,15 @@ class Optimizer:
         With the parameters' own values, this is what a run needs to go on bit for bit.
         """
         state = {"lr": np.array(self.lr), "steps": np.array(self._steps, dtype=np.int64)}
-        for number, parameter in enumerate(self.parameters):
-            kept = self._kept[number]
+        for number in range(len(self.parameters)):
             for slot in self.slots:
-                array = kept[slot].to_numpy() if slot in kept else _zeros_like(parameter)
-                state[f"{slot}.{number}"] = array
+                state[f"{slot}.{number}"] = self._kept_array(slot, number)
         return state
+
+    def _kept_array(self, slot: str, number: int) -> Array:
+        """A copy of what is kept for a parameter."""
+        kept = self._kept[number]
+        return kept[slot].to_numpy() if slot in kept else _zeros_like(self.parameters[number])
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Take back what `state_dict` gave, for the same parameters in the same order.
@@ -132,6 +152,10 @@ class Optimizer:
             )
         self.lr = float(arrays["lr"].item())
         self._steps = [int(n) for n in arrays["steps"]]
+        self._load_kept(arrays)
+
+    def _load_kept(self, arrays: Mapping[str, Array]) -> None:
+        """Take back what `state_dict` gave under the names of the slots."""
         self._kept = [
             {slot: _tensor_like(arrays[f"{slot}.{number}"], parameter) for slot in self.slots}
             for number, parameter in enumerate(self.parameters)
@@ -219,14 +243,19 @@ class Adam(Optimizer):
         eps: added to the root of the latter.
         betas: PyTorch's way to give beta1 and beta2, in place of the two.
         weight_decay: strength of the pull towards 0.
+        capturable: keep everything on the GPU and change parameters in place, all by one kernel, so
+            that a CUDA graph can capture the step. Every parameter must then be on the GPU and have
+            a gradient at each step, and each gets a new value at once, a view of one flat array.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: an argument outside its range, or `capturable` with parameters on the CPU or
+            with weight decay that is added to the gradient (AdamW's is not).
 
     """
 
     slots = ("exp_avg", "exp_avg_sq")
     decoupled = False  # whether weight decay acts on the value itself
+    device_state: CapturableState | None = None  # of an optimiser that is capturable
 
     def __init__(
         self,
@@ -238,6 +267,7 @@ class Adam(Optimizer):
         *,
         betas: tuple[float, float] | None = None,
         weight_decay: float = 0.0,
+        capturable: bool = False,
     ) -> None:
         super().__init__(parameters, lr)
         self.beta1, self.beta2 = (beta1, beta2) if betas is None else betas
@@ -247,6 +277,71 @@ class Adam(Optimizer):
         _check("beta2", self.beta2, 0.0, 1.0)
         _check("eps", eps, 0.0)
         _check("weight_decay", weight_decay, 0.0)
+        if capturable:
+            if weight_decay and not self.decoupled:
+                raise ValueError(
+                    f"Adam with capturable=True needs weight_decay 0, got {weight_decay}: use AdamW"
+                )
+            self.device_state = CapturableState(self.parameters)
+            self.lr = lr
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step; setting it writes to the GPU if capturable."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self._lr = lr
+        if self.device_state is not None:
+            self.device_state.set_lr(lr)
+
+    def clip_grad_norm_(self, max_norm: float) -> float | Tensor:
+        """Scale the gradients so that their joint norm is at most `max_norm`.
+
+        If capturable, the gradients stay as they are: the factor waits on the GPU for the next
+        `step`, which is skipped if a gradient is infinite or NaN.
+
+        Args:
+            max_norm: the largest norm allowed.
+
+        Returns:
+            The joint norm before; if capturable a float64 Tensor of one element on the GPU, which
+            the next call overwrites.
+
+        """
+        if self.device_state is None:
+            return super().clip_grad_norm_(max_norm)
+        _check("max_norm", max_norm, 0.0)
+        return self.device_state.clip(max_norm)
+
+    def step(self) -> None:
+        """Change each parameter that has a gradient; if capturable, all must have one."""
+        if self.device_state is None:
+            super().step()
+            return
+        decay = self.weight_decay if self.decoupled else 0.0
+        self.device_state.step(self.beta1, self.beta2, self.eps, decay)
+
+    def state_dict(self) -> dict[str, Array]:
+        """See `Optimizer.state_dict`; the same for an optimiser that is capturable."""
+        if self.device_state is not None:
+            self._steps = [self.device_state.steps()] * len(self.parameters)
+        return super().state_dict()
+
+    def _kept_array(self, slot: str, number: int) -> Array:
+        if self.device_state is None:
+            return super()._kept_array(slot, number)
+        return self.device_state.kept(slot, number)
+
+    def _load_kept(self, arrays: Mapping[str, Array]) -> None:
+        if self.device_state is None:
+            super()._load_kept(arrays)
+            return
+        self.device_state.load_steps(max(self._steps))
+        for number in range(len(self.parameters)):
+            for slot in self.slots:
+                self.device_state.load(slot, number, arrays[f"{slot}.{number}"])
 
     def _update(self, number: int, value: Tensor, grad: Tensor) -> Tensor:
         kept = self._slots_of(number, value)
@@ -283,25 +378,33 @@ class AdamW(Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(parameters, lr, eps=eps, betas=betas, weight_decay=weight_decay)
+        super().__init__(
+            parameters,
+            lr,
+            eps=eps,
+            betas=betas,
+            weight_decay=weight_decay,
+            capturable=capturable,
+        )
 
 
 # ----- beside the optimiser -----
 
 
-def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
+def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float | Tensor:
     """Scale all gradients together so that their joint norm is at most `max_norm`.
 
     A gradient that is scaled is replaced, not written into. Formula as in PyTorch: scale =
-    max_norm / (norm + 1e-6), if that is below 1.
+    max_norm / (norm + 1e-6), if that is below 1. On the GPU nothing is read back.
 
     Args:
         parameters: those without a gradient are passed over.
         max_norm: the largest norm allowed.
 
     Returns:
-        The joint norm before scaling.
+        The joint norm before scaling; a Tensor of one element if gradients are on the GPU.
 
     Raises:
         ValueError: `max_norm` is negative.
@@ -309,6 +412,10 @@ def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
     """
     _check("max_norm", max_norm, 0.0)
     with_gradient = [p for p in parameters if _gradient(p) is not None]
+    tensors = [p.value for p in with_gradient if isinstance(p.value, Tensor)]
+    if any(value.grad is not None and value.grad._tensor.on_device for value in tensors):
+        with no_grad():
+            return _clip_on_device(tensors, max_norm)
     squares = 0.0
     for parameter in with_gradient:
         array = np.asarray(_gradient(parameter))
@@ -320,6 +427,18 @@ def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
             for parameter in with_gradient:
                 attribute = "derivative" if isinstance(parameter.value, Scalar) else "grad"
                 setattr(parameter.value, attribute, _gradient(parameter) * scale)
+    return norm
+
+
+def _clip_on_device(values: Sequence[Tensor], max_norm: float) -> Tensor:
+    found = [value.grad for value in values if value.grad is not None]
+    gradients = [g.to(np.float32) if g.dtype.itemsize == 2 else g for g in found]
+    norm = sum(((g * g).sum() for g in gradients[1:]), (gradients[0] * gradients[0]).sum()) ** 0.5
+    scale = max_norm / (norm + 1e-6)
+    scale = scale * (scale < 1.0) + (scale >= 1.0)
+    for value in values:
+        if value.grad is not None:
+            value.grad = value.grad * scale.to(value.grad.dtype)
     return norm
 
 

@@ -41,6 +41,16 @@ def next_seed() -> int:
     return int(_attention_seeds.integers(0, 2**64, dtype=np.uint64))
 
 
+def restart_seeds(seed: int) -> None:
+    """Let `next_seed` begin anew, as `manual_seed` does, and leave the other generators alone.
+
+    A training step that a CUDA graph repeats draws the same seeds each time: call this at its
+    beginning, and let `device_offset` tell the steps apart.
+    """
+    global _attention_seeds
+    _attention_seeds = np.random.Generator(np.random.PCG64(int(seed)))
+
+
 @cache
 def device_offset() -> DeviceArray:
     """A number (uint64, one element) on the GPU that kernels add to the seed of a dropout mask.

@@ -1,0 +1,195 @@
+"""What an optimiser keeps on the GPU so that its step can be replayed inside a CUDA graph.
+
+A graph repeats the same kernels on the same addresses. So parameters are changed in place, and
+every number that differs from step to step (learning rate, count of steps, factor of the gradient,
+whether to skip) is in device memory. All parameters lie one after the other in one flat array,
+their gradients in another, so that a step of all of them is one kernel:
+
+    values      | embedding        | weights   | bias | ...      each starts at a multiple of 64
+    gradients   | embedding        | weights   | bias | ...
+
+A parameter's value is a view of the first, and `grad_buffer`, where its gradient is written, one of
+the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .device_array import DeviceArray
+from .kernels import adamw_cuda, reduce_cuda
+from .module import Parameter
+from .tensor import Tensor
+from .tensor_data import TensorData, strides_from_shape
+
+Array = npt.NDArray[Any]
+
+ALIGNMENT = 64  # elements: vectors of 16 bytes and cuBLAS want aligned addresses
+
+
+def zeros(size: int, dtype: npt.DTypeLike) -> DeviceArray:
+    """A device array of zeros."""
+    array = DeviceArray.empty(size, dtype)
+    array.fill(0)
+    return array
+
+
+class CapturableState:
+    """Flat parameters and gradients, AdamW's means, and the scalars of `kernels/adamw_cuda.py`.
+
+    Args:
+        parameters: Tensors on one GPU backend, all float32 or all float64. Each gets a new value,
+            a view of the flat array.
+
+    Raises:
+        ValueError: a parameter that is not on the GPU, or no parameter at all.
+        TypeError: parameters of different dtypes, or of 16 bits.
+
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.dtype = _common_dtype(self.parameters)
+        self._starts = [0]
+        for parameter in self.parameters:
+            padded = -(-parameter.value.size // ALIGNMENT) * ALIGNMENT
+            self._starts.append(self._starts[-1] + padded)
+        self.size = self._starts[-1]
+        self.values, self.gradients, self.exp_avg, self.exp_avg_sq = (
+            zeros(self.size, self.dtype) for _ in range(4)
+        )
+        self.scalars = zeros(adamw_cuda.SCALARS, np.float64)
+        self.scalars[adamw_cuda.FACTOR] = 1.0
+        self.found = zeros(1, np.float32)  # not 0: a gradient is not finite
+        self._partials = zeros(max(reduce_cuda.square_blocks(self.size), 1), self.dtype)
+        self._total = zeros(1, self.dtype)
+        self._leaves: list[Tensor | None] = [None] * len(self.parameters)
+        self.adopt()
+
+    # ----- parameters and gradients -----
+
+    def _view(self, flat: DeviceArray, number: int) -> TensorData:
+        """The part of a flat array that belongs to a parameter."""
+        value = self.parameters[number].value
+        start = self._starts[number]
+        part = flat[start : start + value.size]
+        return TensorData._of(part, value.shape, strides_from_shape(value.shape))
+
+    def adopt(self) -> None:
+        """Copy values that others have set (`load_state_dict` does) into the flat array."""
+        for number, parameter in enumerate(self.parameters):
+            value = parameter.value
+            if value is self._leaves[number]:
+                continue
+            leaf = value._new(self._view(self.values, number))
+            leaf.f.ops.copy_into(leaf, value.detach())
+            leaf.grad = value.grad
+            leaf.grad_buffer = value._new(self._view(self.gradients, number))
+            parameter.update(leaf)
+            self._leaves[number] = leaf
+
+    def gather_gradients(self) -> None:
+        """Copy gradients that are elsewhere into the flat array.
+
+        Raises:
+            ValueError: a parameter has no gradient.
+
+        """
+        self.adopt()
+        for number, parameter in enumerate(self.parameters):
+            value = parameter.value
+            if value.grad is None:
+                raise ValueError(
+                    f"capturable=True steps all parameters together, and number {number} "
+                    f"({value.name}) has no gradient"
+                )
+            if value.grad is not value.grad_buffer:
+                value.f.ops.copy_into(value.grad_buffer, value.grad.detach())
+                value.grad = value.grad_buffer
+
+    # ----- the step -----
+
+    def set_lr(self, lr: float) -> None:
+        """Write the learning rate, in order with the kernels."""
+        self.scalars[adamw_cuda.LR] = lr
+
+    def sum_of_squares(self, found: DeviceArray) -> DeviceArray:
+        """Of all gradients, (1,); `found` becomes 1 if one of them is not finite."""
+        self.gather_gradients()
+        name, count = self.dtype.name, reduce_cuda.square_blocks(self.size)
+        reduce_cuda.sum_of_squares(
+            name, self.gradients.array, self.size, self._partials.array, 0, found.array
+        )
+        reduce_cuda.total(name, self._partials.array, count, self._total.array)
+        return self._total
+
+    def clip(self, max_norm: float) -> Tensor:
+        """See `Optimizer.clip_grad_norm_`; nothing is read back."""
+        total = self.sum_of_squares(self.found)
+        adamw_cuda.clip(total.array, self.found.array, self.scalars.array, max_norm)
+        norm = self.scalars[adamw_cuda.NORM : adamw_cuda.NORM + 1]
+        like: Tensor = self.parameters[0].value
+        return like._new(TensorData._of(norm, (1,), (1,)))
+
+    def step(self, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+        """One step of AdamW in place."""
+        self.gather_gradients()
+        adamw_cuda.captured_step(
+            self.dtype.name,
+            self.values.array,
+            self.gradients.array,
+            self.exp_avg.array,
+            self.exp_avg_sq.array,
+            self.size,
+            self.scalars.array,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+        )
+
+    # ----- saving and loading -----
+
+    def steps(self) -> int:
+        """Steps taken; steps that were skipped do not count."""
+        return int(self.scalars[adamw_cuda.STEP])
+
+    def kept(self, slot: str, number: int) -> Array:
+        """A copy of "exp_avg" or "exp_avg_sq" of a parameter."""
+        data = self._view(getattr(self, slot), number)
+        return data.to_numpy()
+
+    def load(self, slot: str, number: int, array: Array) -> None:
+        """Overwrite what `kept` gave."""
+        storage: DeviceArray = self._view(getattr(self, slot), number)._storage
+        storage.copy_from_host(array)
+
+    def load_steps(self, steps: int) -> None:
+        """Overwrite the number of steps taken."""
+        self.scalars[adamw_cuda.STEP] = steps
+
+
+def _common_dtype(parameters: Sequence[Parameter]) -> np.dtype[Any]:
+    """The dtype of all parameters, which are checked."""
+    if not parameters:
+        raise ValueError("capturable=True needs at least one parameter, got none")
+    for parameter in parameters:
+        value = parameter.value
+        if not isinstance(value, Tensor) or not value._tensor.on_device:
+            raise ValueError(
+                "capturable=True needs parameters that are Tensors on the GPU, got "
+                f"{parameter.name or type(value).__name__} on the CPU: build the model with "
+                "backend=minitorch.TensorBackend(minitorch.CudaKernelOps)"
+            )
+    dtypes = sorted({parameter.value.dtype.name for parameter in parameters})
+    if dtypes not in (["float32"], ["float64"]):
+        raise TypeError(
+            "capturable=True needs parameters that are all float32 or all float64, got "
+            + ", ".join(dtypes)
+        )
+    dtype: np.dtype[Any] = np.dtype(dtypes[0])
+    return dtype
