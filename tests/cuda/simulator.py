@@ -51,13 +51,12 @@ class Turns:
         self.awake = 0
         self.barrier: Any = None
         self.failure: BaseException | None = None
-        self.finished = threading.Semaphore(0)
+        self.finished = threading.Lock()
+        self.finished.acquire()
 
     def run(self, threads: list[TurnThread]) -> None:
         """Run them all to their ends; raises what one of them raised."""
         self.threads = threads
-        for thread in threads:
-            thread.start()
         threads[0].go.release()
         self.finished.acquire()
         if self.failure is not None:
@@ -88,30 +87,39 @@ class Turns:
 
 
 class TurnThread(threading.Thread):
-    """One GPU thread, with the attributes and methods of the simulator's own `BlockThread`."""
+    """One GPU thread, with the attributes and methods of the simulator's own `BlockThread`; then
+    another: making threads takes longer than what most of them do.
+    """
 
-    def __init__(self, turns: Turns, manager: Any, block: Any, point: Any, args: Any) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
+        self.go = threading.Lock()  # released by whoever wakes this thread
+        self.go.acquire()
+        self.start()
+
+    def prepare(self, turns: Turns, manager: Any, block: Any, point: Any, args: Any) -> TurnThread:
+        """Be the thread `point` of a block, from the next waking on."""
         self.turns, self.manager, self.args = turns, manager, args
         self.blockIdx, self.threadIdx = kernelapi.Dim3(*block), kernelapi.Dim3(*point)
         x, y, _ = manager._block_dim
         self.thread_id = point[0] + x * (point[1] + y * point[2])
         self.interval = 0  # the number of barriers passed
         self.atomic = False
-        self.go = threading.Semaphore(0)
+        return self
 
     def run(self) -> None:
-        self.go.acquire()
-        try:
-            if self.turns.failure is None:
-                with np.errstate(all="ignore"):  # integers wrap around, as on a GPU
-                    self.manager._f(*self.args)
-        except BaseException as error:
-            if self.turns.failure is None:
-                error.add_note(f"in thread {self.threadIdx} of block {self.blockIdx}")
-                self.turns.failure = error
-        finally:
-            self.turns.leave()
+        while True:
+            self.go.acquire()
+            try:
+                if self.turns.failure is None:
+                    with np.errstate(all="ignore"):  # integers wrap around, as on a GPU
+                        self.manager._f(*self.args)
+            except BaseException as error:
+                if self.turns.failure is None:
+                    error.add_note(f"in thread {self.threadIdx} of block {self.blockIdx}")
+                    self.turns.failure = error
+            finally:
+                self.turns.leave()
 
     def syncthreads(self, depth: int = 2) -> None:
         caller = sys._getframe(depth)
@@ -134,6 +142,9 @@ class TurnThread(threading.Thread):
         return self._vote(value, np.any)
 
 
+_threads: list[TurnThread] = []
+
+
 def _run_block(manager: Any, block: Any, *args: Any) -> None:
     """In place of `BlockManager.run`."""
     context = kernel._get_kernel_context()
@@ -143,7 +154,14 @@ def _run_block(manager: Any, block: Any, *args: Any) -> None:
         _checker.begin_block(context)
     turns = Turns()
     points = [point[::-1] for point in np.ndindex(*manager._block_dim[::-1])]
-    turns.run([TurnThread(turns, manager, block, point, args) for point in points])
+    while len(_threads) < len(points):
+        _threads.append(TurnThread())
+    turns.run(
+        [
+            thread.prepare(turns, manager, block, point, args)
+            for thread, point in zip(_threads, points, strict=False)
+        ]
+    )
 
 
 def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: Any = None) -> Any:
