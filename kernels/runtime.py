@@ -7,8 +7,11 @@ language (numba-cuda-mlir) is one line away, and so that what the simulator lack
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ cuda: Any = numba.cuda
 types: Any = numba.types
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+numba.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # small tensors make small grids
 WARP = 32
 
 
@@ -116,15 +120,124 @@ def launch(
 ) -> None:
     """Launch a kernel on the current stream.
 
+    numba takes 20 to 60 us for that. It compiles and launches the first time; later calls with
+    arguments of the same types go to the driver directly, in about 8 us.
+
     Args:
         kernel: compiled by `kernel`.
         grid: number of blocks, x up to 2**31 - 1, y and z up to 65535.
         threads: number of threads of a block.
-        arguments: numba device arrays, numbers and tuples of numbers.
+        arguments: numba device arrays, numbers and tuples of whole numbers.
         shared_bytes: of dynamic shared memory.
 
     """
+    packed = None if SIMULATED else _pack(arguments)
+    if packed is not None:
+        values, kinds = packed
+        function = _functions.get((kernel, kinds))
+        if function is not None:
+            _launch_directly(function, grid, threads, shared_bytes, values)
+            return
     kernel[grid, threads, current_stream(), shared_bytes](*arguments)
+    if packed is not None:
+        signature = tuple(kernel.typeof_pyval(x) for x in arguments)
+        compiled = kernel.overloads.get(signature)
+        if compiled is not None:
+            _functions[kernel, kinds] = int(compiled._codelibrary.get_cufunc().handle)
+
+
+# ----- launching without numba -----
+
+MOST_VALUES = 256  # of a kernel's arguments, an array being seven
+
+_functions: dict[tuple[Any, tuple[Any, ...]], int] = {}
+_parameters = threading.local()
+_WHOLE_NUMBERS = (np.int32, np.uint32, np.int64)
+
+
+def _pack(arguments: tuple[Any, ...]) -> tuple[list[int], tuple[Any, ...]] | None:
+    """The arguments as 64-bit words, as numba's kernels take them, and what types they have.
+
+    None where there is one of a kind that is left to numba.
+    """
+    values: list[int] = []
+    kinds: list[Any] = []
+    for x in arguments:
+        kind: Any = type(x)
+        if kind is int:
+            values.append(x)
+            if not -(1 << 63) <= x < 1 << 63:
+                return None
+        elif kind is tuple:
+            values += x
+            kind = len(x)
+        elif kind is np.float32:
+            values.append(int(x.view(np.uint32)))
+        elif kind is float or kind is np.float64:
+            values.append(int(np.float64(x).view(np.int64)))
+        elif kind is np.uint64:
+            values.append(int(x.view(np.int64)))
+        elif kind in _WHOLE_NUMBERS:
+            values.append(int(x))
+        else:
+            words = getattr(x, "_words", None) or _words_of(x)
+            if words is None:
+                return None
+            values += words
+            kind = x.dtype
+        kinds.append(kind)
+    return values, tuple(kinds)
+
+
+def _words_of(array: Any) -> tuple[int, ...] | None:
+    """A device array as a kernel gets it; kept on the array. None if it is none of ours."""
+    interface = getattr(array, "__cuda_array_interface__", None)
+    if interface is None or len(interface["shape"]) != 1 or interface.get("strides"):
+        return None
+    (size,), itemsize = interface["shape"], array.dtype.itemsize
+    # its owner and parent (none), size, itemsize, address, shape, strides in bytes
+    array._words = (0, 0, size, itemsize, interface["data"][0], size, itemsize)
+    return array._words  # type: ignore[no-any-return]
+
+
+@cache
+def _driver() -> Any:
+    """NVIDIA's bindings of the driver, which numba-cuda needs too."""
+    return importlib.import_module("cuda.bindings.driver")
+
+
+def _launch_directly(
+    function: int,
+    grid: int | tuple[int, ...],
+    threads: int | tuple[int, ...],
+    shared_bytes: int,
+    values: list[int],
+) -> None:
+    if not hasattr(_parameters, "words"):  # of this thread: a launch lets other threads run
+        words = (ctypes.c_int64 * MOST_VALUES)()
+        first = ctypes.addressof(words)
+        _parameters.words = words
+        _parameters.addresses = (ctypes.c_void_p * MOST_VALUES)(
+            *(first + 8 * i for i in range(MOST_VALUES))
+        )
+    _parameters.words[: len(values)] = values
+    driver, stream = _driver(), current_stream()
+    handle = stream if isinstance(stream, int) else getattr(stream.handle, "value", stream.handle)
+    (status,) = driver.cuLaunchKernel(
+        driver.CUfunction(function),
+        *_three(grid),
+        *_three(threads),
+        shared_bytes,
+        driver.CUstream(int(handle or 0)),
+        ctypes.addressof(_parameters.addresses),
+        0,
+    )
+    if int(status) != 0:
+        raise RuntimeError(f"the kernel could not be launched: {status.name} ({int(status)})")
+
+
+def _three(sizes: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (sizes, 1, 1) if isinstance(sizes, int) else (*sizes, 1, 1)[:3]
 
 
 # ----- number types -----
@@ -138,13 +251,15 @@ def _bfloat16_to_float32(bits):
     return _float32_of_bits(types.uint32(bits) << types.uint32(16))
 
 
-def _float32_to_bfloat16(x):
+def _rounded_to_bfloat16(x):
     """To the nearest, ties to even; NaN stays NaN."""
     bits = _bits_of_float32(x)
     if x != x:
         return types.uint16((bits >> types.uint32(16)) | types.uint32(64))
     odd = (bits >> types.uint32(16)) & types.uint32(1)
-    return types.uint16((bits + types.uint32(0x7FFF) + odd) >> types.uint32(16))
+    # uint32() each time: numba would go on in 64 bits, at twice the cost.
+    rounded = types.uint32(types.uint32(bits + types.uint32(0x7FFF)) + odd)
+    return types.uint16(rounded >> types.uint32(16))
 
 
 if SIMULATED:
@@ -155,8 +270,11 @@ if SIMULATED:
     def _bits_of_float32(x):
         return np.float32(x).view(np.uint32)
 
+    _float32_to_bfloat16 = _rounded_to_bfloat16
+
 else:
     from llvmlite import ir
+    from numba.cuda.core.targetconfig import ConfigStack
     from numba.cuda.extending import intrinsic
 
     def _bitcast(source: Any, target: Any, llvm_type: Any) -> Any:
@@ -171,6 +289,18 @@ else:
 
     _float32_of_bits = _bitcast(types.uint32, types.float32, ir.FloatType())
     _bits_of_float32 = _bitcast(types.float32, types.uint32, ir.IntType(32))
+
+    @intrinsic
+    def _float32_to_bfloat16(typingctx, x):
+        """One instruction where the hardware knows bfloat16, from compute capability 8.0 on."""
+
+        def codegen(context, builder, signature, args):
+            if ConfigStack().top().compute_capability < (8, 0):
+                return context.compile_internal(builder, _rounded_to_bfloat16, signature, args)
+            kind = ir.FunctionType(ir.IntType(16), [ir.FloatType()])
+            return builder.call(ir.InlineAsm(kind, "cvt.rn.bf16.f32 $0, $1;", "=h,f"), args)
+
+        return types.uint16(types.float32), codegen
 
 
 @dataclass(frozen=True)
@@ -215,7 +345,7 @@ def precision(name: str) -> Precision:
             np.dtype(np.uint16),
             types.float32,
             device_function(_bfloat16_to_float32),
-            device_function(_float32_to_bfloat16),
+            device_function(_float32_to_bfloat16) if SIMULATED else _float32_to_bfloat16,
         )
     raise TypeError(f"kernels compute with float16, bfloat16, float32 and float64, got {name}")
 
