@@ -15,8 +15,17 @@ from functools import cache
 from typing import Any
 
 from .runtime import (
-    SIMULATED, WARP, Instance, ceil_div, cuda, device_function, kernel, launch, precision, types,
-)  # fmt: skip
+    SIMULATED,
+    WARP,
+    Instance,
+    ceil_div,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 from .vectors_cuda import BYTES, vector_access
 
 ERROR_BIT = 1  # of the device's word of errors: an id that is no row of the table

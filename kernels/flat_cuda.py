@@ -1,4 +1,4 @@
-"""Elements of flat arrays on a GPU, a few neighbours to a thread: for kernels that take each alone."""
+"""Elements of flat arrays on a GPU, a few neighbours to a thread: for elementwise kernels."""
 
 from __future__ import annotations
 

@@ -18,11 +18,24 @@ from typing import Any
 
 from .reduce_cuda import FOLD_COLUMNS, FOLD_SIZE, FOLD_THREADS, fold
 from .rows_cuda import (
-    RowShape, block_row, row_blocks, row_shape, team_sum, tile_access,
-)  # fmt: skip
+    RowShape,
+    block_row,
+    row_blocks,
+    row_shape,
+    team_sum,
+    tile_access,
+)
 from .runtime import (
-    SIMULATED, Instance, ceil_div, cuda, device_function, kernel, launch, precision, types,
-)  # fmt: skip
+    SIMULATED,
+    Instance,
+    ceil_div,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 
 FORWARD_BYTES = 64  # of each of three rows that a thread keeps in its registers: x, gamma, beta
 BACKWARD_BYTES = 48  # of each of four: two rows, and two sums over rows

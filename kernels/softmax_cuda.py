@@ -16,11 +16,24 @@ from functools import cache
 from typing import Any
 
 from .rows_cuda import (
-    RowShape, block_row, row_blocks, row_shape, team_max, team_sum, tile_access,
-)  # fmt: skip
+    RowShape,
+    block_row,
+    row_blocks,
+    row_shape,
+    team_max,
+    team_sum,
+    tile_access,
+)
 from .runtime import (
-    NEGATIVE_INFINITY, Instance, cuda, device_function, kernel, launch, precision, types,
-)  # fmt: skip
+    NEGATIVE_INFINITY,
+    Instance,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 
 FORWARD_BYTES = 128  # of a row that a thread keeps, in its registers
 BACKWARD_BYTES = 64  # of each of two rows

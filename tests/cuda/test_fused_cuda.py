@@ -32,7 +32,7 @@ NAMES = ("float32", "float64", "float16", "bfloat16")
 DTYPES = {name: np.dtype(name) for name in NAMES[:3]} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # Roundings of a result and of a sum of a hundred terms, relative to the largest number.
 TOLERANCE = {"float32": 4e-6, "float64": 1e-13, "float16": 2e-3, "bfloat16": 1.6e-2}
-few = settings(max_examples=12 if SIMULATED else 60, deadline=None)
+few = settings(max_examples=12 if SIMULATED else 20, deadline=None)
 names = st.sampled_from(NAMES)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -304,7 +304,7 @@ def check_embedding(seed: int, name: str, tokens: int, table: int, width: int) -
         )  # fmt: skip
         results.append(to_host(dweight, name, table, width))
     assert_close(results[0], expected, name)
-    np.testing.assert_array_equal(*results)  # the second run gives the same bits
+    np.testing.assert_array_equal(results[0], results[1])  # the second run gives the same bits
 
 
 @pytest.mark.parametrize("wrong", [-1.0, 3.0, 0.5, np.nan, 1e30])
