@@ -5,12 +5,12 @@
 
 The simulator runs kernels as plain Python, a thread of the operating system for each GPU thread, so
 take small blocks and shapes there: `runtime.SIMULATED` says where a test is. It must be chosen
-before numba is imported, which is why it has a process of its own. Two marks:
+before numba is imported, which is why it has a process of its own.
 
-    gpu      needs the hardware (large shapes, graphs, streams); skipped in the simulator
-    races    in the simulator, runs under `race_checker` (tests/cuda/simulator.py): an access to a
-             cell that another thread writes, with no barrier in between, is an error. On a GPU it
-             changes nothing; there compute-sanitizer looks for races (make sanitize).
+There every test runs under `race_checker` (tests/cuda/simulator.py): an access to a cell that
+another thread writes, with no barrier in between, is an error. On a GPU compute-sanitizer looks
+for races (make sanitize). A test with the mark `gpu` needs the hardware (large shapes, graphs,
+streams) and is skipped in the simulator.
 """
 
 from __future__ import annotations
@@ -40,16 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def simulated_blocks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In the simulator: blocks run as tests/cuda/simulator.py says, marked tests look for races."""
+def simulated_blocks() -> Iterator[None]:
+    """In the simulator: blocks run as tests/cuda/simulator.py says, and races are errors."""
     if not runtime.SIMULATED:
         yield
         return
     from tests.cuda import simulator
 
-    with simulator.strict_blocks():
-        if request.node.get_closest_marker("races"):
-            with simulator.race_checker():
-                yield
-        else:
-            yield
+    with simulator.strict_blocks(), simulator.race_checker():
+        yield

@@ -13,7 +13,7 @@ from minitorch.kernels.runtime import cuda, types
 if not runtime.SIMULATED:
     pytest.skip("about numba's simulator: make simulator", allow_module_level=True)
 
-from tests.cuda.simulator import DivergentBarrier, Race, race_checker
+from tests.cuda.simulator import DivergentBarrier, Race
 
 THREADS = 8
 
@@ -83,10 +83,9 @@ def early_exit(out):  # type: ignore[no-untyped-def]
 def test_a_missing_barrier_is_found(kernel: Any) -> None:
     x, out = np.arange(2 * THREADS, dtype=np.float32), np.zeros(2 * THREADS, np.float32)
     blocks = 2 if kernel is neighbours else 1
-    with race_checker():
-        kernel[blocks, THREADS](x, out, True)
-        with pytest.raises(Race, match="that thread"):
-            kernel[blocks, THREADS](x, out, False)
+    kernel[blocks, THREADS](x, out, True)
+    with pytest.raises(Race, match="that thread"):
+        kernel[blocks, THREADS](x, out, False)
     if kernel is overwriting:
         np.testing.assert_array_equal(out[:THREADS], [10, 12, 14, 16, 18, 20, 22, 8])
 
@@ -95,20 +94,18 @@ def test_a_missing_barrier_is_found(kernel: Any) -> None:
 @pytest.mark.parametrize("blocks", [1, 2])
 def test_global_memory_is_checked_too(how: str, blocks: int) -> None:
     out = np.zeros(THREADS, np.int64)
-    with race_checker():
-        if how == "atomic" or (how == "block" and blocks == 1):
+    if how == "atomic" or (how == "block" and blocks == 1):
+        one_cell[blocks, THREADS](out, how)
+        assert out.sum() == blocks * THREADS
+    else:
+        with pytest.raises(Race):
             one_cell[blocks, THREADS](out, how)
-            assert out.sum() == blocks * THREADS
-        else:
-            with pytest.raises(Race):
-                one_cell[blocks, THREADS](out, how)
 
 
 def test_launches_are_in_order() -> None:
     out = np.zeros(THREADS, np.int64)
-    with race_checker():
-        for _ in range(2):
-            one_cell[1, THREADS](out, "block")
+    for _ in range(2):
+        one_cell[1, THREADS](out, "block")
     assert (out == 2).all()
 
 
@@ -136,7 +133,6 @@ def test_an_error_in_a_kernel_names_the_thread() -> None:
     assert "in thread (0, 0, 0) of block (1, 0, 0)" in caught.value.__notes__
 
 
-@pytest.mark.races
 def test_warp_reductions() -> None:
     @cuda.jit
     def reduce(x, sums, largest):  # type: ignore[no-untyped-def]
