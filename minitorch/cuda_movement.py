@@ -37,7 +37,12 @@ class CudaMovementOps(CudaFallbackOps):
 
     @classmethod
     def slice_backward(cls, grad: Tensor, key: Any, shape: tuple[int, ...]) -> Tensor:
-        """See `StorageOps.slice_backward`."""
+        """See `StorageOps.slice_backward`; a key with a negative step goes through the host."""
+        keys = key if isinstance(key, tuple) else (key,)
+        if any(isinstance(part, slice) and (part.step or 1) < 0 for part in keys):
+            host = np.zeros(shape, grad.dtype)
+            host[key] = grad.to_numpy()
+            return grad._from_numpy(host)
         out = cls.full(shape, 0.0, grad.dtype)
         copy_into(view_of(out.slice(key)), view_of(grad._tensor))
         return grad._new(out)

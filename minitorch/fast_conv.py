@@ -4,6 +4,8 @@ As in MiniTorch the output has the size of the input, and the kernel is anchored
 top): an output sees what follows it, and 0 past the end.
 
     out[b, o, y, x] = sum over c, i, j of  input[b, c, y + i, x + j] * weight[o, c, i, j]
+
+There is no kernel for the GPU: tensors there are copied to the host for it, and back.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .autodiff import Context
+from .dtypes import HALF_DTYPES, promote
 from .function import Function
 from .kernels import threads
 from .kernels.simd import cache_key
 from .kernels.threads import fetch_add, run_on_threads, thread_count
-from .tensor_data import TensorData
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -48,18 +50,20 @@ def _check(input: Tensor, weight: Tensor, dims: int) -> None:
 
 
 def _arrays(a: Tensor, b: Tensor, dims: int) -> tuple[Array, Array]:
-    """Contiguous arrays of four dimensions and one dtype."""
-    dtype = np.promote_types(a.dtype, b.dtype)
-    first, second = (np.array(t._tensor.array, dtype, order="C", copy=None) for t in (a, b))
+    """Contiguous arrays of four dimensions and one dtype, on the host."""
+    arrays = [t.to_numpy() if t._tensor.on_device else t._tensor.array for t in (a, b)]
+    dtype = promote(a.dtype, b.dtype)
+    if dtype in HALF_DTYPES:
+        dtype = np.dtype(np.float32)
+    first, second = (np.array(array, dtype, order="C", copy=None) for array in arrays)
     if dims == 1:
         return first[:, :, None, :], second[:, :, None, :]
     return first, second
 
 
 def _wrap(like: Tensor, array: Array) -> Tensor:
-    return like._new(
-        TensorData.from_array(array.reshape(*array.shape[:2], *array.shape[4 - like.dims + 2 :]))
-    )
+    array = array.reshape(*array.shape[:2], *array.shape[4 - like.dims + 2 :])
+    return like._from_numpy(array.astype(like.dtype) if like.dtype in HALF_DTYPES else array)
 
 
 def _convolve(a: Array, b: Array, reverse: bool) -> Array:

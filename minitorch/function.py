@@ -55,14 +55,31 @@ class Function:
         Args:
             inputs: tensors, and plain values that have no derivative.
 
+        Raises:
+            ValueError: some tensors are on the GPU and some are not.
+
         """
         tracked = is_grad_enabled() and any(getattr(x, "history", None) is not None for x in inputs)
         ctx = Context(no_grad=not tracked)
         raw = [x.detach() if hasattr(x, "history") else x for x in inputs]
-        out = cls._forward(ctx, *raw)
+        try:
+            out = cls._forward(ctx, *raw)
+        except Exception as error:
+            _explain_mixture(cls.__name__, raw, error)
+            raise
         if not tracked:
             return out
         return type(out)(out._tensor, History(cls, ctx, inputs), backend=out.backend)
+
+
+def _explain_mixture(name: str, inputs: Sequence[Any], error: Exception) -> None:
+    """If a function failed because its tensors are not in one place, say so."""
+    on_device = {x._tensor.on_device for x in inputs if hasattr(x, "_tensor")}
+    if len(on_device) > 1:
+        raise ValueError(
+            f"{name}: some of its tensors are on the GPU and some on the CPU; "
+            "move them with .to(backend)"
+        ) from error
 
 
 def as_int(value: Any) -> int:
