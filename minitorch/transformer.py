@@ -7,8 +7,9 @@ section 3.2.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from .dtypes import get_default_dtype
+from .dtypes import check_dtype, get_default_dtype
 from .factories import tensor_from_numpy, zeros
 from .module import Module
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
@@ -269,6 +270,8 @@ class DecoderLM(Module):
         use_flash_attention: see `MultiHeadAttention`.
         n_layer: number of layers, `t_layer_1` and so on; 4 in the course.
         middle_dim: of the feed-forward layers, 256 as in the course if not given.
+        compute_dtype: what the layers compute with, on the GPU "bfloat16" or "float16"; the weights
+            stay as they are (master weights), and so does their gradient. None: as the weights.
 
     """
 
@@ -286,10 +289,14 @@ class DecoderLM(Module):
         use_flash_attention: bool = False,
         n_layer: int = 4,
         middle_dim: int = 256,
+        compute_dtype: npt.DTypeLike | None = None,
     ) -> None:
         super().__init__()
         backend = SimpleBackend if backend is None else backend
         self.backend = backend
+        self.compute_dtype = (
+            None if compute_dtype is None else check_dtype(compute_dtype, backend.cuda)
+        )
         self.n_vocab = n_vocab
         self.n_embd = n_embd
         self.n_head = n_head
@@ -330,7 +337,7 @@ class DecoderLM(Module):
 
     def init_cache(self, batch: int = 1) -> list[KeyValueCache]:
         """An empty cache for each layer, with room for n_positions."""
-        dtype = self.token_embeddings.weights.value.dtype
+        dtype = self.compute_dtype or self.token_embeddings.weights.value.dtype
         head_dim = self.n_embd // self.n_head
         return [
             KeyValueCache(batch, self.n_head, self.n_positions, head_dim, dtype)
@@ -338,7 +345,7 @@ class DecoderLM(Module):
         ]
 
     def forward(self, idx: Tensor, cache: list[KeyValueCache] | None = None) -> Tensor:
-        """Token numbers (B, T), stored as floats -> scores (B, T, n_vocab).
+        """Token numbers (B, T), stored as floats -> scores (B, T, n_vocab), in the compute dtype.
 
         Args:
             idx: the tokens; with a cache, those that follow what it holds.
@@ -356,6 +363,8 @@ class DecoderLM(Module):
             raise ValueError(f"the model has {self.n_positions} positions, {end} are wanted")
         positions = self._all_positions()[:, start:end]
         x = self.token_embeddings(idx) + self.position_embeddings(positions)
+        if self.compute_dtype is not None:
+            x = x.to(self.compute_dtype)  # all layers compute in the dtype of their input
         x = self.dropout(x)
         for number, layer in enumerate(self.layers()):
             x = layer(x, None if cache is None else cache[number])

@@ -348,6 +348,11 @@ def test_bad_texts(
         (["--seed", "-1"], "--seed must not be negative, got -1"),
         (["--held-out", "1"], "--held-out must be between 0 and 1, got 1.0"),
         (["--resume"], "there is no checkpoint at"),
+        (["--precision", "bf16"], "--precision bf16 needs --device cuda"),
+        (
+            ["--precision", "fp16", "--dtype", "float64", "--device", "cuda"],
+            "--precision fp16 computes from float32 weights, got --dtype float64",
+        ),
     ],
 )
 def test_bad_options(
@@ -355,6 +360,20 @@ def test_bad_options(
 ) -> None:
     command = ["train", "--out", str(tmp_path / "out"), *words]
     assert wanted in message(capsys, command)
+
+
+@pytest.mark.skipif(minitorch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_no_gpu_is_an_error(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    printed = message(capsys, [command, "--device", "cuda", "--precision", "bf16"])
+    assert "--device cuda needs a GPU" in printed and "minitorch doctor" in printed
+
+
+def test_precision_on_the_cpu_is_that_of_the_weights(text: Path) -> None:
+    """What a checkpoint of the GPU needs, to be sampled anywhere."""
+    options = tiny(text, precision="bf16", device="cuda")
+    model = models.build(options.model, 20)
+    assert model(models.as_tensor(np.array([[1, 2]]), model.backend)).dtype == np.float32
 
 
 def test_bad_checkpoints(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -501,7 +520,7 @@ def test_the_loss_curve_follows_pytorch(text: Path, attention: str) -> None:
 def test_inputs_have_the_dtype_of_the_model(text: Path) -> None:
     options = tiny(text, dtype="float32")
     trainer = training.Trainer(options, data.load(options.data, options.model.context))
-    assert models.as_tensor(np.array([1])).dtype == np.float32
+    assert models.as_tensor(np.array([1]), trainer.model.backend).dtype == np.float32
     assert {p.value.dtype for p in trainer.model.parameters()} == {np.dtype(np.float32)}
     assert models.size(trainer.model) == sum(p.value.size for p in trainer.model.parameters())
     assert os.path.exists(SCRIPT)

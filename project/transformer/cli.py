@@ -108,13 +108,22 @@ def _add_options(
                 continue
             default = defaults.get(field.name, field.default)
             shown = "none" if default == "" else default
+            text = f"{field.metadata['help']} (default: {shown})"
+            if isinstance(field.default, bool):  # --graph and --no-graph
+                group.add_argument(
+                    flag(field.name),
+                    action=argparse.BooleanOptionalAction,
+                    default=argparse.SUPPRESS,
+                    help=text,
+                )
+                continue
             group.add_argument(
                 flag(field.name),
                 type=type(field.default),
                 choices=field.metadata["choices"],
                 metavar=None if field.metadata["choices"] else type(field.default).__name__.upper(),
                 default=argparse.SUPPRESS,
-                help=f"{field.metadata['help']} (default: {shown})",
+                help=text,
             )
 
 
@@ -134,3 +143,6 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=0, metavar="K", help="only the K likeliest tokens; 0 means all"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the chance")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where it is computed"
+    )

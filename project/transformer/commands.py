@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+import minitorch
 from minitorch.checkpoint import write_atomically
 
 from . import data
@@ -96,6 +97,14 @@ def _introduce(trainer: Trainer, terminal: Terminal) -> None:
         f"context {model.context}: {models.size(trainer.model):,} weights in {model.dtype}, "
         f"{model.attention} attention"
     )
+    if options.training.device == "cuda":
+        terminal.say(f"on {minitorch.cuda.device_name()}, {_how_on_the_gpu(options)}")
+
+
+def _how_on_the_gpu(options: RunOptions) -> str:
+    numbers = models.COMPUTE_DTYPES[options.model.precision] or options.model.dtype
+    launched = "as one CUDA graph" if options.training.graph else "kernel by kernel"
+    return f"computing in {numbers}, each step launched {launched}"
 
 
 def _show_sample(trainer: Trainer, title: str, terminal: Terminal, count: int = 240) -> None:
@@ -129,7 +138,14 @@ def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> tuple[
 
 
 def sample_command(
-    out: str, prompt: str, count: int, temperature: float, top_k: int, seed: int, terminal: Terminal
+    out: str,
+    prompt: str,
+    count: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    device: str,
+    terminal: Terminal,
 ) -> int:
     """Write text with the model of a checkpoint.
 
@@ -140,6 +156,7 @@ def sample_command(
         temperature: 0 takes the likeliest token, more is more surprising.
         top_k: only that many of the likeliest; 0 means all.
         seed: of the chance.
+        device: "cpu" or "cuda", whatever the model was trained on.
         terminal: where to print.
 
     Returns:
@@ -149,7 +166,7 @@ def sample_command(
     if count < 0 or temperature < 0 or top_k < 0 or seed < 0:
         raise UserError("--tokens, --temperature, --top-k and --seed must not be negative")
     snapshot = load_snapshot(Path(out))
-    model = models.build(snapshot.options.model, snapshot.tokenizer.size)
+    model = models.build(snapshot.options.model, snapshot.tokenizer.size, device)
     try:
         model.load_state_dict(snapshot.model)
     except ValueError as error:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+import minitorch
+
 from . import data
 from .memory import peak, restart_peak
 from .options import COMPARE_DEFAULTS, RunOptions
@@ -41,14 +43,21 @@ def measure(options: RunOptions) -> Measurement:
     """
     corpus = data.load(options.data, options.model.context)
     _compile(options, corpus)
-    before = restart_peak()
+    on_gpu = options.training.device == "cuda"
+    before = _restart_gpu_peak() if on_gpu else restart_peak()
     trainer = Trainer(options, corpus)
     losses, times = [], []
     for _ in range(options.training.steps):
         started = time.perf_counter()
         losses.append(trainer.train_step())
         times.append(time.perf_counter() - started)
-    return Measurement(losses, statistics.median(times), max(0, peak() - before))
+    after = minitorch.cuda.max_memory_allocated() if on_gpu else peak()
+    return Measurement(losses, statistics.median(times), max(0, after - before))
+
+
+def _restart_gpu_peak() -> int:
+    minitorch.cuda.reset_peak_memory_stats()
+    return minitorch.cuda.memory_allocated()
 
 
 def _compile(options: RunOptions, corpus: data.Corpus) -> None:

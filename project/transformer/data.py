@@ -95,7 +95,7 @@ def load(options: DataOptions, context: int, tokenizer: Tokenizer | None = None)
     return Corpus(train_text, valid_text, tokenizer, train_ids, valid_ids)
 
 
-def batch(ids: Ids, context: int, size: int, seed: int, step: int) -> tuple[Ids, Ids]:
+def windows(ids: Ids, context: int, size: int, seed: int, step: int) -> Ids:
     """Random windows of a text, the same ones whenever seed and step are the same.
 
     Args:
@@ -106,13 +106,19 @@ def batch(ids: Ids, context: int, size: int, seed: int, step: int) -> tuple[Ids,
         step: number of the step.
 
     Returns:
-        Inputs and targets (size, context); a target is the token after its input.
+        (size, context + 1): the inputs and, one place further, the targets.
 
     """
     generator = np.random.Generator(np.random.Philox(key=[seed, step]))
     starts = generator.integers(0, len(ids) - context, size)
-    windows = ids[starts[:, None] + np.arange(context + 1)]
-    return windows[:, :-1], windows[:, 1:]
+    chosen: Ids = ids[starts[:, None] + np.arange(context + 1)]
+    return chosen
+
+
+def batch(ids: Ids, context: int, size: int, seed: int, step: int) -> tuple[Ids, Ids]:
+    """`windows` as inputs and targets (size, context); a target is the token after its input."""
+    chosen = windows(ids, context, size, seed, step)
+    return chosen[:, :-1], chosen[:, 1:]
 
 
 def validation_windows(ids: Ids, context: int, most: int = 512) -> tuple[Ids, Ids]:
@@ -129,5 +135,5 @@ def validation_windows(ids: Ids, context: int, most: int = 512) -> tuple[Ids, Id
     """
     count = (len(ids) - 1) // context
     chosen = np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
-    windows = ids[chosen[:, None] * context + np.arange(context + 1)]
-    return windows[:, :-1], windows[:, 1:]
+    covering = ids[chosen[:, None] * context + np.arange(context + 1)]
+    return covering[:, :-1], covering[:, 1:]

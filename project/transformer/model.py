@@ -5,22 +5,46 @@ from __future__ import annotations
 import numpy as np
 
 import minitorch
-from minitorch import CosineSchedule, DecoderLM, FastOps, Tensor, TensorBackend
+from minitorch import CosineSchedule, CudaKernelOps, DecoderLM, FastOps, Tensor, TensorBackend
 
+from .errors import UserError
 from .options import ModelOptions, TrainingOptions
 from .tokenizer import Ids
 
-BACKEND = TensorBackend(FastOps)
+BACKENDS = {"cpu": TensorBackend(FastOps), "cuda": TensorBackend(CudaKernelOps)}
+COMPUTE_DTYPES = {"": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def build(options: ModelOptions, vocabulary: int) -> DecoderLM:
-    """A pre-norm GPT with learned positions, its weights drawn from the library's generators.
-
-    Sets the library's default dtype to the model's, for its inputs have the same.
+def backend(device: str) -> TensorBackend:
+    """What computes on a device.
 
     Args:
-        options: sizes, kind of attention, dtype.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: there is no GPU.
+
+    """
+    if device == "cuda" and not minitorch.cuda.is_available():
+        raise UserError(
+            "--device cuda needs a GPU, and numba finds none: `python -m minitorch doctor` says "
+            "what is missing"
+        )
+    return BACKENDS[device]
+
+
+def build(options: ModelOptions, vocabulary: int, device: str = "cpu") -> DecoderLM:
+    """A pre-norm GPT with learned positions, its weights drawn from the library's generators.
+
+    Sets the library's default dtype to that of the weights, for its inputs have the same.
+
+    Args:
+        options: sizes, kind of attention, dtype, precision (which a CPU leaves at the dtype).
         vocabulary: number of tokens.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: there is no GPU.
 
     """
     minitorch.set_default_dtype(np.dtype(options.dtype))
@@ -30,10 +54,11 @@ def build(options: ModelOptions, vocabulary: int) -> DecoderLM:
         n_head=options.heads,
         n_positions=options.context,
         p_dropout=options.dropout,
-        backend=BACKEND,
+        backend=backend(device),
         use_flash_attention=options.attention == "flash",
         n_layer=options.layers,
         middle_dim=options.d_middle,
+        compute_dtype=COMPUTE_DTYPES[options.precision] if device == "cuda" else None,
     )
 
 
@@ -43,7 +68,7 @@ def size(model: DecoderLM) -> int:
 
 
 def optimizer(model: DecoderLM, options: TrainingOptions) -> tuple[minitorch.AdamW, CosineSchedule]:
-    """AdamW and the schedule that sets its learning rate.
+    """AdamW and the schedule that sets its learning rate; on the GPU it keeps everything there.
 
     Args:
         model: whose parameters to train.
@@ -55,25 +80,31 @@ def optimizer(model: DecoderLM, options: TrainingOptions) -> tuple[minitorch.Ada
         lr=options.lr,
         betas=(0.9, options.beta2),
         weight_decay=options.weight_decay,
+        capturable=options.device == "cuda",
     )
     return adamw, CosineSchedule(adamw, options.steps, min(options.warmup, options.steps))
 
 
-def as_tensor(ids: Ids) -> Tensor:
+def as_tensor(ids: Ids, backend: TensorBackend) -> Tensor:
     """Token numbers as the library wants them, stored as floats; any shape."""
     floats = ids.astype(minitorch.get_default_dtype())
-    return minitorch.tensor_from_numpy(floats, BACKEND)
+    return minitorch.tensor_from_numpy(floats, backend, requires_grad=False)
 
 
-def loss(model: DecoderLM, inputs: Ids, targets: Ids) -> Tensor:
+def loss_of_ids(model: DecoderLM, inputs: Ids, targets: Ids) -> Tensor:
+    """`loss` of token numbers on the host."""
+    return loss(model, as_tensor(inputs, model.backend), as_tensor(targets, model.backend))
+
+
+def loss(model: DecoderLM, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean cross entropy in nats per token, shape (1,).
 
     Args:
         model: the network.
-        inputs: (batch, length).
+        inputs: token numbers, (batch, length).
         targets: (batch, length), the token after each input.
 
     """
-    logits = model(as_tensor(inputs))  # (B, T, V)
+    logits = model(inputs)  # (B, T, V)
     flat = logits.view(targets.size, model.n_vocab)
-    return minitorch.softmax_loss(flat, as_tensor(targets.reshape(-1))).mean()
+    return minitorch.softmax_loss(flat, targets.view(targets.size)).mean()

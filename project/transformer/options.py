@@ -28,7 +28,12 @@ class ModelOptions:
     context: int = option(128, "longest sequence, in tokens")
     dropout: float = option(0.0, "probability of dropout, everywhere")
     attention: str = option("flash", "kind of attention", ("flash", "standard"))
-    dtype: str = option("float32", "type of numbers", ("float32", "float64"))
+    dtype: str = option("float32", "type of the weights", ("float32", "float64"))
+    precision: str = option(
+        "",
+        "numbers that the network computes with, from float32 weights; none: those of --dtype",
+        ("fp32", "bf16", "fp16"),
+    )
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class TrainingOptions:
     beta2: float = option(0.99, "AdamW's decay of the squared gradients")
     clip: float = option(1.0, "largest norm of the gradient")
     seed: int = option(1, "of the weights, the batches and dropout")
+    device: str = option("cpu", "where it is computed", ("cpu", "cuda"))
+    graph: bool = option(True, "on the GPU, launch a whole step at once, as a CUDA graph")
     eval_every: int = option(100, "steps from one validation loss to the next")
     save_every: int = option(200, "steps from one checkpoint to the next")
 
@@ -107,8 +114,21 @@ class RunOptions:
             raise UserError(
                 f"--heads must divide --d-model = {values['d_model']}, got {values['heads']}"
             )
+        _check_precision(values["precision"], values["dtype"], values["device"])
         if values["vocab"] < 256:
             raise UserError(f"--vocab must be at least 256, the bytes, got {values['vocab']}")
+
+
+def _check_precision(precision: str, dtype: str, device: str) -> None:
+    if precision and dtype != "float32":
+        raise UserError(
+            f"--precision {precision} computes from float32 weights, got --dtype {dtype}: "
+            "leave one of them out"
+        )
+    if precision in ("bf16", "fp16") and device != "cuda":
+        raise UserError(
+            f"--precision {precision} needs --device cuda: the CPU computes in float32 or float64"
+        )
 
 
 # What `compare` starts from: attention weighs more in a longer context.

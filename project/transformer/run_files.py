@@ -36,6 +36,7 @@ class Snapshot:
     rng: dict[str, Any]
     model: dict[str, Array]
     optimizer: dict[str, Array]
+    scaler: dict[str, Array]  # of the loss, for fp16; else empty
 
 
 class RunFolder:
@@ -61,6 +62,7 @@ class RunFolder:
         """
         arrays = {f"model.{name}": array for name, array in snapshot.model.items()}
         arrays |= {f"optimizer.{name}": array for name, array in snapshot.optimizer.items()}
+        arrays |= {f"scaler.{name}": array for name, array in snapshot.scaler.items()}
         metadata = {
             "options": json.dumps(dataclasses.asdict(snapshot.options)),
             "step": str(snapshot.step),
@@ -140,6 +142,7 @@ def load_snapshot(path: Path) -> Snapshot:
             json.loads(metadata["rng"]),
             _part(arrays, "model."),
             _part(arrays, "optimizer."),
+            _part(arrays, "scaler."),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a checkpoint of this program ({error!r})") from error

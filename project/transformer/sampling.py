@@ -64,9 +64,10 @@ def generate(
     unread = context
     while True:
         with no_grad():
-            ids = models.as_tensor(np.array([unread]))
+            ids = models.as_tensor(np.array([unread]), model.backend)
             logits = model(ids, cache=cache if use_cache else None)  # (1, T, V)
-        token = choose(logits.numpy()[0, -1], temperature, top_k, draw)
+        scores = logits[:, -1:].to_numpy().reshape(-1)
+        token = choose(scores, temperature, top_k, draw)
         yield token
         if len(context) == model.n_positions:
             context = [*context[len(context) - model.n_positions // 2 :], token]

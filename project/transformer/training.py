@@ -5,21 +5,101 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
 
 import numpy as np
 
 import minitorch
-from minitorch import no_grad
+from minitorch import AdamW, DecoderLM, GradScaler, no_grad
 
 from . import model as models
-from .data import Corpus, batch, validation_windows
+from .cuda_step import CudaStep
+from .data import Corpus, validation_windows, windows
 from .errors import UserError
-from .options import RunOptions
+from .options import RunOptions, TrainingOptions
 from .run_files import RunFolder, Snapshot
+from .tokenizer import Ids
+
+
+class Pending(Protocol):
+    """A loss that may still be computed."""
+
+    def value(self) -> float:
+        """The loss; waits for it."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """A loss that has been computed."""
+
+    number: float
+
+    def value(self) -> float:
+        """See `Pending`."""
+        return self.number
+
+
+@dataclass(frozen=True)
+class StartedStep:
+    """A step of which the loss may not be known yet: its number from 1, its learning rate."""
+
+    number: int
+    lr: float
+    pending: Pending
+
+    def loss(self) -> float:
+        """Nats per token before the step; waits for it.
+
+        Raises:
+            UserError: it is not a finite number.
+
+        """
+        value = self.pending.value()
+        if not math.isfinite(value):
+            raise UserError(f"the loss is {value} at step {self.number}: try a smaller --lr")
+        return value
+
+
+class CpuStep:
+    """Takes training steps on the CPU (on the GPU: `CudaStep`).
+
+    Args:
+        model: the network.
+        optimizer: of its parameters.
+        options: clipping.
+
+    """
+
+    def __init__(self, model: DecoderLM, optimizer: AdamW, options: TrainingOptions) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.options = options
+
+    def start(self, windows: Ids, step: int) -> Known:
+        """Take a step; the weights stay as they are if the loss is not finite.
+
+        Args:
+            windows: token numbers (batch, context + 1); a target is the token after its input.
+            step: its number.
+
+        Returns:
+            The loss before the step.
+
+        """
+        self.model.train()
+        self.optimizer.zero_grad()
+        loss = models.loss_of_ids(self.model, windows[:, :-1], windows[:, 1:])
+        value = loss.item()
+        if math.isfinite(value):
+            loss.backward()
+            self.optimizer.clip_grad_norm_(self.options.clip)
+            self.optimizer.step()
+        return Known(value)
 
 
 class Trainer:
@@ -29,15 +109,29 @@ class Trainer:
         options: of the run.
         corpus: the text.
 
+    Raises:
+        UserError: the run is to be on the GPU, and there is none.
+
     """
 
     def __init__(self, options: RunOptions, corpus: Corpus) -> None:
         self.options = options
         self.corpus = corpus
-        minitorch.manual_seed(options.training.seed)
-        self.model = models.build(options.model, corpus.tokenizer.size)
-        self.optimizer, self.schedule = models.optimizer(self.model, options.training)
+        training = options.training
+        minitorch.manual_seed(training.seed)
+        self.model = models.build(options.model, corpus.tokenizer.size, training.device)
+        self.optimizer, self.schedule = models.optimizer(self.model, training)
+        self.scaler = GradScaler(enabled=options.model.precision == "fp16")
         self.step = 0
+        self._taker: CpuStep | CudaStep
+        if training.device == "cuda":
+            self._taker = CudaStep(
+                self.model, self.optimizer, self.scaler, training, options.model.context
+            )
+        else:
+            self._taker = CpuStep(self.model, self.optimizer, training)
+        # Steps to begin before the loss of one is asked for: the GPU must not wait for the host.
+        self.steps_ahead = 1 if training.device == "cuda" else 0
 
     @property
     def tokens_per_step(self) -> int:
@@ -54,29 +148,22 @@ class Trainer:
             UserError: the loss is not a finite number; the weights are unchanged.
 
         """
-        training = self.options.training
-        inputs, targets = batch(
+        return self.start_step().loss()
+
+    def start_step(self) -> StartedStep:
+        """Begin the next step; on the GPU it goes on after this has returned."""
+        training, rate = self.options.training, self.optimizer.lr
+        chosen = windows(
             self.corpus.train_ids,
             self.options.model.context,
             training.batch,
             training.seed,
             self.step,
         )
-        self.model.train()
-        self.optimizer.zero_grad()
-        loss = models.loss(self.model, inputs, targets)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {self.step + 1}: "
-                f"try a smaller --lr than {training.lr:g}"
-            )
-        loss.backward()
-        minitorch.clip_grad_norm_(self.optimizer.parameters, training.clip)
-        self.optimizer.step()
+        pending = self._taker.start(chosen, self.step)
         self.schedule.step()
         self.step += 1
-        return value
+        return StartedStep(self.step, rate, pending)
 
     def validation_loss(self) -> float:
         """Nats per character on the held-out text; draws no random numbers."""
@@ -87,7 +174,7 @@ class Trainer:
         with no_grad():
             for start in range(0, len(inputs), rows):
                 part = slice(start, start + rows)
-                mean = models.loss(self.model, inputs[part], targets[part]).item()
+                mean = models.loss_of_ids(self.model, inputs[part], targets[part]).item()
                 total += mean * targets[part].size
         return total / targets.size / self.corpus.valid_characters_per_token
 
@@ -101,6 +188,7 @@ class Trainer:
             minitorch.get_rng_state(),
             self.model.state_dict(),
             self.optimizer.state_dict(),
+            self.scaler.state_dict(),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -118,6 +206,7 @@ class Trainer:
         try:
             self.model.load_state_dict(snapshot.model)
             self.optimizer.load_state_dict(snapshot.optimizer)
+            self.scaler.load_state_dict(snapshot.scaler)
         except ValueError as error:
             raise UserError(f"the checkpoint does not fit: {error}") from error
         self.schedule.load_state_dict({"steps": np.array(snapshot.step)})
@@ -151,24 +240,76 @@ def train(trainer: Trainer, folder: RunFolder, reporter: Reporter) -> bool:
     """
     training = trainer.options.training
     folder.start_metrics(trainer.step)
+    log = _Log(trainer, folder, reporter)
     with _interrupts() as interrupted:
         while trainer.step < training.steps and not interrupted:
-            rate = trainer.optimizer.lr
-            started = time.perf_counter()
-            loss = trainer.train_step()
-            seconds = time.perf_counter() - started
-            row = {"step": trainer.step, "loss": loss, "lr": rate, "seconds": seconds}
-            reporter.stepped(trainer.step, loss, trainer.tokens_per_step / seconds)
+            log.add(trainer.start_step())
             last = trainer.step == training.steps
-            if last or trainer.step % training.eval_every == 0:
-                row["valid_nats_per_character"] = trainer.validation_loss()
-                reporter.evaluated(trainer.step, loss, row["valid_nats_per_character"])
-            folder.add_metrics(row)
-            if last or trainer.step % training.save_every == 0:
+            evaluates = last or trainer.step % training.eval_every == 0
+            saves = last or trainer.step % training.save_every == 0
+            log.catch_up(0 if evaluates or saves else trainer.steps_ahead)
+            if evaluates:
+                log.evaluate()
+            if saves:
+                log.write()
                 folder.save(trainer.snapshot())
+                log.restart_clock()
+        log.catch_up(0)
+        log.write()
         if trainer.step < training.steps:
             folder.save(trainer.snapshot())
     return trainer.step == training.steps
+
+
+class _Log:
+    """Rows of metrics, written a little after their steps have begun.
+
+    Args:
+        trainer: whose steps.
+        folder: where rows go.
+        reporter: who is told.
+
+    """
+
+    def __init__(self, trainer: Trainer, folder: RunFolder, reporter: Reporter) -> None:
+        self.trainer = trainer
+        self.folder = folder
+        self.reporter = reporter
+        self._started: deque[StartedStep] = deque()
+        self._row: dict[str, float] = {}  # of the last step whose loss is known, not yet written
+        self._since = time.perf_counter()
+
+    def add(self, step: StartedStep) -> None:
+        """A step has begun."""
+        self._started.append(step)
+
+    def catch_up(self, left: int) -> None:
+        """Wait for all losses but those of the last `left` steps."""
+        while len(self._started) > left:
+            self.write()
+            step = self._started.popleft()
+            loss = step.loss()
+            seconds = time.perf_counter() - self._since
+            self._row = {"step": step.number, "loss": loss, "lr": step.lr, "seconds": seconds}
+            self.reporter.stepped(step.number, loss, self.trainer.tokens_per_step / seconds)
+            self._since = time.perf_counter()
+
+    def evaluate(self) -> None:
+        """Add the validation loss to the last row."""
+        loss = self.trainer.validation_loss()
+        self._row["valid_nats_per_character"] = loss
+        self.reporter.evaluated(int(self._row["step"]), self._row["loss"], loss)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what happened until now out of the next step's time."""
+        self._since = time.perf_counter()
+
+    def write(self) -> None:
+        """Write the last row."""
+        if self._row:
+            self.folder.add_metrics(self._row)
+            self._row = {}
 
 
 @contextmanager

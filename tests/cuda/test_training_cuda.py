@@ -1,7 +1,9 @@
-"""Training on the GPU beside the CPU: AdamW in place, clipping, loss scaling, whole steps, graphs."""
+"""Training on the GPU beside the CPU: AdamW in place, clipping, loss scaling, graphs, whole runs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,9 @@ import minitorch
 from minitorch import AdamW, CudaKernelOps, FastOps, GradScaler, Parameter, TensorBackend
 from minitorch.cuda_graph import Graph
 from minitorch.kernels import runtime
+from project.transformer import cli, data, training
+from project.transformer.options import RunOptions
+from project.transformer.run_files import RunFolder
 
 Array = npt.NDArray[Any]
 CPU, GPU = TensorBackend(FastOps), TensorBackend(CudaKernelOps)
@@ -192,3 +197,132 @@ def test_a_capture_that_fails_leaves_the_gpu_usable() -> None:
 def test_the_simulator_has_no_graphs() -> None:
     with pytest.raises(RuntimeError, match="the simulator has none"):
         Graph()
+
+
+# ----- whole training steps -----
+
+SENTENCE = "the quick brown fox jumps over the lazy dog, again and again. "
+SMALL: dict[str, Any] = (
+    {"layers": 1, "d_model": 8, "heads": 2, "d_middle": 8, "context": 4, "batch": 2, "steps": 3}
+    if runtime.SIMULATED
+    else {"layers": 2, "d_model": 32, "heads": 2, "d_middle": 64, "context": 16, "steps": 12}
+)
+
+
+@pytest.fixture(autouse=True)
+def restore_default_dtype() -> Iterator[None]:
+    before = minitorch.get_default_dtype()
+    yield
+    minitorch.set_default_dtype(before)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(SENTENCE * 8, encoding="utf-8")
+    return path
+
+
+def trainer(text: Path, **changes: Any) -> training.Trainer:
+    given = {**SMALL, "data": str(text), "device": "cuda", "warmup": 2, **changes}
+    options = RunOptions().replaced(given)
+    options.check()
+    return training.Trainer(options, data.load(options.data, options.model.context))
+
+
+def losses(made: training.Trainer) -> list[float]:
+    return [made.train_step() for _ in range(made.options.training.steps)]
+
+
+@pytest.mark.parametrize("attention", ["flash", "standard"])
+def test_losses_are_those_of_the_cpu(text: Path, attention: str) -> None:
+    """Each loss depends on all the steps before it."""
+    gpu, cpu = trainer(text, attention=attention), trainer(text, attention=attention, device="cpu")
+    np.testing.assert_allclose(losses(gpu), losses(cpu), rtol=1e-5)
+    assert gpu.validation_loss() == pytest.approx(cpu.validation_loss(), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_follow_float32(text: Path, precision: str) -> None:
+    made = trainer(text, precision=precision)
+    wanted = losses(trainer(text, device="cpu"))
+    np.testing.assert_allclose(losses(made), wanted, rtol=0.02 if precision == "bf16" else 0.004)
+    parameters = made.model.parameters()
+    assert {p.value.dtype.name for p in parameters} == {"float32"}
+    assert {p.value.grad.dtype.name for p in parameters} == {"float32"}
+
+
+def test_dropout_changes_from_step_to_step(text: Path) -> None:
+    """And it is the same in a second run, the batch and the weights being the same."""
+
+    def two_losses() -> list[float]:
+        made = trainer(text, dropout=0.5, lr=1e-30, weight_decay=0.0)
+        same = data.windows(made.corpus.train_ids, made.options.model.context, 2, 0, 0)
+        same = np.resize(same, (made.options.training.batch, same.shape[1]))
+        return [made._taker.start(same, step).value() for step in range(5)]
+
+    first = two_losses()
+    assert len(set(first)) == 5
+    assert two_losses() == first
+
+
+def test_a_loss_that_is_no_number_ends_the_run(text: Path) -> None:
+    made = trainer(text)
+    bias = made.model.lm_head.bias
+    assert bias is not None
+    bias.value[0] = np.nan
+    before = made.model.state_dict()
+    with pytest.raises(training.UserError, match="the loss is nan at step 1: try a smaller --lr"):
+        made.train_step()
+    for name, array in made.model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_a_run_resumes_bit_for_bit(text: Path, tmp_path: Path) -> None:
+    """With dropout, float16 and a loss scale that changes."""
+    changes: dict[str, Any] = {"dropout": 0.2, "precision": "fp16"}
+    whole = trainer(text, **changes)
+    expected = losses(whole)
+    first = trainer(text, **changes)
+    half = len(expected) // 2
+    seen = [first.train_step() for _ in range(half)]
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.save(first.snapshot())
+    second = trainer(text, **changes)
+    second.restore(folder.load())
+    seen += [second.train_step() for _ in range(len(expected) - half)]
+    assert seen == expected
+    for name, array in second.model.state_dict().items():
+        np.testing.assert_array_equal(array, whole.model.state_dict()[name])
+
+
+def test_the_commands(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {**SMALL, "steps": 2, "eval_every": 2, "data": text, "device": "cuda"}
+    words = [word for k, v in values.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    out = str(tmp_path / "run")
+    if runtime.SIMULATED:
+        made = trainer(text)  # its samples of 240 characters take too long there
+        RunFolder(out).save(made.snapshot())
+    else:
+        assert cli.main(["train", "--out", out, "--precision", "bf16", *words]) == 0
+        assert "computing in bfloat16, each step launched as one" in capsys.readouterr().out
+    count = "3" if runtime.SIMULATED else "40"
+    printed = []
+    for device in ("cpu", "cuda"):
+        command = ["sample", "--out", out, "--prompt", "the ", "--tokens", count]
+        assert cli.main([*command, "--temperature", "0", "--device", device]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] or not runtime.SIMULATED  # bf16 may choose another letter
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_graph_gives_the_same_numbers(text: Path, precision: str) -> None:
+    """Bit for bit, with dropout."""
+    runs = [
+        trainer(text, precision=precision, dropout=0.1, graph=graph, steps=20)
+        for graph in (True, False)
+    ]
+    assert losses(runs[0]) == losses(runs[1])
+    for name, array in runs[0].model.state_dict().items():
+        np.testing.assert_array_equal(array, runs[1].model.state_dict()[name])
