@@ -1,8 +1,9 @@
 """Compile GPU kernels to machine code without a GPU, and read what they need of one.
 
 The same way that numba-cuda goes when a kernel is first launched: numba lowers the Python function
-to LTO-IR, NVIDIA's nvJitLink makes machine code of it for one architecture. The first step is made
-once, for the oldest architecture, since it takes ten times as long as the second.
+to LTO-IR, NVIDIA's nvJitLink makes machine code of it for one architecture. The first step takes
+ten times as long as the second. It is made once, for the oldest architecture, unless what it makes
+depends on the architecture, as storing bfloat16 does (kernels/runtime.py) and nothing else.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 
 from cuda.bindings import nvjitlink
 
-from minitorch.kernels.runtime import Instance, cuda, types
+from minitorch.kernels.runtime import Instance, cuda, precision, types
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 OLDEST = (7, 5)
+OLDEST_WITH_BFLOAT16 = (8, 0)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,17 @@ def intermediate(instance: Instance, capability: tuple[int | str, ...] = OLDEST)
         output="ltoir",
     )
     return bytes(code)
+
+
+def usages(instance: Instance) -> dict[str, Usage]:
+    """What a kernel needs on each architecture."""
+    code = newer = intermediate(instance)
+    if precision("bfloat16").array in instance.signature:
+        newer = intermediate(instance, OLDEST_WITH_BFLOAT16)
+    return {
+        architecture: assembled(instance, code if architecture == "sm_75" else newer, architecture)
+        for architecture in ARCHITECTURES
+    }
 
 
 def assembled(instance: Instance, code: bytes, architecture: str) -> Usage:

@@ -72,13 +72,11 @@ def test_every_kernel_is_compiled_here() -> None:
 
 @pytest.mark.parametrize("instance", instances(), ids=lambda instance: instance.name)
 def test_compiles(instance: Instance) -> None:
-    code = cubin.intermediate(instance)
-    wrong = {}
-    for architecture in cubin.ARCHITECTURES:
-        complaint = cubin.complaint(instance, cubin.assembled(instance, code, architecture))
-        if complaint:
-            wrong[architecture] = complaint
-    assert not wrong, f"{instance.name}: {wrong}"
+    complaints = {
+        architecture: cubin.complaint(instance, usage)
+        for architecture, usage in cubin.usages(instance).items()
+    }
+    assert not any(complaints.values()), f"{instance.name}: {complaints}"
 
 
 # ----- the checks find what they are there to find -----
@@ -113,6 +111,17 @@ def modest(x, out):  # type: ignore[no-untyped-def]
     out[cuda.grid(1)] = tile[THREADS - 1 - cuda.threadIdx.x]
 
 
+def doubled(dtype: str) -> Any:
+    precision = runtime.precision(dtype)
+    load, store, real = precision.load, precision.store, precision.real
+
+    @runtime.kernel(THREADS)
+    def double(x):  # type: ignore[no-untyped-def]
+        x[cuda.grid(1)] = store(real(2) * load(x[cuda.grid(1)]))
+
+    return double
+
+
 def planted(kernel: Any, *signature: Any) -> tuple[Instance, cubin.Usage]:
     instance = Instance("planted", kernel, signature)
     return instance, cubin.assembled(instance, cubin.intermediate(instance), "sm_80")
@@ -139,9 +148,10 @@ def test_too_many_registers_are_found() -> None:
     assert "registers, its limit is" in cubin.complaint(strict, usage)
 
 
-def test_code_of_the_oldest_architecture_serves_the_others() -> None:
-    """Lowered for an architecture or for the oldest one, a kernel needs the same."""
-    instance = Instance("planted", modest, (types.float32[::1], types.float32[::1]))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_code_of_the_oldest_architecture_serves_the_others(dtype: str) -> None:
+    """Lowered for an architecture or for an older one, a kernel needs the same."""
+    array = runtime.precision(dtype).array
+    instance = Instance("planted", doubled(dtype), (array,))
     own = cubin.intermediate(instance, (9, 0, "a"))
-    oldest = cubin.intermediate(instance)
-    assert cubin.assembled(instance, own, "sm_90a") == cubin.assembled(instance, oldest, "sm_90a")
+    assert cubin.usages(instance)["sm_90a"] == cubin.assembled(instance, own, "sm_90a")
