@@ -359,43 +359,39 @@ def _blocks(plan: Plan) -> int:
 def instances(
     maps: Iterable[Callable[[float], float]], zips: Iterable[Callable[[float, float], float]]
 ) -> Iterator[Instance]:
-    """Kernels of these functions: the first in every layout and dtype, the others as one row."""
+    """Kernels of these functions: the first in every layout and dtype, the others in float32."""
     for number, fn in enumerate(maps):
-        for dtype in ("float32", "float64", "float16", "bfloat16"):
-            yield from _map_instances(fn, dtype, layouts=number == 0)
+        for dtype, dims, lanes in _layouts(every=number == 0):
+            yield _map_instance(fn, dtype, dims, lanes)
     for number, function in enumerate(zips):
-        for dtype in ("float32", "float64", "float16", "bfloat16"):
-            yield from _zip_instances(function, dtype, layouts=number == 0)
+        for dtype, dims, lanes in _layouts(every=number == 0):
+            for repeat in (False, True) if number == 0 and lanes > 1 else (False,):
+                yield _zip_instance(function, dtype, dims, lanes, repeat)
 
 
-def _layouts(dtype: str, every: bool) -> Iterator[tuple[int, int]]:
-    """Numbers of dimensions and lanes."""
-    most = BYTES // precision(dtype).storage.itemsize
-    yield 1, most
+def _layouts(every: bool) -> Iterator[tuple[str, int, int]]:
+    """Dtypes, numbers of dimensions and lanes."""
+    yield "float32", 1, 4
     if every:
-        yield from ((2, most), (3, 2), (4, 1))
+        yield from (("float32", 2, 4), ("float32", 3, 2), ("float32", 4, 1))
+        yield from (("float64", 1, 2), ("float16", 2, 8), ("bfloat16", 1, 8))
 
 
-def _map_instances(fn: Any, dtype: str, layouts: bool) -> Iterator[Instance]:
-    array = precision(dtype).array
-    for dims, lanes in _layouts(dtype, layouts):
-        ints = types.UniTuple(types.int64, dims)
-        yield Instance(
-            f"map[{fn.__name__}, {dtype}, dims={dims}, lanes={lanes}]",
-            map_kernel(fn, dtype, dtype, dims, lanes, (False, False)),
-            (array, array, ints, ints, ints, types.int64),
-            most_registers=64,
-        )
+def _map_instance(fn: Any, dtype: str, dims: int, lanes: int) -> Instance:
+    array, ints = precision(dtype).array, types.UniTuple(types.int64, dims)
+    return Instance(
+        f"map[{fn.__name__}, {dtype}, dims={dims}, lanes={lanes}]",
+        map_kernel(fn, dtype, dtype, dims, lanes, (False, False)),
+        (array, array, ints, ints, ints, types.int64),
+        most_registers=64,
+    )
 
 
-def _zip_instances(fn: Any, dtype: str, layouts: bool) -> Iterator[Instance]:
-    array = precision(dtype).array
-    for dims, lanes in _layouts(dtype, layouts):
-        ints = types.UniTuple(types.int64, dims)
-        for repeat in (False, True) if layouts and lanes > 1 else (False,):
-            yield Instance(
-                f"zip[{fn.__name__}, {dtype}, dims={dims}, lanes={lanes}, repeat={repeat}]",
-                zip_kernel(fn, dtype, dtype, dtype, dims, lanes, (False, False, repeat)),
-                (array, array, array, ints, ints, ints, ints, types.int64),
-                most_registers=64,
-            )
+def _zip_instance(fn: Any, dtype: str, dims: int, lanes: int, repeat: bool) -> Instance:
+    array, ints = precision(dtype).array, types.UniTuple(types.int64, dims)
+    return Instance(
+        f"zip[{fn.__name__}, {dtype}, dims={dims}, lanes={lanes}, repeat={repeat}]",
+        zip_kernel(fn, dtype, dtype, dtype, dims, lanes, (False, False, repeat)),
+        (array, array, array, ints, ints, ints, ints, types.int64),
+        most_registers=64,
+    )

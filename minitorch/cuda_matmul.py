@@ -43,13 +43,15 @@ class MatMul(NamedTuple):
 def _by_cublas(out: TensorData, a: TensorData, b: TensorData) -> bool:
     if not cublas.is_available():
         return False
-    for factors in ((a, b), (contiguous(a), contiguous(b))):
-        # A layout that cuBLAS cannot read in one call is copied: that is cheap beside the product.
-        left, right = view_of(factors[0]), view_of(factors[1])
+    left, right = view_of(a), view_of(b)
+    product = cublas.plan(left, right)
+    if product is None:  # a layout that it cannot read in one call: copies are cheap beside it
+        a, b = contiguous(a), contiguous(b)
+        left, right = view_of(a), view_of(b)
         product = cublas.plan(left, right)
-        if product is not None:
-            cublas.matmul_into(device_storage(out).pointer, left, right, product)
-            return True
+    if product is not None:
+        cublas.matmul_into(device_storage(out).pointer, left, right, product)
+        return True
     return False  # sizes beyond 2**31
 
 

@@ -1,19 +1,15 @@
-"""`CudaOps` against numpy: map, zip, reduce, movement and matrix products, in four precisions."""
+"""`CudaOps` against numpy: map, zip, reduce and movement, in four precisions."""
 
 import random
 from collections.abc import Callable
-from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch import Tensor, cublas, operators
-from minitorch.cuda_matmul import MATMULS
+from minitorch import Tensor, operators
 from minitorch.cuda_ops import (
     CudaOps,
     device_jit,
@@ -23,46 +19,12 @@ from minitorch.cuda_ops import (
     tensor_reduce,
     tensor_zip,
 )
-from minitorch.cuda_views import view_of
 from minitorch.kernels import copy_cuda, elementwise_cuda, fold_cuda, runtime
 from minitorch.kernels.scalar_cuda import with_constants_of_type
 from minitorch.tensor_data import TensorData
+from tests.cuda.arrays import DTYPES, Array, assert_same, backend, dtype_of, make, numbers, permuted
 
-Array = npt.NDArray[Any]
-
-DTYPES = ("float32", "float64", "float16", "bfloat16")
-TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 EXAMPLES = 12 if runtime.SIMULATED else 20  # on a GPU each layout is a kernel to compile
-
-backend = minitorch.TensorBackend(CudaOps)
-numbers = np.random.default_rng(3)
-
-
-def dtype_of(name: str) -> np.dtype[Any]:
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
-
-
-def make(shape: tuple[int, ...], dtype: str = "float32") -> tuple[Tensor, Array]:
-    """A tensor on the GPU and its values."""
-    array = numbers.standard_normal(shape).astype(dtype_of(dtype))
-    return minitorch.tensor_from_numpy(array, backend=backend), array
-
-
-def permuted(shape: tuple[int, ...], order: list[int], dtype: str) -> tuple[Tensor, Array]:
-    """The same with its dimensions in another order, so not contiguous."""
-    tensor, array = make(shape, dtype)
-    return tensor.permute(*order), array.transpose(order)
-
-
-def assert_same(result: Tensor, expected: Array, dtype: str, factor: float = 1.0) -> None:
-    assert result.dtype == dtype_of(dtype)
-    assert result.shape == expected.shape
-    np.testing.assert_allclose(
-        result.to_numpy().astype(np.float64),
-        expected.astype(np.float64),
-        rtol=factor * TOLERANCE[dtype],
-        atol=factor * TOLERANCE[dtype],
-    )
 
 
 @st.composite
@@ -316,121 +278,6 @@ def test_a_transposition_is_recognised() -> None:
     assert copy_cuda._transposition((64, 48), (48, 1), (48, 1)) is None
 
 
-# ----- matrix products -----
-
-PRODUCTS = [
-    ((2, 2), (2, 2)),
-    ((5, 7), (7, 3)),
-    ((33, 17), (17, 10)),
-    ((2, 9, 8), (2, 8, 10)),
-    ((2, 3, 4, 5), (3, 5, 6)),
-    ((3, 4), (2, 4, 5)),
-    ((2, 5, 3), (3, 4)),
-    ((1, 6), (6, 1)),
-    ((1, 1), (1, 1)),
-]
-
-
-@pytest.mark.races
-@pytest.mark.parametrize("shapes", PRODUCTS)
-@pytest.mark.parametrize("implementation", MATMULS, ids=lambda m: m.name)
-def test_matmul(implementation: Any, shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way to compute a product, with each factor as it is and transposed."""
-    if implementation.name == "cuBLAS" and not cublas.is_available():
-        pytest.skip("no cuBLAS here: pip install minitorch[cuda] on a machine with a GPU")
-    monkeypatch.setattr("minitorch.cuda_matmul.MATMULS", [implementation])
-    for turn_a, turn_b in ((False, False), (True, False), (False, True)):
-        (a, x), (b, y) = (turned(s, t) for s, t in zip(shapes, (turn_a, turn_b), strict=True))
-        assert_same(a @ b, x.astype(np.float64) @ y.astype(np.float64), "float32", 4)
-
-
-def turned(shape: tuple[int, ...], turn: bool, dtype: str = "float32") -> tuple[Tensor, Array]:
-    """A factor of `shape`; `turn`: stored by columns."""
-    if not turn:
-        return make(shape, dtype)
-    dims = len(shape)
-    order = [*range(dims - 2), dims - 1, dims - 2]
-    return permuted((*shape[:-2], shape[-1], shape[-2]), order, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_matmul_dtypes(dtype: str) -> None:
-    (a, x), (b, y) = make((3, 6, 20), dtype), make((20, 9), dtype)
-    assert_same(a @ b, x.astype(np.float64) @ y.astype(np.float64), dtype, 4)
-
-
-def test_matmul_of_views_with_gaps() -> None:
-    a, x = make((2, 3, 4, 6))
-    heads = a.permute(0, 2, 1, 3)  # batch dimensions that cannot be merged
-    assert_same(heads @ heads.permute(0, 1, 3, 2), matmul_of_heads(x), "float32", 4)
-    part = CudaOps.slice(a, (0, 0, slice(None), slice(1, 6, 2)))
-    values = x[0, 0, :, 1:6:2]
-    assert_same(part @ part.permute(1, 0), values @ values.T, "float32", 4)
-
-
-def matmul_of_heads(x: Array) -> Array:
-    heads = x.transpose(0, 2, 1, 3)
-    product: Array = heads @ heads.swapaxes(-1, -2)
-    return product
-
-
-def test_matmul_checks() -> None:
-    a, b = make((2, 3))[0], make((4, 2))[0]
-    with pytest.raises(ValueError, match="last size"):
-        a @ b
-    with pytest.raises(ValueError, match="two dimensions"):
-        a @ make((3,))[0]
-
-
-def test_how_cublas_reads_a_factor() -> None:
-    assert cublas.factor((4, 3, 5), (15, 5, 1)) == (cublas.BY_ROWS, 5, 15)
-    assert cublas.factor((4, 3, 5), (15, 1, 3)) == (cublas.BY_COLUMNS, 3, 15)
-    assert cublas.factor((1, 3, 5), (0, 10, 2)) is None
-    assert cublas.factor((1, 3, 5), (0, 0, 1)) is None
-    assert cublas.factor((1, 1, 5), (0, 0, 1)) == (cublas.BY_ROWS, 5, 0)
-    assert cublas.factor((1, 1, 5), (0, 7, 2)) == (cublas.BY_COLUMNS, 2, 0)
-    assert cublas.factor((1, 3, 1), (0, 4, 9)) == (cublas.BY_ROWS, 4, 0)
-    with pytest.raises(ValueError, match="highest"):
-        cublas.set_float32_matmul_precision("medium")
-
-
-def test_a_weight_makes_one_product_of_a_batch() -> None:
-    a = view_of(make((4, 3, 5))[0]._tensor)
-    weight = view_of(make((5, 2))[0]._tensor.broadcast_to((4, 5, 2)))
-    found = cublas.plan(a, weight)
-    assert found is not None and (found.batches, found.m, found.n, found.k) == (1, 12, 2, 5)
-    turned_weight = weight._replace(strides=(0, 1, 5))
-    found = cublas.plan(a, turned_weight)
-    assert found is not None and found.b.order == cublas.BY_COLUMNS
-
-
-# ----- linear layers -----
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_linear(dtype: str, with_bias: bool) -> None:
-    (x, xa), (w, wa), (b, ba) = make((2, 5, 8), dtype), make((8, 6), dtype), make((6,), dtype)
-    g, ga = make((2, 5, 6), dtype)
-    x64, w64, b64, g64 = (values.astype(np.float64) for values in (xa, wa, ba, ga))
-    out = CudaOps.linear_forward(x, w, b if with_bias else None)
-    assert_same(out, x64 @ w64 + (b64 if with_bias else 0), dtype, 4)
-    dx, dw, db = CudaOps.linear_backward(g, x, w, (True, True, True))
-    assert dx is not None and dw is not None and db is not None
-    assert_same(dx, g64 @ w64.T, dtype, 4)
-    assert_same(dw, x64.reshape(10, 8).T @ g64.reshape(10, 6), dtype, 8)
-    assert_same(db, g64.sum((0, 1)), dtype, 4)
-    assert CudaOps.linear_backward(g, x, w, (False, False, False)) == (None, None, None)
-
-
-def test_linear_checks() -> None:
-    x, w, b = make((2, 8))[0], make((7, 6))[0], make((6,))[0]
-    with pytest.raises(ValueError, match=r"\(2, 8\) and \(7, 6\)"):
-        CudaOps.linear_forward(x, w, b)
-    with pytest.raises(ValueError, match="bias"):
-        CudaOps.linear_forward(make((2, 7))[0], w, make((5,))[0])
-
-
 # ----- the course's cases -----
 
 
@@ -463,14 +310,6 @@ def test_practice_checks() -> None:
 def test_sum_of_rows() -> None:
     x, array = make((16, 32))
     assert_same(x.sum(1), array.sum(1, keepdims=True), "float32", 10)
-
-
-@pytest.mark.parametrize(
-    "left, right", [((2, 2), (2, 2)), ((33, 33), (33, 33)), ((2, 45, 33), (2, 33, 40))]
-)
-def test_course_products(left: tuple[int, ...], right: tuple[int, ...]) -> None:
-    (a, x), (b, y) = make(left), make(right)
-    assert_same(a @ b, x @ y, "float32", 10)
 
 
 UNARY: list[Callable[[Tensor], Tensor]] = [
@@ -523,21 +362,6 @@ def test_large_shapes(dtype: str) -> None:
         for dim in range(x.dims):
             expected = array.astype(np.float64).sum(dim, keepdims=True)
             assert_same(CudaOps.reduce(operators.add)(x, dim), expected, dtype, 40)
-    (a, x_values), (b, y_values) = make((130, 600), dtype), make((600, 515), dtype)
-    expected = x_values.astype(np.float64) @ y_values.astype(np.float64)
-    for implementation in MATMULS:
-        out = CudaOps.empty((130, 515), dtype_of(dtype))
-        if implementation.run(out, a._tensor, b._tensor):
-            assert_same(a._new(out), expected, dtype, 40)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("implementation", MATMULS, ids=lambda m: m.name)
-def test_more_batches_than_a_grid_dimension(implementation: Any) -> None:
-    (a, x), (b, y) = make((70000, 2, 3)), make((70000, 3, 2))
-    out = CudaOps.empty((70000, 2, 2), a.dtype)
-    if implementation.run(out, a._tensor, b._tensor):
-        assert_same(a._new(out), x @ y, "float32", 10)
 
 
 @pytest.mark.gpu
