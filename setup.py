@@ -11,8 +11,8 @@ Lower bounds are versions the tests were run with:
 - numba-cuda 0.30.4 calls `np.row_stack`, which numpy 2.5 removed: where it is wanted numpy stays
   below 2.5.
 - The extra `cuda` brings numba-cuda with CUDA 13's compiler, which needs a driver of version 580 or
-  later, and cuBLAS with NVIDIA's Python bindings to it; `cuda12` is the same for drivers from 525 on.
-  No CUDA toolkit is needed beside them.
+  later, and cuBLAS with NVIDIA's Python bindings to it; `cuda12` is the same for drivers of version
+  525 or later. No CUDA toolkit is needed beside them.
 - `dev` compiles the GPU kernels without a GPU, hence numba-cuda (185 MB), but calls no cuBLAS
   (1 GB on disk). There are no wheels of it for macOS, where those tests are skipped.
 - safetensors 0.8.0 writes wrong bytes for arrays that are not contiguous; `minitorch.checkpoint`

@@ -275,7 +275,7 @@ if SIMULATED:
 else:
     from llvmlite import ir
     from numba.cuda.core.targetconfig import ConfigStack
-    from numba.cuda.extending import intrinsic
+    from numba.cuda.extending import intrinsic as intrinsic
 
     def _bitcast(source: Any, target: Any, llvm_type: Any) -> Any:
         @intrinsic
