@@ -1,4 +1,4 @@
-"""Training on the GPU beside the CPU: AdamW in place, clipping, loss scaling, graphs, whole runs."""
+"""Training on the GPU beside the CPU: AdamW, clipping, loss scaling, graphs, whole runs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ def values(made: list[Parameter]) -> list[Array]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.races
 def test_adamw_like_on_the_cpu(dtype: str, capturable: bool) -> None:
     ours, expected = parameters(GPU, dtype), parameters(CPU, dtype)
     gpu = AdamW(ours, lr=0.1, weight_decay=0.2, capturable=capturable)
@@ -123,7 +122,6 @@ def test_a_gradient_that_is_not_finite_skips_the_step() -> None:
     assert optimizer.state_dict()["steps"].tolist() == [0, 0, 0]
 
 
-@pytest.mark.races
 def test_loss_scaling_like_on_the_cpu() -> None:
     results, scales = [], []
     for backend in (CPU, GPU):
