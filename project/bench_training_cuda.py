@@ -347,8 +347,8 @@ def page(report: dict[str, Any]) -> str:
         "# One training step on the GPU",
         "",
         "Milliseconds of forward, backward and AdamW, median (fastest to slowest), same process, "
-        f"in turn: {report['rounds']} rounds of {report['steps']} steps each. Ours is a replayed CUDA "
-        "graph; PyTorch is eager with fused AdamW, TF32 off, bf16 by autocast.",
+        f"in turn: {report['rounds']} rounds of {report['steps']} steps each. Ours is a replayed "
+        "CUDA graph; PyTorch is eager with fused AdamW, TF32 off, bf16 by autocast.",
         "",
         "| layers, d, context, batch, precision | minitorch | torch eager | ratio | bar |"
         " peak MiB, ours / torch |",

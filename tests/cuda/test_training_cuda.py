@@ -15,6 +15,7 @@ from minitorch import AdamW, CudaKernelOps, FastOps, GradScaler, Parameter, Tens
 from minitorch.cuda_graph import Graph
 from minitorch.kernels import runtime
 from project.transformer import cli, data, training
+from project.transformer.errors import UserError
 from project.transformer.options import RunOptions
 from project.transformer.run_files import RunFolder
 
@@ -270,7 +271,7 @@ def test_a_loss_that_is_no_number_ends_the_run(text: Path) -> None:
     assert bias is not None
     bias.value[0] = np.nan
     before = made.model.state_dict()
-    with pytest.raises(training.UserError, match="the loss is nan at step 1: try a smaller --lr"):
+    with pytest.raises(UserError, match="the loss is nan at step 1: try a smaller --lr"):
         made.train_step()
     for name, array in made.model.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
