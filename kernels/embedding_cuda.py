@@ -1,9 +1,9 @@
 """Rows of a table by number on a GPU: y[i] = weight[ids[i]], and dweight[ids[i]] += dy[i].
 
 Backward, the tokens are first listed by id, those of one id in their own order (a counting sort
-over chunks of tokens). Then each row of the table adds up the tokens in its list, in a fixed
-order: a second run gives the same bits, which atomic additions would not, and a common id costs no
-more than many rare ones.
+over chunks of tokens). Then a warp adds up each tile of the lists, and another each list that lies
+in several tiles. All in a fixed order: a second run gives the same bits, which atomic additions
+would not; and one common id costs no more than many rare ones.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from .vectors_cuda import BYTES, vector_access
 
 ERROR_BIT = 1  # of the device's word of errors: an id that is no row of the table
 WARPS = 2 if SIMULATED else 4  # of a block, one token or one row of the table each
-MOST_WARPS = 4 if SIMULATED else 16  # that share one row of the table
-CHUNK = 32 if SIMULATED else 512  # tokens of a block that counts
+CHUNK = 32 if SIMULATED else 512  # tokens that a block counts at once
+MOST_CHUNKS = 2 if SIMULATED else 64
+TILE = 4 if SIMULATED else 32  # tokens of the lists that a warp adds up
 SCAN_THREADS = 32 if SIMULATED else 1024
-AHEAD = 4  # rows that a thread reads at once
+AHEAD = 2 if SIMULATED else 4  # rows that a thread reads at once
 
 
 def forward(
@@ -114,15 +115,17 @@ def _whole_number(id_name: str) -> Any:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where the parts of the int32 workspace of `backward` begin.
+    """Where the parts of the int32 workspace of `backward` begin, in elements.
 
     Args:
         counts: (chunks, num_embeddings), tokens of each id in each chunk; 0 at first.
         totals: (num_embeddings,), tokens of each id; 0 at first.
         starts: (num_embeddings,), where the list of each id begins.
         ranks: (tokens,), a token's place among those of its id in its chunk.
-        order: (tokens,), the lists.
-        size: of the whole; the first `starts` elements must be 0 at first.
+        order: (tokens,), the lists, one after the other.
+        size: of the whole; what comes before `starts` must be 0 at first.
+        chunks: into how many chunks the tokens are divided.
+        tiles: into how many tiles the lists are divided.
 
     """
 
@@ -132,15 +135,19 @@ class Workspace:
     ranks: int
     order: int
     size: int
+    chunks: int
+    tiles: int
 
 
 @cache
 def workspace(tokens: int, num_embeddings: int) -> Workspace:
     """For so many tokens and rows of the table."""
-    totals = ceil_div(tokens, CHUNK) * num_embeddings
+    chunks = min(ceil_div(tokens, CHUNK), MOST_CHUNKS)
+    totals = chunks * num_embeddings
     starts = totals + num_embeddings
     ranks = starts + num_embeddings
-    return Workspace(0, totals, starts, ranks, ranks + tokens, ranks + 2 * tokens)
+    order, size = ranks + tokens, ranks + 2 * tokens
+    return Workspace(0, totals, starts, ranks, order, size, chunks, ceil_div(tokens, TILE))
 
 
 def backward(
@@ -149,6 +156,7 @@ def backward(
     dy: Any,
     ids: Any,
     work: Any,
+    partials: Any,
     dweight: Any,
     tokens: int,
     width: int,
@@ -162,6 +170,8 @@ def backward(
         dy: (tokens, width), flat and contiguous.
         ids: (tokens,); those that are no row of the table are passed over.
         work: int32, see `workspace`; all 0 up to `Workspace.starts`.
+        partials: workspace of (Workspace.tiles, 2, width), of the arithmetic type of the
+            precision, float32 for 16 bits.
         dweight: (num_embeddings, width).
         tokens: number of ids.
         width: of a row.
@@ -172,51 +182,61 @@ def backward(
         return
     parts = workspace(tokens, num_embeddings)
     places = (parts.totals, parts.starts, parts.ranks, parts.order)
-    if tokens:
-        chunks = ceil_div(tokens, CHUNK)
-        launch(count_kernel(id_name), chunks, CHUNK, ids, work, *places, tokens, num_embeddings)
-        launch(starts_kernel(), 1, SCAN_THREADS, work, *places, num_embeddings)
-        launch(order_kernel(id_name), chunks, CHUNK, ids, work, *places, tokens, num_embeddings)
     vector = _vector(precision_name, width)
-    warps = 1
-    while warps < MOST_WARPS and warps * num_embeddings < 4 * tokens:
-        warps *= 2  # a list of 16 tokens or more, on average, is worth several warps
-    shared = warps >= WARPS
+    across = ceil_div(width, WARP * vector)
+    if tokens:
+        rounds = ceil_div(ceil_div(tokens, CHUNK), parts.chunks)
+        sizes = (tokens, num_embeddings, rounds)
+        launch(count_kernel(id_name), parts.chunks, CHUNK, ids, work, *places, *sizes)
+        launch(starts_kernel(), 1, SCAN_THREADS, work, *places, num_embeddings)
+        launch(order_kernel(id_name), ceil_div(tokens, CHUNK), CHUNK, ids, work, *places, *sizes)
+        launch(
+            tile_kernel(precision_name, id_name, vector),
+            (ceil_div(parts.tiles, WARPS), across), (WARP, WARPS),
+            dy, ids, work, *places, partials, dweight, width, num_embeddings,
+        )  # fmt: skip
     launch(
-        backward_kernel(precision_name, vector, warps if shared else WARPS, shared),
-        (num_embeddings if shared else ceil_div(num_embeddings, WARPS),
-         ceil_div(width, WARP * vector)),
-        (WARP, warps if shared else WARPS),
-        dy, work, *places, dweight, width, num_embeddings,
+        row_kernel(precision_name, vector),
+        (ceil_div(num_embeddings, WARPS), across), (WARP, WARPS),
+        work, *places, partials, dweight, width, num_embeddings,
     )  # fmt: skip
 
 
 @cache
 def count_kernel(id_name: str) -> Any:
-    """Ranks of a chunk's tokens, and how many it has of each id. CHUNK**2 comparisons a block."""
+    """Ranks of a chunk's tokens, and how many it has of each id.
+
+    A block goes through its chunk in rounds of CHUNK tokens, CHUNK**2 comparisons each.
+    """
     to_id = _whole_number(id_name)
 
     @kernel(CHUNK)
-    def embedding_count(ids, work, totals, starts, ranks, order, tokens, num_embeddings):
-        of_chunk = cuda.shared.array(CHUNK, types.int32)
+    def embedding_count(ids, work, totals, starts, ranks, order, tokens, num_embeddings, rounds):
+        of_round = cuda.shared.array(CHUNK, types.int32)
         own = cuda.threadIdx.x
-        token = types.int64(cuda.blockIdx.x) * CHUNK + own
-        row = types.int64(-1)
-        if token < tokens:
-            row = to_id(ids[token], num_embeddings)
-        of_chunk[own] = row
-        cuda.syncthreads()
-        before, all_of_it = types.int32(0), types.int32(0)
-        for other in range(CHUNK):
-            if of_chunk[other] == row:
-                all_of_it += types.int32(1)
-                if other < own:
-                    before += types.int32(1)
-        if row >= 0:
-            work[ranks + token] = before
-            if before == 0:
-                work[cuda.blockIdx.x * num_embeddings + row] = all_of_it
-                cuda.atomic.add(work, totals + row, all_of_it)
+        counts = types.int64(cuda.blockIdx.x) * num_embeddings
+        for number in range(rounds):
+            token = (types.int64(cuda.blockIdx.x) * rounds + number) * CHUNK + own
+            row = types.int64(-1)
+            earlier = types.int32(0)  # of this id, in the rounds before
+            if token < tokens:
+                row = to_id(ids[token], num_embeddings)
+            if row >= 0:
+                earlier = work[counts + row]
+            of_round[own] = row
+            cuda.syncthreads()
+            before, together = types.int32(0), types.int32(0)
+            for other in range(CHUNK):
+                if of_round[other] == row:
+                    together += types.int32(1)
+                    if other < own:
+                        before += types.int32(1)
+            if row >= 0:
+                work[ranks + token] = earlier + before
+                if before == 0:  # one thread speaks for the id
+                    work[counts + row] = earlier + together
+                    cuda.atomic.add(work, totals + row, together)
+            cuda.syncthreads()
 
     return embedding_count
 
@@ -260,75 +280,131 @@ def order_kernel(id_name: str) -> Any:
     to_id = _whole_number(id_name)
 
     @kernel(CHUNK)
-    def embedding_order(ids, work, totals, starts, ranks, order, tokens, num_embeddings):
+    def embedding_order(ids, work, totals, starts, ranks, order, tokens, num_embeddings, rounds):
         token = types.int64(cuda.blockIdx.x) * CHUNK + cuda.threadIdx.x
         if token < tokens:
             row = to_id(ids[token], num_embeddings)
             if row >= 0:
                 place = work[starts + row] + work[ranks + token]
-                for chunk in range(cuda.blockIdx.x):
-                    place += work[chunk * num_embeddings + row]
+                for chunk in range(cuda.blockIdx.x // rounds):
+                    place += work[types.int64(chunk) * num_embeddings + row]
                 work[order + place] = token
 
     return embedding_order
 
 
 @cache
-def backward_kernel(precision_name: str, vector: int, warps: int, shared: bool) -> Any:
-    """One row of the table to a block whose warps share its list, or else to a warp."""
-    number = precision(precision_name)
+def tile_kernel(precision_name: str, id_name: str, vector: int) -> Any:
+    """The sums of one tile of the lists to a warp.
+
+    The sum of a list that lies within the tile goes to dweight. Of a list that goes on from the
+    tile before, the sum here goes to partials[tile, 0]; of one that begins here and goes on into
+    the next tile, to partials[tile, 1].
+    """
+    number, to_id = precision(precision_name), _whole_number(id_name)
     real, to_real = number.real, number.load
     storage, to_storage = number.storage, number.store
     load_vector, store_vector = vector_access(vector)
-    sums_size = warps * vector * WARP if shared else 1
-    ahead, step = AHEAD, warps if shared else 1
-    read_size = ahead * vector
+    read_size = AHEAD * vector
 
-    @kernel(WARP * warps)
-    def embedding_backward(
-        dy, work, totals, starts, ranks, order, dweight, width, num_embeddings
+    @device_function
+    def flush(total, row, tile, column, work, totals, starts, partials, dweight, width):
+        start, begin = work[starts + row], tile * TILE
+        end = start + work[totals + row]
+        if start >= begin and end <= begin + TILE:
+            rounded = cuda.local.array(vector, storage)
+            for k in range(vector):
+                rounded[k] = to_storage(total[k])
+            store_vector(dweight, row * width + column, rounded)
+        else:
+            place = (2 * tile + (1 if start >= begin else 0)) * width + column
+            for k in range(vector):
+                partials[place + k] = total[k]
+
+    @kernel(WARP * WARPS)
+    def embedding_tiles(
+        dy, ids, work, totals, starts, ranks, order, partials, dweight, width, num_embeddings
     ):  # fmt: skip
-        sums = cuda.shared.array(sums_size, real)
         read = cuda.local.array(read_size, storage)
+        rows = cuda.local.array(AHEAD, types.int64)
         one = cuda.local.array(vector, storage)
         total = cuda.local.array(vector, real)
-        lane, warp = cuda.threadIdx.x, cuda.threadIdx.y
-        row = types.int64(cuda.blockIdx.x) if shared else cuda.blockIdx.x * warps + warp
-        column = (types.int64(cuda.blockIdx.y) * WARP + lane) * vector
-        inside = row < num_embeddings and column < width
-        for k in range(vector):
-            total[k] = real(0.0)
-        if inside:
-            end = work[starts + row] + work[totals + row]
-            first = work[starts + row] + (warp if shared else 0)
-            for position in range(first, end, step * ahead):
-                for n in range(ahead):  # all reads first: none waits for another
-                    if position + n * step < end:
-                        token = types.int64(work[order + position + n * step])
-                        load_vector(dy, token * width + column, one)
-                    else:
-                        for k in range(vector):
-                            one[k] = to_storage(real(0.0))
+        tile = types.int64(cuda.blockIdx.x) * WARPS + cuda.threadIdx.y
+        column = (types.int64(cuda.blockIdx.y) * WARP + cuda.threadIdx.x) * vector
+        last = num_embeddings - 1
+        end = min((tile + 1) * TILE, types.int64(work[starts + last] + work[totals + last]))
+        if column < width and tile * TILE < end:
+            row = types.int64(-1)
+            for k in range(vector):
+                total[k] = real(0.0)
+            for position in range(tile * TILE, end, AHEAD):
+                for n in range(AHEAD):  # all reads first: none waits for another
+                    token = types.int64(work[order + min(position + n, end - 1)])
+                    rows[n] = to_id(ids[token], num_embeddings)
+                    load_vector(dy, token * width + column, one)
                     for k in range(vector):
                         read[n * vector + k] = one[k]
-                for n in range(ahead):
-                    for k in range(vector):
-                        total[k] += to_real(read[n * vector + k])
-        if shared:
-            for k in range(vector):
-                sums[(warp * vector + k) * WARP + lane] = total[k]
-            cuda.syncthreads()
-            if warp == 0:
+                for n in range(AHEAD):
+                    if position + n < end:
+                        if rows[n] != row:
+                            if row >= 0:
+                                flush(
+                                    total, row, tile, column, work, totals, starts, partials,
+                                    dweight, width,
+                                )  # fmt: skip
+                            row = rows[n]
+                            for k in range(vector):
+                                total[k] = real(0.0)
+                        for k in range(vector):
+                            total[k] += to_real(read[n * vector + k])
+            flush(total, row, tile, column, work, totals, starts, partials, dweight, width)
+
+    return embedding_tiles
+
+
+@cache
+def row_kernel(precision_name: str, vector: int) -> Any:
+    """What the tiles left: the sums of lists in several tiles, and 0 for ids that do not occur."""
+    number = precision(precision_name)
+    real, storage, to_storage = number.real, number.storage, number.store
+    _, store_vector = vector_access(vector)
+    read_size = AHEAD * vector
+
+    @kernel(WARP * WARPS)
+    def embedding_rows(
+        work, totals, starts, ranks, order, partials, dweight, width, num_embeddings
+    ):  # fmt: skip
+        read = cuda.local.array(read_size, real)
+        total = cuda.local.array(vector, real)
+        one = cuda.local.array(vector, storage)
+        row = types.int64(cuda.blockIdx.x) * WARPS + cuda.threadIdx.y
+        column = (types.int64(cuda.blockIdx.y) * WARP + cuda.threadIdx.x) * vector
+        if row < num_embeddings and column < width:
+            count = types.int64(work[totals + row])
+            first = types.int64(work[starts + row]) // TILE if count else types.int64(0)
+            last = (
+                (types.int64(work[starts + row]) + count - 1) // TILE if count else types.int64(0)
+            )
+            if count == 0 or first != last:
                 for k in range(vector):
                     total[k] = real(0.0)
-                    for other in range(warps):
-                        total[k] += sums[(other * vector + k) * WARP + lane]
-        if inside and (warp == 0 or not shared):
-            for k in range(vector):
-                one[k] = to_storage(total[k])
-            store_vector(dweight, row * width + column, one)
+                    if count:
+                        total[k] = partials[(2 * first + 1) * width + column + k]
+                for tile in range(first + 1, last + 1, AHEAD):
+                    for n in range(AHEAD):
+                        for k in range(vector):
+                            read[n * vector + k] = real(0.0)
+                            if tile + n <= last:
+                                place = 2 * (tile + n) * width + column + k
+                                read[n * vector + k] = partials[place]
+                    for n in range(AHEAD):
+                        for k in range(vector):
+                            total[k] += read[n * vector + k]
+                for k in range(vector):
+                    one[k] = to_storage(total[k])
+                store_vector(dweight, row * width + column, one)
 
-    return embedding_backward
+    return embedding_rows
 
 
 def _vector(precision_name: str, width: int) -> int:
@@ -339,25 +415,29 @@ def _vector(precision_name: str, width: int) -> int:
 
 
 def instances() -> Iterator[Instance]:
-    """Rows of an odd width and of whole vectors; lists for a warp and for a block."""
+    """Rows of an odd width, and of whole vectors."""
     size, ids = types.int64, precision("float32").array
     work = types.Array(types.int32, 1, "C")
-    places = (size,) * 4
-    yield Instance("embedding_count", count_kernel("float32"), (ids, work, *places, size, size))
+    places, three = (size,) * 4, (size,) * 3
+    yield Instance("embedding_count", count_kernel("float32"), (ids, work, *places, *three))
     yield Instance("embedding_starts", starts_kernel(), (work, *places, size))
-    yield Instance("embedding_order", order_kernel("float32"), (ids, work, *places, size, size))
+    yield Instance("embedding_order", order_kernel("float32"), (ids, work, *places, *three))
     for name in ("float32", "float64", "float16", "bfloat16"):
-        array = precision(name).array
+        array, partials = precision(name).array, precision(precision(name).real.name).array
         largest = BYTES // precision(name).storage.itemsize
         for vector in (1, largest) if name == "float32" else (largest,):
             yield Instance(
                 f"embedding_forward[{name}, {vector}]",
                 forward_kernel(name, "float32", vector),
-                (ids, array, array, work, size, size, size),
+                (ids, array, array, work, *three),
             )
-            for warps, shared in ((WARPS, False), (MOST_WARPS, True)):
-                yield Instance(
-                    f"embedding_backward[{name}, {vector}, {warps}]",
-                    backward_kernel(name, vector, warps, shared),
-                    (array, work, *places, array, size, size),
-                )
+            yield Instance(
+                f"embedding_tiles[{name}, {vector}]",
+                tile_kernel(name, "float32", vector),
+                (array, ids, work, *places, partials, array, size, size),
+            )
+            yield Instance(
+                f"embedding_rows[{name}, {vector}]",
+                row_kernel(name, vector),
+                (work, *places, partials, array, size, size),
+            )

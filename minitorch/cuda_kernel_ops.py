@@ -319,10 +319,11 @@ class CudaKernelOps(CudaOps):
         parts = embedding_cuda.workspace(ids.size, num_embeddings)
         work = DeviceArray.empty(parts.size, np.int32)
         work[: parts.starts].fill(0)
+        partials = DeviceArray.empty(max(1, 2 * parts.tiles * width), _arithmetic(grad.dtype))
         dweight = DeviceArray.empty(num_embeddings * width, grad.dtype)
         embedding_cuda.backward(
-            grad.dtype.name, ids.dtype.name, dy.array, numbers.array, work.array, dweight.array,
-            ids.size, width, num_embeddings,
+            grad.dtype.name, ids.dtype.name, dy.array, numbers.array, work.array, partials.array,
+            dweight.array, ids.size, width, num_embeddings,
         )  # fmt: skip
         return _output(grad, dweight, (num_embeddings, width))
 

@@ -297,10 +297,10 @@ def check_embedding(seed: int, name: str, tokens: int, table: int, width: int) -
         parts = embedding_cuda.workspace(tokens, table)
         work = np.full(parts.size, -1, np.int32)
         work[: parts.starts] = 0
-        dweight = empty(name, table, width)
+        dweight, partials = empty(name, table, width), empty(real_name(name), parts.tiles, 2, width)
         embedding_cuda.backward(
-            name, "float32", to_device(dy), device_ids, runtime.cuda.to_device(work), dweight,
-            tokens, width, table,
+            name, "float32", to_device(dy), device_ids, runtime.cuda.to_device(work), partials,
+            dweight, tokens, width, table,
         )  # fmt: skip
         results.append(to_host(dweight, name, table, width))
     assert_close(results[0], expected, name)
@@ -318,9 +318,9 @@ def test_embedding_notes_an_id_that_is_no_row(wrong: float) -> None:
 
     parts = embedding_cuda.workspace(3, 3)
     work = runtime.cuda.to_device(np.zeros(parts.size, np.int32))
-    dweight = empty("float32", 3, 2)
-    dy = np.ones((3, 2), np.float32)
-    embedding_cuda.backward("float32", "float32", to_device(dy), ids, work, dweight, 3, 2, 3)
+    dweight, partials = empty("float32", 3, 2), empty("float32", parts.tiles, 2, 2)
+    dy = to_device(np.ones((3, 2), np.float32))
+    embedding_cuda.backward("float32", "float32", dy, ids, work, partials, dweight, 3, 2, 3)
     np.testing.assert_array_equal(to_host(dweight, "float32", 3, 2), [[1, 1], [0, 0], [1, 1]])
 
 
