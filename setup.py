@@ -58,6 +58,7 @@ setup(
             NUMBA_CUDA.format("cu13") + "; sys_platform != 'darwin'",
             "numpy<2.5",
             "pytest>=8.3",
+            "pytest-xdist>=3.6",
             "ruff==0.17.5",
             "scikit-learn>=1.5",
             "setuptools>=77",
