@@ -150,9 +150,14 @@ def fill(address: int, size: int, pattern: npt.NDArray[Any]) -> None:
         low, high = (int(half) for half in pattern.view(np.uint32))
         if low == high:
             check(driver.cuMemsetD32Async(address, low, 2 * size, stream))
-        else:  # two columns of 32-bit words
-            check(driver.cuMemsetD2D32Async(address, 8, low, 1, size, stream))
-            check(driver.cuMemsetD2D32Async(address + 4, 8, high, 1, size, stream))
+            return
+        check(driver.cuMemsetD32Async(address, low, 1, stream))
+        check(driver.cuMemsetD32Async(address + 4, high, 1, stream))
+        done = 1
+        while done < size:  # what is there is copied behind itself: twice as much each time
+            more = min(done, size - done)
+            copy_on_device(address + 8 * done, address, 8 * more)
+            done += more
         return
     bits = int(pattern.view(f"u{itemsize}")[0])
     calls = {1: "cuMemsetD8Async", 2: "cuMemsetD16Async", 4: "cuMemsetD32Async"}

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .autodiff import no_grad
+from .dtypes import BFLOAT16
 from .tensor import Tensor
 from .tensor_data import UserIndex
 
@@ -20,7 +21,12 @@ SAMPLES = 4  # and single elements of it, so that a failure can name an index
 
 # (rtol, atol) of the gradient under test, by its dtype; the differences themselves are always in
 # float64.
-TOLERANCES = {np.dtype(np.float64): (1e-3, 1e-4), np.dtype(np.float32): (1e-2, 1e-2)}
+TOLERANCES = {
+    np.dtype(np.float64): (1e-3, 1e-4),
+    np.dtype(np.float32): (1e-2, 1e-2),
+    np.dtype(np.float16): (3e-2, 3e-2),
+    BFLOAT16: (1e-1, 1e-1),
+}
 
 Array = npt.NDArray[np.float64]
 
@@ -65,8 +71,9 @@ def grad_check(
         f: a deterministic function of tensors that returns a tensor.
         vals: the tensors; each becomes a leaf that requires a gradient.
         epsilon: length of the finite step.
-        rtol: relative tolerance; by default 1e-3 for float64 gradients, 1e-2 for float32.
-        atol: absolute tolerance; by default 1e-4 and 1e-2.
+        rtol: relative tolerance; by default 1e-3 for float64 gradients, 1e-2 for float32, 3e-2 for
+            float16, 1e-1 for bfloat16.
+        atol: absolute tolerance; by default 1e-4 for float64, else the same as `rtol`.
         tol: the transformer course's name for `atol`.
         seed: of the random weights and directions, and of `random` before each call of `f`, as in
             MiniTorch.

@@ -256,6 +256,8 @@ class Tensor:
         return Mul.apply(self, self._ensure_tensor(b))
 
     def __truediv__(self, b: TensorLike) -> Tensor:
+        if isinstance(b, int | float | np.number) and b:
+            return self * (1.0 / float(self.dtype.type(b)))  # what Inv would give
         return Mul.apply(self, Inv.apply(self._ensure_tensor(b)))
 
     def __rtruediv__(self, b: TensorLike) -> Tensor:

@@ -50,6 +50,7 @@ def test_tensors_become_torchs(dtype: Any, strided: bool) -> None:
 
 
 def test_the_taker_keeps_the_memory() -> None:
+    gc.collect()
     before = minitorch.cuda.memory_allocated()
     x = minitorch.tensor(np.arange(1000.0), backend=GPU)
     y = torch.from_dlpack(x)
@@ -63,6 +64,7 @@ def test_the_taker_keeps_the_memory() -> None:
 
 
 def test_a_capsule_that_nobody_takes() -> None:
+    gc.collect()
     before = minitorch.cuda.memory_allocated()
     capsule = minitorch.tensor(np.arange(1000.0), backend=GPU).__dlpack__()
     assert minitorch.cuda.memory_allocated() > before
@@ -199,6 +201,7 @@ def test_attention_of_torch_tensors(mask: str) -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # the reference's, not ours
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_torchs_autograd(return_lse: bool) -> None:
     q, k, v = (draw(1, 2, n, 4).requires_grad_() for n in (3, 5, 5))
