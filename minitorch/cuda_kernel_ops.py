@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .cuda_attention import CudaAttentionOps
 from .cuda_matmul import contiguous
 from .cuda_ops import CudaOps
 from .cuda_views import contiguous_data, device_storage
@@ -134,7 +135,7 @@ def _mask_operand(
 # ----- operations -----
 
 
-class CudaKernelOps(CudaOps):
+class CudaKernelOps(CudaAttentionOps, CudaOps):
     """Tensors on the GPU, every fused operation by a kernel of its own.
 
     Without a GPU `TensorBackend(CudaKernelOps)` computes with `FastOps`, so that programs and tests

@@ -482,5 +482,8 @@ def test_errors_name_the_argument(shapes: Any, arguments: Any, error: Any, messa
 
 
 def test_only_two_dtypes() -> None:
-    with pytest.raises(TypeError, match="float16"):
-        AttentionProblem.of((5, 4), (6, 4), (6, 4), np.float16)
+    with pytest.raises(TypeError, match="int32"):
+        AttentionProblem.of((5, 4), (6, 4), (6, 4), np.int32)
+    half = AttentionProblem.of((5, 4), (6, 4), (6, 4), np.float16)  # for a GPU
+    with pytest.raises(TypeError, match="on the CPU"):
+        cpu.forward(half, *(np.zeros((n, 4), np.float16) for n in (5, 6, 6)))

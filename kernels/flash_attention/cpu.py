@@ -187,7 +187,13 @@ def forward_with_count(
     attn_mask: Array | None = None,
     tiles: TileSizes | None = None,
 ) -> Result:
-    """`forward` with tile sizes of one's choice, which also counts the tiles that it computed."""
+    """`forward` with tile sizes of one's choice, which also counts the tiles that it computed.
+
+    Raises:
+        TypeError: the problem is one of 16-bit numbers, which only a GPU computes with.
+    """
+    if problem.dtype.name not in ("float32", "float64"):
+        raise TypeError(f"attention on the CPU takes float32 or float64, not {problem.dtype}.")
     tiles = tiles or default_tiles(problem)
     out = np.empty(problem.out_shape, problem.dtype)
     logsumexp = np.empty(problem.logsumexp_shape, problem.dtype)

@@ -17,6 +17,8 @@ Shape = tuple[int, ...]
 Causal = bool | Literal["top-left", "bottom-right"]
 Window = tuple[int | None, int | None]
 
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
 
 @dataclass(frozen=True)
 class AttentionProblem:
@@ -77,7 +79,8 @@ class AttentionProblem:
 
         Args:
             query_shape, key_shape, value_shape: (..., Nq, D), (..., Nk, D), (..., Nk, Dv).
-            dtype: float32 or float64, of the computation and its results.
+            dtype: of the inputs and the output: float32 or float64, which are computed with as they
+                are, or (on a GPU) float16 or bfloat16, computed with in float32.
             attn_mask: bool or floating point, broadcastable to (..., Nq, Nk).
             is_causal: False; True or "top-left"; "bottom-right".
             dropout_p: probability, in [0, 1], with which an attention weight is dropped.
@@ -87,8 +90,8 @@ class AttentionProblem:
             seed: 64-bit key of the dropout mask.
         """
         kind = np.dtype(dtype)
-        if kind not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise TypeError(f"attention is computed in float32 or float64, not in {kind}.")
+        if kind.name not in DTYPES:
+            raise TypeError(f"attention takes {', '.join(DTYPES)}, not {kind}.")
         leading = _leading_shape(
             tuple(query_shape), tuple(key_shape), tuple(value_shape), enable_gqa
         )

@@ -1,0 +1,421 @@
+"""FlashAttention on any CUDA GPU, with ordinary (SIMT) arithmetic: what to launch, and how.
+
+The algorithm is in `cuda_forward.py` and `cuda_backward.py`; here are the sizes of their tiles, and
+the host's side of a call: from a problem and arrays in device memory to launches. Nothing is
+allocated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..philox import dropout_threshold
+from ..runtime import SIMULATED, Instance, ceil_div, launch, precision, types
+from .cuda_backward import (
+    DELTA_ROWS,
+    DELTA_THREADS,
+    backward_memory,
+    delta_kernel,
+    key_value_kernel,
+    query_kernel,
+)  # fmt: skip
+from .cuda_forward import forward_kernel, forward_memory
+from .cuda_tiles import Blocks, Kind, tile_width, vector_lanes
+from .problem import AttentionProblem
+
+Architecture = tuple[int, int]
+Ints = tuple[int, ...]
+
+PRECISIONS = ("float32", "float64", "float16", "bfloat16")
+MOST_COLUMNS = 256  # of a query, a key or a value
+
+
+class Matrices(NamedTuple):
+    """Matrices (batch, heads, rows, columns) in device memory.
+
+    Args:
+        array: flat numba array, whose first element is theirs.
+        address: of that element.
+        strides: four, in elements; 0 where a dimension repeats one element.
+        owner: of the memory, kept until the launch.
+
+    """
+
+    array: Any
+    address: int
+    strides: Ints
+    owner: Any = None
+
+
+class Heads(NamedTuple):
+    """How heads share keys and values: query head h uses key head h // k_group.
+
+    Args:
+        batch: size of the first dimension.
+        heads: of queries, size of the second.
+        k_group: heads of queries to one of keys.
+        v_group: heads of queries to one of values.
+        group: heads of queries to one of dK and dV: k_group if it is v_group too, or else 1.
+
+    """
+
+    batch: int
+    heads: int
+    k_group: int
+    v_group: int
+    group: int
+
+
+class Inputs(NamedTuple):
+    """What is read by the forward and the backward pass.
+
+    Args:
+        q, k, v: queries, keys (Nk, D) and values (Nk, Dv).
+        mask: attn_mask, or None; a bool one as uint8.
+        mask_kind: "none", "bool" or the name of its dtype.
+        offset: uint64 array of one element, which is added to the problem's seed.
+
+    """
+
+    q: Matrices
+    k: Matrices
+    v: Matrices
+    mask: Matrices | None
+    mask_kind: str
+    offset: Any
+
+
+def supports(problem: AttentionProblem, architecture: Architecture) -> bool:
+    """Whether these kernels compute it, on a GPU of this compute capability."""
+    sizes = problem.head_dim, problem.value_dim
+    return problem.dtype.name in PRECISIONS and max(sizes) <= MOST_COLUMNS
+
+
+# ----- sizes of tiles -----
+#
+# The first in a list whose tiles fit in shared memory, and whose sums in registers. A thread's keys
+# of dK come in vectors: there block_n must be a multiple of their length times the threads that
+# share the keys.
+
+FORWARD: tuple[Blocks, ...]
+BACKWARD_KEY_VALUE: tuple[Blocks, ...]
+BACKWARD_QUERY: tuple[Blocks, ...]
+if SIMULATED:
+    FORWARD = BACKWARD_QUERY = (Blocks(8, 8, 4, 2),)
+    BACKWARD_KEY_VALUE = (Blocks(8, 16, 4, 2),)
+else:
+    FORWARD = (
+        Blocks(64, 32, 8, 8), Blocks(64, 32, 8, 16),
+        Blocks(32, 32, 8, 16), Blocks(32, 16, 8, 16), Blocks(16, 16, 8, 16),
+    )  # fmt: skip
+    BACKWARD_KEY_VALUE = BACKWARD_QUERY = (
+        Blocks(64, 64, 8, 16), Blocks(32, 32, 8, 8), Blocks(32, 32, 8, 16),
+        Blocks(16, 16, 4, 16), Blocks(8, 16, 4, 16), Blocks(8, 8, 2, 8), Blocks(4, 8, 2, 8),
+    )  # fmt: skip
+# Bytes of shared memory for a block: as many as any GPU gives, or where there are more a share of
+# them that lets several blocks run at once.
+LITTLE_MEMORY = 48 * 1024
+MEMORY = {(8, 0): 80 * 1024, (9, 0): 112 * 1024, (10, 0): 112 * 1024}
+REGISTERS = 144  # of 4 bytes, for a thread's sums
+
+
+def _itemsize(kind: Kind) -> int:
+    return 16 // vector_lanes(kind.precision)
+
+
+def _first_that_fits(
+    choices: tuple[Blocks, ...],
+    plan: Callable[[Kind, Blocks], Any],
+    sums: Callable[[Kind, Blocks], int],
+    kind: Kind,
+    architecture: Architecture,
+) -> Blocks:
+    itemsize = _itemsize(kind)
+    most_bytes = MEMORY.get(architecture, LITTLE_MEMORY)
+    for blocks in choices:
+        fits = itemsize * plan(kind, blocks).size <= most_bytes
+        if fits and sums(kind, blocks) * itemsize // 4 <= REGISTERS:
+            return blocks
+    return choices[-1]
+
+
+def _columns(kind: Kind, blocks: Blocks) -> tuple[int, int]:
+    """A thread's columns of Q, K or dK, and of V, dV or O."""
+    lanes, threads = vector_lanes(kind.precision), blocks.threads_d
+    return (
+        tile_width(kind.head_dim, threads, lanes) // threads,
+        tile_width(kind.value_dim, threads, lanes) // threads,
+    )
+
+
+def _forward_sums(kind: Kind, blocks: Blocks) -> int:
+    return blocks.rows * (blocks.keys + _columns(kind, blocks)[1])
+
+
+def _key_value_sums(kind: Kind, blocks: Blocks) -> int:
+    own = blocks.block_n * blocks.threads_d // blocks.threads
+    return blocks.rows * blocks.keys + own * sum(_columns(kind, blocks))
+
+
+def _query_sums(kind: Kind, blocks: Blocks) -> int:
+    return blocks.rows * (blocks.keys + _columns(kind, blocks)[0])
+
+
+@cache
+def forward_blocks(kind: Kind, architecture: Architecture) -> Blocks:
+    """The forward kernel's tiles."""
+    return _first_that_fits(FORWARD, forward_memory, _forward_sums, kind, architecture)
+
+
+@cache
+def backward_blocks(kind: Kind, architecture: Architecture) -> tuple[Blocks, Blocks]:
+    """The tiles of the kernel for dK and dV, and of that for dQ."""
+    find = _first_that_fits
+    return (
+        find(BACKWARD_KEY_VALUE, backward_memory, _key_value_sums, kind, architecture),
+        find(BACKWARD_QUERY, backward_memory, _query_sums, kind, architecture),
+    )
+
+
+# ----- launches -----
+
+
+def _has_vectors(problem: AttentionProblem, *matrices: Matrices) -> bool:
+    """Whether all rows begin at multiples of 16 bytes and are a multiple of 16 bytes long."""
+    itemsize = precision(problem.dtype.name).storage.itemsize
+    count = 16 // itemsize
+    return (
+        problem.head_dim % count == 0
+        and problem.value_dim % count == 0
+        and all(
+            m.address % 16 == 0
+            and m.strides[3] == 1
+            and all(stride % count == 0 for stride in m.strides[:3])
+            for m in matrices
+        )
+    )
+
+
+def _kind(problem: AttentionProblem, inputs: Inputs, *more: Matrices) -> Kind:
+    return Kind(
+        problem.dtype.name, problem.head_dim, problem.value_dim, inputs.mask_kind,
+        problem.dropout_p > 0, _has_vectors(problem, inputs.q, inputs.k, inputs.v, *more),
+    )  # fmt: skip
+
+
+def _arguments(problem: AttentionProblem, heads: Heads) -> tuple[Ints, tuple[Any, ...]]:
+    """The kernels' sizes, and scale, seed, threshold and factor of weights that are kept."""
+    far = problem.seqlen_q + problem.seqlen_k  # sees everything, and stays within 32 bits
+    lower, upper = (min(max(x, -far), far) for x in (problem.lower, problem.upper))
+    sizes = (
+        heads.heads, problem.seqlen_q, problem.seqlen_k, lower, upper, heads.k_group,
+        heads.v_group,
+    )  # fmt: skip
+    p = problem.dropout_p
+    keep = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+    return sizes, (float(problem.scale), np.uint64(problem.seed), dropout_threshold(p), keep)
+
+
+def _mask(inputs: Inputs) -> tuple[Any, Ints]:
+    """The mask's array, some array if there is none, and its strides."""
+    if inputs.mask is None:
+        return inputs.q.array, (0, 0, 0, 0)
+    return inputs.mask.array, inputs.mask.strides
+
+
+def _shared_bytes(kind: Kind, plan: Any) -> int:
+    size: int = plan.size
+    return size * _itemsize(kind)
+
+
+def forward(
+    problem: AttentionProblem,
+    heads: Heads,
+    inputs: Inputs,
+    out: Matrices,
+    logsumexp: Any,
+    architecture: Architecture,
+    blocks: Blocks | None = None,
+) -> None:
+    """Write the output (Nq, Dv) of each head, and the logsumexp.
+
+    Args:
+        problem: what is asked for.
+        heads: how it is laid out.
+        inputs: what is read.
+        out: rows are contiguous, in 16-byte pieces if Dv is a multiple of as many elements.
+        logsumexp: contiguous (batch, heads, Nq), flat, float32 (float64 for float64).
+        architecture: compute capability.
+        blocks: of one's choice.
+
+    """
+    if not problem.batch_heads * problem.seqlen_q:
+        return
+    kind = _kind(problem, inputs)
+    blocks = blocks or forward_blocks(kind, architecture)
+    mask, mask_strides = _mask(inputs)
+    sizes, numbers = _arguments(problem, heads)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    grid = ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads
+    launch(
+        forward_kernel(kind, blocks), grid, blocks.threads,
+        q.array, k.array, v.array, mask, inputs.offset, out.array, logsumexp,
+        q.strides, k.strides, v.strides, mask_strides, out.strides, sizes, *numbers,
+        shared_bytes=_shared_bytes(kind, forward_memory(kind, blocks)),
+    )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    """What the backward pass writes.
+
+    Args:
+        dq: like the queries, of all their heads.
+        dk: (batch, heads // group, Nk, D).
+        dv: (batch, heads // group, Nk, Dv).
+        ds: of the scores, contiguous (batch, heads, Nq, Nk), flat, zero at first, float32 (float64
+            for float64); None if it is not wanted.
+        workspace: two flat arrays like logsumexp.
+
+    """
+
+    dq: Matrices
+    dk: Matrices
+    dv: Matrices
+    ds: Any
+    workspace: tuple[Any, Any]
+
+
+def backward(
+    problem: AttentionProblem,
+    heads: Heads,
+    inputs: Inputs,
+    out: Matrices,
+    logsumexp: Any,
+    grad_out: Matrices,
+    grad_logsumexp: Any,
+    gradients: Gradients,
+    architecture: Architecture,
+    blocks: tuple[Blocks, Blocks] | None = None,
+) -> None:
+    """Write the gradients of queries, keys and values.
+
+    Args:
+        problem: what was asked for.
+        heads: how it is laid out.
+        inputs: as in the forward pass.
+        out: its output.
+        logsumexp: its logsumexp.
+        grad_out: the gradient of `out`, any strides.
+        grad_logsumexp: of the logsumexp, likewise contiguous; None for 0.
+        gradients: where to write.
+        architecture: compute capability.
+        blocks: of one's choice, for dK and dV, and for dQ.
+
+    """
+    if not problem.batch_heads:
+        return
+    kind = _kind(problem, inputs, grad_out)
+    for_keys, for_queries = blocks or backward_blocks(kind, architecture)
+    mask, mask_strides = _mask(inputs)
+    sizes, numbers = _arguments(problem, heads)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    delta, logsumexp2 = gradients.workspace
+    rows = problem.batch_heads * problem.seqlen_q
+    if rows:
+        launch(
+            delta_kernel(problem.dtype.name, grad_logsumexp is not None),
+            ceil_div(rows, DELTA_ROWS), DELTA_THREADS,
+            out.array, grad_out.array, logsumexp,
+            logsumexp if grad_logsumexp is None else grad_logsumexp, delta, logsumexp2,
+            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, rows,
+        )  # fmt: skip
+    read = (q.array, k.array, v.array, mask, inputs.offset, grad_out.array, logsumexp2, delta)
+    strides = (q.strides, k.strides, v.strides, mask_strides, grad_out.strides)
+    if problem.seqlen_k:
+        dk, dv = gradients.dk, gradients.dv
+        grid = ceil_div(problem.seqlen_k, for_keys.block_n) * (problem.batch_heads // heads.group)
+        launch(
+            key_value_kernel(kind, for_keys), grid, for_keys.threads,
+            *read, dk.array, dv.array, *strides, dk.strides, dv.strides,
+            (*sizes, heads.group), *numbers,
+            shared_bytes=_shared_bytes(kind, backward_memory(kind, for_keys)),
+        )  # fmt: skip
+    if rows:
+        dq, ds = gradients.dq, gradients.ds
+        launch(
+            query_kernel(kind, for_queries, ds is not None),
+            ceil_div(problem.seqlen_q, for_queries.block_m) * problem.batch_heads,
+            for_queries.threads, *read, dq.array, delta if ds is None else ds,
+            *strides, dq.strides, sizes, *numbers,
+            shared_bytes=_shared_bytes(kind, backward_memory(kind, for_queries)),
+        )  # fmt: skip
+
+
+# ----- for the compile tests -----
+
+
+def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
+    """numba types of the kernels' arguments, by their names."""
+    numbers = precision(kind.precision)
+    array, rows = numbers.array, types.Array(numbers.real, 1, "C")
+    masks = {"none": array, "bool": types.Array(types.uint8, 1, "C")}
+    mask = masks.get(kind.mask) or precision(kind.mask).array
+    word, strides = types.Array(types.uint64, 1, "C"), types.UniTuple(types.int64, 4)
+    sizes, sizes_and_group = types.UniTuple(types.int64, 7), types.UniTuple(types.int64, 8)
+    scalars = (types.float64, types.uint64, types.int64, types.float64)
+    read = (array, array, array, mask, word)
+    return {
+        "forward": (*read, array, rows, *[strides] * 5, sizes, *scalars),
+        "key_value": (
+            *read, array, rows, rows, array, array, *[strides] * 7, sizes_and_group, *scalars,
+        ),
+        "query": (*read, array, rows, rows, array, rows, *[strides] * 6, sizes, *scalars),
+        "delta": (array, array, *[rows] * 4, strides, strides, *[types.int64] * 4),
+    }  # fmt: skip
+
+
+def instances() -> Iterator[Instance]:
+    """Every size in float32, the largest in the others; masks and dropout at one size."""
+    kinds = [Kind("float32", d, d, "none", False, True) for d in (16, 32, 64, 128, 256)]
+    kinds += [
+        Kind("float32", 64, 64, "float32", True, True),
+        Kind("float32", 80, 40, "bool", True, False),
+        Kind("float64", 64, 64, "none", True, True),
+        Kind("float64", 256, 256, "float64", False, False),
+        Kind("float16", 64, 64, "float32", True, True),
+        Kind("bfloat16", 64, 64, "none", False, True),
+        Kind("bfloat16", 128, 128, "bool", False, True),
+    ]
+    for kind in kinds:
+        signatures = _signatures(kind)
+        for architecture in ((7, 5), (9, 0)):
+            forward_tiles = forward_blocks(kind, architecture)
+            key_tiles, query_tiles = backward_blocks(kind, architecture)
+            name = f"{_name(kind)}, {architecture[0]}.{architecture[1]}"
+            yield Instance(
+                f"flash_forward[{name}]", forward_kernel(kind, forward_tiles),
+                signatures["forward"],
+            )  # fmt: skip
+            yield Instance(
+                f"flash_backward_key_value[{name}]", key_value_kernel(kind, key_tiles),
+                signatures["key_value"],
+            )  # fmt: skip
+            yield Instance(
+                f"flash_backward_query[{name}]", query_kernel(kind, query_tiles, False),
+                signatures["query"],
+            )  # fmt: skip
+    for name in PRECISIONS:
+        kind = Kind(name, 64, 64, "none", False, True)
+        yield Instance(f"flash_delta[{name}]", delta_kernel(name, True), _signatures(kind)["delta"])
+
+
+def _name(kind: Kind) -> str:
+    flags = ", dropout" * kind.dropout + ", vectors" * kind.vectors
+    return f"{kind.precision}, {kind.head_dim}, {kind.value_dim}, {kind.mask}{flags}"
+
+
+__all__ = ["Gradients", "Heads", "Inputs", "Matrices", "backward", "forward", "supports"]

@@ -1,0 +1,430 @@
+"""FlashAttention's backward pass on a GPU, with ordinary (SIMT) arithmetic.
+
+Algorithm 2 of "FlashAttention-2" (Dao, 2023), in three kernels. P is computed anew from the
+logsumexp L:
+
+    delta = rowsum(dO * O) - dL                 `delta_kernel`
+    S = Q K^T,  P = exp(S - L)                  (block_m, block_n)
+    dP = dO V^T
+    dS = P * (dP - delta)
+    dK += dS^T Q,  dV += P^T dO                 `key_value_kernel`: a block takes a tile of keys
+    dQ += dS K                                  `query_kernel`: a block takes a tile of queries
+
+S and dP are computed twice, once for each of the last two. In return every gradient is the sum of
+one block, in an order that never changes: no two blocks add to one number.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from ..runtime import (
+    NEGATIVE_INFINITY,
+    WARP,
+    cuda,
+    device_function,
+    kernel,
+    precision,
+    types,
+    warp_sum,
+)  # fmt: skip
+from ..vectors_cuda import vector_access
+from .cuda_registers import Factor, exp2_function, multiply
+from .cuda_tiles import (
+    Blocks,
+    Kind,
+    dropout_factor,
+    fill,
+    is_whole,
+    masked_score,
+    own_columns,
+    own_keys,
+    own_rows,
+    row_step,
+    tile_loader,
+    tile_range,
+    tile_start,
+    tile_width,
+    vector_lanes,
+)  # fmt: skip
+
+DELTA_THREADS = 128
+DELTA_ROWS = DELTA_THREADS // WARP
+LN_2 = 0.6931471805599453
+
+
+# ----- delta, and L in units of log 2 -----
+
+
+@cache
+def delta_kernel(precision_name: str, has_grad_logsumexp: bool) -> Any:
+    """One row to a warp. A row that saw no key gets L = +inf, with which all its P are 0."""
+    numbers = precision(precision_name)
+    real, load = numbers.real, numbers.load
+    nothing, infinity, rows_of_block = NEGATIVE_INFINITY, float("inf"), DELTA_ROWS
+
+    @kernel(DELTA_THREADS)
+    def flash_delta(
+        out, grad_out, logsumexp, grad_logsumexp, delta, logsumexp2, out_steps, grad_steps, heads,
+        seqlen_q, value_dim, count,
+    ):  # fmt: skip
+        number = types.int64(cuda.blockIdx.x) * rows_of_block + cuda.threadIdx.x // WARP
+        row = min(number, count - 1)  # all threads of a warp take part in its sum
+        batch_head = row // seqlen_q
+        b, h, r = batch_head // heads, batch_head % heads, row % seqlen_q
+        x = b * out_steps[0] + h * out_steps[1] + r * out_steps[2]
+        y = b * grad_steps[0] + h * grad_steps[1] + r * grad_steps[2]
+        total = real(0.0)
+        for c in range(cuda.threadIdx.x % WARP, value_dim, WARP):
+            total += load(out[x + c]) * load(grad_out[y + c * grad_steps[3]])
+        total = warp_sum(total)
+        if number == row and cuda.threadIdx.x % WARP == 0:
+            if logsumexp[row] == nothing:
+                delta[row], logsumexp2[row] = real(0.0), real(infinity)
+            else:
+                if has_grad_logsumexp:
+                    total -= grad_logsumexp[row]
+                delta[row] = total
+                logsumexp2[row] = logsumexp[row] * real(1.4426950408889634)
+
+    return flash_delta
+
+
+# ----- P and dS of a tile -----
+
+
+class BackwardMemory(NamedTuple):
+    """Where tiles begin in shared memory, and how far their rows lie apart, in elements."""
+
+    q: int
+    do: int
+    k: int
+    v: int
+    p: int  # (block_m, block_n): P, then dS
+    logsumexp: int  # (block_m,)
+    delta: int
+    size: int
+    width: int  # of q and k, with zeros
+    v_width: int  # of v and dO
+    step: int
+    v_step: int
+    p_step: int
+
+
+@cache
+def backward_memory(kind: Kind, blocks: Blocks) -> BackwardMemory:
+    """The plan of shared memory of both kernels."""
+    lanes, m, n = vector_lanes(kind.precision), blocks.block_m, blocks.block_n
+    width = tile_width(kind.head_dim, blocks.threads_d, lanes)
+    v_width = tile_width(kind.value_dim, blocks.threads_d, lanes)
+    step, v_step = row_step(width, lanes), row_step(v_width, lanes)
+    p_step = n + max(blocks.threads_n % 32, lanes)
+    starts = [0]
+    for size in (m * step, m * v_step, n * step, n * v_step, m * p_step, m, m):
+        starts.append(starts[-1] + size)
+    return BackwardMemory(*starts, width, v_width, step, v_step, p_step)  # type: ignore[call-arg]
+
+
+@cache
+def row_loader(precision_name: str, block_m: int, threads: int, plan: BackwardMemory) -> Any:
+    """Device function that copies a tile's L and delta to shared memory; L is +inf past the end."""
+    real = precision(precision_name).real
+    to_logsumexp, to_delta, infinity = plan.logsumexp, plan.delta, float("inf")
+
+    @device_function
+    def load_rows(memory, logsumexp2, delta, first, count):
+        for row in range(cuda.threadIdx.x, block_m, threads):
+            inside = row < count
+            memory[to_logsumexp + row] = logsumexp2[first + row] if inside else real(infinity)
+            memory[to_delta + row] = delta[first + row] if inside else real(0.0)
+
+    return load_rows
+
+
+@cache
+def score_gradients(kind: Kind, blocks: Blocks) -> Any:
+    """Device function: from the tiles q, do, k, v to dS in tile p, and P, with dropout, in `sums`.
+
+    A thread writes its own elements of the tile and reads none but these, so there is no barrier.
+    """
+    real, plan = precision(kind.precision).real, backward_memory(kind, blocks)
+    lanes, rows, keys = vector_lanes(kind.precision), blocks.rows, blocks.keys
+    threads_m, threads_n, block_m, block_n = (
+        blocks.threads_m, blocks.threads_n, blocks.block_m, blocks.block_n,
+    )  # fmt: skip
+    q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
+    logsumexp_at, delta_at = plan.logsumexp, plan.delta
+    step, v_step, p_step = plan.step, plan.v_step, plan.p_step
+    scores = multiply(own_rows(blocks, step), own_keys(blocks, step), kind.head_dim, lanes)
+    products = multiply(own_rows(blocks, v_step), own_keys(blocks, v_step), kind.value_dim, lanes)
+    score_of, factor_of = masked_score(kind), dropout_factor(real.name)
+    exp2 = exp2_function(real.name)
+    always_masked, dropout = kind.mask != "none", kind.dropout
+
+    @device_function
+    def run(memory, sums, row0, key0, batch_head, band, mask, mask_place, dropout_of):
+        lower, upper, seqlen_q, seqlen_k = band
+        my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
+        own = p_tile + my_row * p_step + my_key
+        # S = Q K^T, P = exp(S - L)
+        fill(sums, rows, keys, real(0.0))
+        scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
+        if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            for i in range(rows):
+                for j in range(keys):
+                    sums[i, j] = score_of(
+                        sums[i, j], row0 + my_row + i * threads_m, key0 + my_key + j * threads_n,
+                        lower, upper, seqlen_q, seqlen_k,
+                        mask, mask_place[0], mask_place[1], mask_place[2],
+                    )  # fmt: skip
+        for i in range(rows):
+            shift = memory[logsumexp_at + my_row + i * threads_m]
+            for j in range(keys):
+                memory[own + i * threads_m * p_step + j * threads_n] = exp2(sums[i, j] - shift)
+        # dP = dO V^T
+        fill(sums, rows, keys, real(0.0))
+        products(memory, do_tile + my_row * v_step, v_tile + my_key * v_step, sums)
+        # dS = P * (Z dP - delta), and P Z
+        for i in range(rows):
+            delta = memory[delta_at + my_row + i * threads_m]
+            for j in range(keys):
+                place = own + i * threads_m * p_step + j * threads_n
+                p, z = memory[place], real(1.0)
+                if dropout:
+                    z = factor_of(
+                        dropout_of[0], dropout_of[1], dropout_of[2], batch_head,
+                        row0 + my_row + i * threads_m, key0 + my_key + j * threads_n,
+                    )  # fmt: skip
+                memory[place] = p * (z * sums[i, j] - delta)
+                sums[i, j] = p * z
+
+    return run
+
+
+@cache
+def gradient_writer(kind: Kind, blocks: Blocks, rows: int, columns: int, width: int) -> Any:
+    """Device function that writes a thread's part of one row of a gradient.
+
+    `(target, start, values, row, factor)`: the thread's columns of values[row], times a factor, go
+    to target[start] and on.
+    """
+    numbers, lanes = precision(kind.precision), vector_lanes(kind.precision)
+    to_storage, storage = numbers.store, getattr(types, numbers.storage.name)
+    threads_d, count = blocks.threads_d, width // blocks.threads_d
+    at_once = lanes if columns % lanes == 0 else 1
+    _, write = vector_access(at_once)
+
+    @device_function
+    def write_row(target, start, values, row, factor):
+        pieces = cuda.local.array(at_once, storage)
+        mine = cuda.threadIdx.x % threads_d
+        for c in range(0, count, at_once):
+            column = (c // lanes * threads_d + mine) * lanes + c % lanes
+            if column < columns:
+                for n in range(at_once):
+                    pieces[n] = to_storage(values[row, c + n] * factor)
+                write(target, start + column, pieces)
+
+    return write_row
+
+
+# ----- dK and dV -----
+
+
+@cache
+def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
+    """A block computes block_n rows of dK and dV, from all queries' heads that share them."""
+    real, lanes = precision(kind.precision).real, vector_lanes(kind.precision)
+    plan, block_m, block_n = backward_memory(kind, blocks), blocks.block_m, blocks.block_n
+    rows, keys, threads_n, threads_d = blocks.rows, blocks.keys, blocks.threads_n, blocks.threads_d
+    threads_m, head_dim, value_dim = blocks.threads_m, kind.head_dim, kind.value_dim
+    q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
+    step, v_step, p_step, width, v_width = (
+        plan.step, plan.v_step, plan.p_step, plan.width, plan.v_width,
+    )  # fmt: skip
+    load_q = tile_loader(kind, blocks, block_m, head_dim, width, step)
+    load_do = tile_loader(kind, blocks, block_m, value_dim, v_width, v_step)
+    load_k = tile_loader(kind, blocks, block_n, head_dim, width, step)
+    load_v = tile_loader(kind, blocks, block_n, value_dim, v_width, v_step)
+    load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
+    to_ds = score_gradients(kind, blocks)
+    # A thread's keys and columns of dK and dV; the sums are over queries.
+    key_threads = blocks.threads // threads_d
+    p_keys = own_columns(block_n, key_threads, lanes, p_step)
+    own = p_keys.count
+    count, v_count = width // threads_d, v_width // threads_d
+    add_dk = multiply(p_keys, own_columns(width, threads_d, lanes, step), block_m, lanes)
+    add_dv = multiply(p_keys, own_columns(v_width, threads_d, lanes, v_step), block_m, lanes)
+    write_dk = gradient_writer(kind, blocks, own, head_dim, width)
+    write_dv = gradient_writer(kind, blocks, own, value_dim, v_width)
+    ln_2 = LN_2
+
+    @kernel(blocks.threads)
+    def flash_backward_key_value(
+        q, k, v, mask, offset, grad_out, logsumexp2, delta, dk, dv, q_steps, k_steps, v_steps,
+        mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
+    ):  # fmt: skip
+        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes
+        memory = cuda.shared.array(0, real)
+        sums = cuda.local.array((rows, keys), real)
+        dk_sums = cuda.local.array((own, count), real)
+        dv_sums = cuda.local.array((own, v_count), real)
+        my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
+        my_keys, my_columns = cuda.threadIdx.x // threads_d, cuda.threadIdx.x % threads_d
+        tiles = (seqlen_k + block_n - 1) // block_n
+        slot = types.int64(cuda.blockIdx.x // tiles)  # of heads that share dK and dV
+        key0 = cuda.blockIdx.x % tiles * block_n
+        slots = heads // group
+        b, first_head = slot // slots, slot % slots * group
+        k_start = b * k_steps[0] + first_head // k_group * k_steps[1] + key0 * k_steps[2]
+        v_start = b * v_steps[0] + first_head // v_group * v_steps[1] + key0 * v_steps[2]
+        load_k(
+            memory, k_tile, k, k_start, k_steps[2], k_steps[3], seqlen_k - key0, real(1.0)
+        )  # fmt: skip
+        load_v(
+            memory, v_tile, v, v_start, v_steps[2], v_steps[3], seqlen_k - key0, real(1.0)
+        )  # fmt: skip
+        fill(dk_sums, own, count, real(0.0))
+        fill(dv_sums, own, v_count, real(0.0))
+        band = (lower, upper, seqlen_q, seqlen_k)
+        dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
+        # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
+        last_key = min(key0 + block_n, seqlen_k) - 1
+        first, end = tile_range(key0, last_key, 1 - upper, 1 - lower, seqlen_q, block_m)
+        for h in range(first_head, first_head + group):
+            batch_head = b * heads + h
+            q_start = b * q_steps[0] + h * q_steps[1]
+            do_start = b * grad_steps[0] + h * grad_steps[1]
+            mask_place = (
+                b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
+            )  # fmt: skip
+            for number in range(first, end):
+                row0 = tile_start(number, block_m)
+                cuda.syncthreads()  # the last products have read what is now written over
+                load_q(
+                    memory, q_tile, q, q_start + row0 * q_steps[2], q_steps[2], q_steps[3],
+                    seqlen_q - row0, real(scale * 1.4426950408889634),
+                )  # fmt: skip
+                load_do(
+                    memory, do_tile, grad_out, do_start + row0 * grad_steps[2], grad_steps[2],
+                    grad_steps[3], seqlen_q - row0, real(1.0),
+                )  # fmt: skip
+                load_rows(memory, logsumexp2, delta, batch_head * seqlen_q + row0, seqlen_q - row0)
+                cuda.syncthreads()
+                to_ds(memory, sums, row0, key0, batch_head, band, mask, mask_place, dropout_of)
+                cuda.syncthreads()
+                # dK += dS^T Q
+                add_dk(memory, p_tile + my_keys * lanes, q_tile + my_columns * lanes, dk_sums)
+                cuda.syncthreads()
+                for i in range(rows):
+                    for j in range(keys):
+                        place = p_tile + (my_row + i * threads_m) * p_step + my_key + j * threads_n
+                        memory[place] = sums[i, j]
+                cuda.syncthreads()
+                # dV += P^T dO
+                add_dv(memory, p_tile + my_keys * lanes, do_tile + my_columns * lanes, dv_sums)
+
+        for i in range(own):
+            row = key0 + (i // lanes * key_threads + my_keys) * lanes + i % lanes
+            if row < seqlen_k:
+                dk_start = b * dk_steps[0] + slot % slots * dk_steps[1] + row * dk_steps[2]
+                dv_start = b * dv_steps[0] + slot % slots * dv_steps[1] + row * dv_steps[2]
+                # The queries were times scale * log2(e).
+                write_dk(dk, dk_start, dk_sums, i, real(ln_2))
+                write_dv(dv, dv_start, dv_sums, i, real(1.0))
+
+    return flash_backward_key_value
+
+
+# ----- dQ -----
+
+
+@cache
+def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
+    """A block computes block_m rows of dQ; with `keep_scores` it also writes dS, whole."""
+    real, lanes = precision(kind.precision).real, vector_lanes(kind.precision)
+    plan, block_m, block_n = backward_memory(kind, blocks), blocks.block_m, blocks.block_n
+    rows, keys, threads_n, threads_m = blocks.rows, blocks.keys, blocks.threads_n, blocks.threads_m
+    head_dim, value_dim = kind.head_dim, kind.value_dim
+    q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
+    step, v_step, p_step, width, v_width = (
+        plan.step, plan.v_step, plan.p_step, plan.width, plan.v_width,
+    )  # fmt: skip
+    load_q = tile_loader(kind, blocks, block_m, head_dim, width, step)
+    load_do = tile_loader(kind, blocks, block_m, value_dim, v_width, v_step)
+    load_k = tile_loader(kind, blocks, block_n, head_dim, width, step)
+    load_v = tile_loader(kind, blocks, block_n, value_dim, v_width, v_step)
+    load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
+    to_ds = score_gradients(kind, blocks)
+    count = width // threads_n
+    p_rows = Factor(rows, threads_m * p_step)
+    add_dq = multiply(p_rows, own_columns(width, threads_n, lanes, step), block_n, lanes)
+    write_dq = gradient_writer(kind, blocks, rows, head_dim, width)
+
+    @kernel(blocks.threads)
+    def flash_backward_query(
+        q, k, v, mask, offset, grad_out, logsumexp2, delta, dq, ds, q_steps, k_steps, v_steps,
+        mask_steps, grad_steps, dq_steps, sizes, scale, seed, threshold, keep,
+    ):  # fmt: skip
+        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
+        memory = cuda.shared.array(0, real)
+        sums = cuda.local.array((rows, keys), real)
+        dq_sums = cuda.local.array((rows, count), real)
+        my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
+        tiles = (seqlen_q + block_m - 1) // block_m
+        batch_head = types.int64(cuda.blockIdx.x // tiles)
+        row0 = (tiles - 1 - cuda.blockIdx.x % tiles) * block_m
+        b, h = batch_head // heads, batch_head % heads
+        k_start = b * k_steps[0] + h // k_group * k_steps[1]
+        v_start = b * v_steps[0] + h // v_group * v_steps[1]
+        load_q(
+            memory, q_tile, q, b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2], q_steps[2],
+            q_steps[3], seqlen_q - row0, real(scale * 1.4426950408889634),
+        )  # fmt: skip
+        load_do(
+            memory, do_tile, grad_out,
+            b * grad_steps[0] + h * grad_steps[1] + row0 * grad_steps[2], grad_steps[2],
+            grad_steps[3], seqlen_q - row0, real(1.0),
+        )  # fmt: skip
+        load_rows(memory, logsumexp2, delta, batch_head * seqlen_q + row0, seqlen_q - row0)
+        fill(dq_sums, rows, count, real(0.0))
+        band = (lower, upper, seqlen_q, seqlen_k)
+        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
+        last_row = min(row0 + block_m, seqlen_q) - 1
+        first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
+        for number in range(first, end):
+            key0 = tile_start(number, block_n)
+            cuda.syncthreads()  # the last product has read what is now written over
+            load_k(
+                memory, k_tile, k, k_start + key0 * k_steps[2], k_steps[2], k_steps[3],
+                seqlen_k - key0, real(1.0),
+            )  # fmt: skip
+            load_v(
+                memory, v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3],
+                seqlen_k - key0, real(1.0),
+            )  # fmt: skip
+            cuda.syncthreads()
+            to_ds(memory, sums, row0, key0, batch_head, band, mask, mask_place, dropout_of)
+            cuda.syncthreads()
+            if keep_scores:
+                for i in range(rows):
+                    for j in range(keys):
+                        r, c = my_row + i * threads_m, my_key + j * threads_n
+                        if row0 + r < seqlen_q and key0 + c < seqlen_k:
+                            place = (batch_head * seqlen_q + row0 + r) * seqlen_k + key0 + c
+                            ds[place] = memory[p_tile + r * p_step + c]
+            # dQ += dS K
+            add_dq(memory, p_tile + my_row * p_step, k_tile + my_key * lanes, dq_sums)
+
+        for i in range(rows):
+            row = row0 + my_row + i * threads_m
+            if row < seqlen_q:
+                dq_start = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
+                write_dq(dq, dq_start, dq_sums, i, real(scale))
+
+    return flash_backward_query
+
+
+__all__ = ["backward_memory", "delta_kernel", "key_value_kernel", "query_kernel"]

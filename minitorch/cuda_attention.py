@@ -1,0 +1,255 @@
+"""Flash attention on the GPU: from tensors to the kernels' arrays, and the choice of a kernel.
+
+No mathematics here, but for the sums of gradients of what was broadcast.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cuda_elementwise import fold
+from .cuda_views import contiguous_data, device_storage, view_of
+from .device_array import DeviceArray
+from .kernels.copy_cuda import copy_into
+from .kernels.flash_attention import cuda
+from .kernels.flash_attention.cuda import Gradients, Heads, Inputs, Matrices
+from .kernels.flash_attention.problem import AttentionProblem, Shape
+from .kernels.runtime import compute_capability
+from .operators import add
+from .rng import device_offset
+from .storage_ops import StorageOps
+from .tensor_data import TensorData, strides_from_shape
+
+if TYPE_CHECKING:
+    from .tensor import Tensor
+
+# Implementations, the fastest first: modules with supports, forward and backward like `cuda`.
+FLASH_ATTENTION = (cuda,)
+
+
+def _implementation(problem: AttentionProblem) -> Any:
+    """The first that supports the problem on this GPU.
+
+    Raises:
+        ValueError: none does.
+
+    """
+    architecture = compute_capability()
+    for module in FLASH_ATTENTION:
+        if module.supports(problem, architecture):
+            return module
+    raise ValueError(
+        f"flash attention on a GPU takes head sizes up to {cuda.MOST_COLUMNS}, got query "
+        f"{problem.query_shape} and value {problem.value_shape}"
+    )
+
+
+# ----- from tensors of any leading dimensions to (batch, heads, rows, columns) -----
+
+
+def _heads(problem: AttentionProblem) -> Heads:
+    """All leading dimensions but the last are the batch."""
+    heads = problem.leading[-1] if problem.leading else 1
+    batch = prod(problem.leading[:-1])
+    k_group = v_group = 1
+    if problem.enable_gqa:
+        k_group, v_group = (heads // s[-3] for s in (problem.key_shape, problem.value_shape))
+    return Heads(batch, heads, k_group, v_group, k_group if k_group == v_group else 1)
+
+
+def _leading(problem: AttentionProblem, group: int) -> Shape:
+    """The problem's leading dimensions, with as many heads as serve `group` query heads each."""
+    if not problem.leading:
+        return ()
+    return (*problem.leading[:-1], problem.leading[-1] // group)
+
+
+def _contiguous(data: TensorData) -> TensorData:
+    out = contiguous_data(DeviceArray.empty(data.size, data.dtype), data.shape)
+    copy_into(view_of(out), view_of(data))
+    return out
+
+
+def _merged_stride(shape: Shape, strides: Shape) -> int | None:
+    """The stride of dimensions seen as one; None if they are none."""
+    merged, expected = 0, None
+    for n, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if n == 1:
+            continue
+        if expected is None:
+            merged = stride
+        elif stride != expected:
+            return None
+        expected = stride * n
+    return merged
+
+
+def _matrices(data: TensorData, leading: Shape) -> Matrices:
+    """`data` (..., rows, columns), broadcast to the leading dimensions, as (batch, heads, rows,
+    columns); copied only if its batch has no single stride.
+    """
+    wide = data.broadcast_to((*leading, *data.shape[-2:]))
+    batch = _merged_stride(wide.shape[:-3], wide.strides[:-3])
+    if batch is None:
+        return _matrices(_contiguous(wide), leading)
+    storage = device_storage(wide)
+    if storage.dtype.kind == "b":
+        storage = storage.view(np.uint8)
+    heads = wide.strides[-3] if len(wide.shape) > 2 else 0
+    strides = (batch, heads, *wide.strides[-2:])
+    return Matrices(storage.array, storage.pointer, tuple(int(s) for s in strides), storage)
+
+
+def _mask_matrices(problem: AttentionProblem, mask: TensorData) -> tuple[Matrices, str]:
+    """The mask with a stride of 0 wherever it is broadcast, and its kind."""
+    full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
+    kind = "bool" if problem.mask_kind == "bool" else mask.dtype.name
+    return _matrices(mask.broadcast_to(full), problem.leading), kind
+
+
+def _inputs(
+    problem: AttentionProblem, query: Tensor, key: Tensor, value: Tensor, mask: TensorData | None
+) -> Inputs:
+    heads = _heads(problem)
+    mask_matrices, mask_kind = None, "none"
+    if mask is not None and problem.seqlen_q and problem.seqlen_k:
+        mask_matrices, mask_kind = _mask_matrices(problem, mask)
+    return Inputs(
+        _matrices(query._tensor, problem.leading),
+        _matrices(key._tensor, _leading(problem, heads.k_group)),
+        _matrices(value._tensor, _leading(problem, heads.v_group)),
+        mask_matrices,
+        mask_kind,
+        device_offset().array,
+    )
+
+
+def _like_layout(shape: Shape, dtype: np.dtype[Any], like: TensorData) -> TensorData:
+    """New memory for `shape` whose dimensions lie in the order in which those of `like` do.
+
+    So the output of heads that were cut out of rows is made of such rows again. The last dimension
+    always comes last.
+    """
+    storage = DeviceArray.empty(prod(shape), dtype)
+    if len(shape) != len(like.shape) or 0 in like.strides:
+        return contiguous_data(storage, shape)
+    # The stride of a dimension of size 1 says nothing: it goes where row-major order has it.
+    order = sorted(range(len(shape) - 1), key=lambda dim: (-_extent(like, dim), dim))
+    order.append(len(shape) - 1)
+    packed = strides_from_shape(tuple(shape[dim] for dim in order))
+    strides = dict(zip(order, packed, strict=True))
+    return TensorData._of(storage, shape, tuple(strides[dim] for dim in range(len(shape))))
+
+
+def _extent(data: TensorData, dim: int) -> int:
+    """A dimension's stride; one of size 1 gets that of the next that has more, times its size."""
+    following = next((d for d in range(dim, len(data.shape)) if data.shape[d] > 1), dim)
+    return data.strides[following] * (1 if following == dim else data.shape[following])
+
+
+def _summed(data: TensorData, shape: Shape) -> TensorData:
+    """`data` with the dimensions summed that `shape` lacks or has as 1."""
+    added = len(data.shape) - len(shape)
+    for dim in range(len(data.shape)):
+        if data.shape[dim] != 1 and (dim < added or shape[dim - added] == 1):
+            data = fold(add, 0.0, data, dim)
+    return TensorData._of(data._storage, shape, data.strides[added:])
+
+
+def _summed_to_heads(data: TensorData, shape: Shape) -> TensorData:
+    """The same where `shape` may also have a divisor of the number of heads."""
+    if len(shape) > 2 and shape[-3] not in (1, data.shape[-3]):
+        data = data if data.is_contiguous() else _contiguous(data)
+        heads = shape[-3]
+        parts = (*data.shape[:-3], heads, data.shape[-3] // heads, *data.shape[-2:])
+        grouped = TensorData._of(data._storage, parts, strides_from_shape(parts))
+        summed = fold(add, 0.0, grouped, len(parts) - 3)
+        data = contiguous_data(device_storage(summed), (*parts[:-3], *parts[-2:]))
+    return data if data.shape == shape else _summed(data, shape)
+
+
+class CudaAttentionOps(StorageOps):
+    """Flash attention by the first kernel in `FLASH_ATTENTION` that supports it."""
+
+    @staticmethod
+    def flash_attention_forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any,
+        problem: AttentionProblem,
+    ) -> tuple[Tensor, Tensor]:
+        """See `FusedOps.flash_attention_forward`. The logsumexp of 16-bit tensors is float32; the
+        output lies in memory in the order of the query's dimensions.
+        """
+        module = _implementation(problem)
+        out = _like_layout(problem.out_shape, problem.dtype, query._tensor)
+        exact = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
+        rows = DeviceArray.empty(prod(problem.logsumexp_shape), exact)
+        inputs = _inputs(problem, query, key, value, attn_mask)
+        module.forward(
+            problem, _heads(problem), inputs, _matrices(out, problem.leading), rows.array,
+            compute_capability(),
+        )  # fmt: skip
+        return query._new(out), query._new(contiguous_data(rows, problem.logsumexp_shape))
+
+    @staticmethod
+    def flash_attention_backward(
+        grad_out: Tensor,
+        grad_logsumexp: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any,
+        out: Tensor,
+        logsumexp: Tensor,
+        problem: AttentionProblem,
+        needs_mask_grad: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """See `FusedOps.flash_attention_backward`."""
+        module, heads = _implementation(problem), _heads(problem)
+        leading, kept = problem.leading, _leading(problem, heads.group)
+        lengths = problem.seqlen_q, problem.seqlen_k
+        dq = _like_layout((*leading, lengths[0], problem.head_dim), problem.dtype, query._tensor)
+        dk = _like_layout((*kept, lengths[1], problem.head_dim), problem.dtype, key._tensor)
+        dv = _like_layout((*kept, lengths[1], problem.value_dim), problem.dtype, value._tensor)
+        rows = logsumexp._tensor
+        workspace = [DeviceArray.empty(rows.size, rows.dtype) for _ in range(2)]
+        ds = None
+        if needs_mask_grad and attn_mask is not None:
+            ds = contiguous_data(
+                DeviceArray.empty(prod((*leading, *lengths)), rows.dtype), (*leading, *lengths)
+            )
+            device_storage(ds).fill(0)
+        grad_rows = None
+        if grad_logsumexp is not None:
+            grad_rows = device_storage(_contiguous(grad_logsumexp._tensor))
+        inputs = _inputs(problem, query, key, value, attn_mask)
+        do = grad_out._tensor.broadcast_to(problem.out_shape)
+        targets = _matrices(dq, leading), _matrices(dk, kept), _matrices(dv, kept)
+        module.backward(
+            problem, heads, inputs, _matrices(out._tensor, leading), device_storage(rows).array,
+            _matrices(do, leading), None if grad_rows is None else grad_rows.array,
+            Gradients(
+                *targets, None if ds is None else device_storage(ds).array,
+                (workspace[0].array, workspace[1].array),
+            ),
+            compute_capability(),
+        )  # fmt: skip
+        dmask = None
+        if ds is not None and attn_mask is not None:
+            dmask = query._new(_summed(ds, attn_mask.shape))
+            if dmask.dtype != attn_mask.dtype:
+                dmask = query.f.ops.cast(dmask, attn_mask.dtype)
+        return (
+            query._new(_summed_to_heads(dq, query.shape)),
+            query._new(_summed_to_heads(dk, key.shape)),
+            query._new(_summed_to_heads(dv, value.shape)),
+            dmask,
+        )
+
+
+__all__ = ["CudaAttentionOps"]
