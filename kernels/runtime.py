@@ -138,6 +138,8 @@ def launch(
         if function is not None:
             _launch_directly(function, grid, threads, shared_bytes, values)
             return
+    if shared_bytes > SHARED_BYTES and not SIMULATED:
+        _allow_shared_memory(kernel, arguments, shared_bytes)
     kernel[grid, threads, current_stream(), shared_bytes](*arguments)
     if packed is not None:
         signature = tuple(kernel.typeof_pyval(x) for x in arguments)
@@ -148,6 +150,7 @@ def launch(
 
 # ----- launching without numba -----
 
+SHARED_BYTES = 48 * 1024  # of a block, on any GPU
 MOST_VALUES = 256  # of a kernel's arguments, an array being seven
 
 _functions: dict[tuple[Any, tuple[Any, ...]], int] = {}
@@ -198,6 +201,17 @@ def _words_of(array: Any) -> tuple[int, ...] | None:
     # its owner and parent (none), size, itemsize, address, shape, strides in bytes
     array._words = (0, 0, size, itemsize, interface["data"][0], size, itemsize)
     return array._words  # type: ignore[no-any-return]
+
+
+def _allow_shared_memory(kernel: Any, arguments: tuple[Any, ...], shared_bytes: int) -> None:
+    """Let a block of the kernel have more than `SHARED_BYTES`: it must be asked for."""
+    compiled = kernel.compile(tuple(kernel.typeof_pyval(x) for x in arguments))
+    driver = _driver()
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    function = driver.CUfunction(int(compiled._codelibrary.get_cufunc().handle))
+    (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
+    if int(status) != 0:
+        raise RuntimeError(f"the GPU gives no block {shared_bytes} bytes of shared memory")
 
 
 @cache
