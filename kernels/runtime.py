@@ -93,22 +93,30 @@ class Instance:
 
 # ----- launching -----
 
-_streams: list[Any] = []
+
+class _Streams(threading.local):
+    """Each thread has its own current stream."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = [0]
+
+
+_streams = _Streams()
 
 
 def current_stream() -> Any:
     """The stream that kernels are launched on; 0 is the device's default stream."""
-    return _streams[-1] if _streams else 0
+    return _streams.stack[-1]
 
 
 @contextmanager
 def on_stream(stream: Any) -> Iterator[None]:
     """Launch on `stream` (of `cuda.stream()`) inside the block."""
-    _streams.append(stream)
+    _streams.stack.append(stream)
     try:
         yield
     finally:
-        _streams.pop()
+        _streams.stack.pop()
 
 
 def launch(

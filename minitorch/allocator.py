@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,7 +120,16 @@ class Statistics:
 
 statistics = Statistics()
 ordinary = Pool()
-_pools = [ordinary]
+
+
+class _Pools(threading.local):
+    """Where each thread allocates: another thread is not captured with this one."""
+
+    def __init__(self) -> None:
+        self.stack = [ordinary]
+
+
+_pools = _Pools()
 _pending: list[tuple[Block, list[Any]]] = []  # blocks that other streams still use
 
 
@@ -139,7 +149,7 @@ def allocate(nbytes: int) -> Memory:
 
     """
     size = bucket_size(nbytes)
-    stream, pool = driver.stream_handle(), _pools[-1]
+    stream, pool = driver.stream_handle(), _pools.stack[-1]
     if _pending:
         _collect_pending()
     blocks = pool.free[stream, size]
@@ -171,7 +181,7 @@ def _keep(block: Block) -> None:
 
 def _collect_pending() -> None:
     """Take back the blocks whose other streams are done."""
-    if _pools[-1] is not ordinary:
+    if _pools.stack[-1] is not ordinary:
         return  # a stream that is being captured may not be asked
     waiting = _pending[:]
     _pending.clear()
@@ -222,7 +232,7 @@ def _readable(nbytes: int) -> str:
 
 def empty_cache() -> None:
     """Give the blocks that no tensor uses back to the driver, for other programs."""
-    if _pending and _pools[-1] is ordinary:
+    if _pending and _pools.stack[-1] is ordinary:
         driver.synchronize()
         _collect_pending()
     ordinary.release()
@@ -230,17 +240,17 @@ def empty_cache() -> None:
 
 def is_capturing() -> bool:
     """Whether memory comes from the private pool of a CUDA graph, which is being captured."""
-    return _pools[-1] is not ordinary
+    return _pools.stack[-1] is not ordinary
 
 
 @contextmanager
 def use_pool(pool: Pool) -> Iterator[None]:
     """Allocate from `pool` inside the block: a CUDA graph's private one while it is captured."""
-    _pools.append(pool)
+    _pools.stack.append(pool)
     try:
         yield
     finally:
-        _pools.remove(pool)
+        _pools.stack.pop()
 
 
 @atexit.register
