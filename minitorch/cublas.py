@@ -201,18 +201,20 @@ def plan(a: View, b: View) -> Product | None:
 # ----- products -----
 
 
-def matmul_into(out: int, a: View, b: View, product: Product) -> None:
+def matmul_into(out: int, a: View, b: View, product: Product, out_dtype: str | None = None) -> None:
     """Compute the product of `plan(a, b)`, which is not empty, into contiguous memory.
 
     Args:
-        out: address of the product, of the dtype of both factors.
+        out: address of the product.
         a: left factor.
-        b: right factor.
+        b: right factor, of the same dtype.
         product: what `plan` returned.
+        out_dtype: of the product, if not that of the factors: float32 for factors of 16 bits.
 
     """
     batches, m, n, k, left, right = product
     kind, compute, alpha, beta = numbers(a.dtype)
+    out_kind = _TYPES[out_dtype or a.dtype][0]
     bindings = _bindings()
     # out^T (n, m) = b^T (n, k) @ a^T (k, m)
     head = (handle(), right.order, left.order, n, m, k, alpha)
@@ -220,14 +222,14 @@ def matmul_into(out: int, a: View, b: View, product: Product) -> None:
         bindings.gemm_ex(
             *head,
             *(b.address, kind, right.leading, a.address, kind, left.leading),
-            *(beta, out, kind, n, compute, -1),
+            *(beta, out, out_kind, n, compute, -1),
         )
     else:
         bindings.gemm_strided_batched_ex(
             *head,
             *(b.address, kind, right.leading, right.batch_stride),
             *(a.address, kind, left.leading, left.batch_stride),
-            *(beta, out, kind, n, m * n, batches, compute, -1),
+            *(beta, out, out_kind, n, m * n, batches, compute, -1),
         )
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from . import cublas, cublas_lt, operators
-from .cuda_elementwise import CudaElementwiseOps, fold
-from .cuda_views import contiguous_data, device_storage, view_of
+from .cuda_elementwise import CudaElementwiseOps
+from .cuda_views import contiguous_data, device_storage, dtype_name, view_of
 from .device_array import DeviceArray
-from .dtypes import promote
-from .kernels import matmul_cuda
+from .dtypes import HALF_DTYPES, promote
+from .kernels import matmul_cuda, reduce_cuda
 from .kernels.copy_cuda import copy_into
 from .kernels.elementwise_cuda import merge_dimensions, zip_into
+from .kernels.vectors_cuda import BYTES
 from .tensor_data import TensorData
 from .tensor_ops import check_matmul
 
@@ -50,12 +53,14 @@ def _by_cublas(out: TensorData, a: TensorData, b: TensorData) -> bool:
         left, right = view_of(a), view_of(b)
         product = cublas.plan(left, right)
     if product is not None:
-        cublas.matmul_into(device_storage(out).pointer, left, right, product)
+        pointer = device_storage(out).pointer
+        cublas.matmul_into(pointer, left, right, product, dtype_name(out.dtype))
         return True
     return False  # sizes beyond 2**31
 
 
 def _by_tiles(out: TensorData, a: TensorData, b: TensorData) -> bool:
+    a, b = in_dtype(a, out.dtype), in_dtype(b, out.dtype)
     matmul_cuda.matmul_into(device_storage(out).array, view_of(a), view_of(b))
     return True
 
@@ -64,7 +69,10 @@ MATMULS = [MatMul("cuBLAS", _by_cublas), MatMul("the tiled kernel", _by_tiles)]
 
 
 def matmul_into(out: TensorData, a: TensorData, b: TensorData) -> None:
-    """a @ b by the first of `MATMULS` that can, into contiguous `out`; all of one dtype."""
+    """a @ b by the first of `MATMULS` that can, into contiguous `out`.
+
+    All are of one dtype, or `out` is float32 and the factors are of 16 bits.
+    """
     if out.size == 0:
         return
     if a.shape[-1] == 0:
@@ -77,9 +85,16 @@ def matmul_into(out: TensorData, a: TensorData, b: TensorData) -> None:
 
 def contiguous(data: TensorData) -> TensorData:
     """`data` itself if it is row-major, else a copy that is."""
-    if data.is_contiguous():
-        return data
-    copy = contiguous_data(DeviceArray.empty(data.size, data.dtype), data.shape)
+    return data if data.is_contiguous() else _copied(data, data.dtype)
+
+
+def in_dtype(data: TensorData, dtype: np.dtype[Any]) -> TensorData:
+    """`data` itself if it has that dtype, else a contiguous copy that has."""
+    return data if data.dtype == dtype else _copied(data, dtype)
+
+
+def _copied(data: TensorData, dtype: np.dtype[Any]) -> TensorData:
+    copy = contiguous_data(DeviceArray.empty(data.size, dtype), data.shape)
     copy_into(view_of(copy), view_of(data))
     return copy
 
@@ -104,7 +119,7 @@ class CudaMatMulOps(CudaElementwiseOps):
         """See `TensorOps.matrix_multiply`. 16-bit numbers are summed in float32."""
         shape = check_matmul(a, b)
         dtype = promote(a.dtype, b.dtype)
-        left, right = cls._in_dtype(a, dtype), cls._in_dtype(b, dtype)
+        left, right = in_dtype(a._tensor, dtype), in_dtype(b._tensor, dtype)
         out = cls.empty(shape, dtype)
         batch = shape[:-2]
         matmul_into(
@@ -118,20 +133,23 @@ class CudaMatMulOps(CudaElementwiseOps):
     def linear_forward(cls, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `FusedOps.linear_forward`: one product of all rows, the bias added as it is written.
 
+        With x of 16 bits and a float32 weight (mixed precision) the weight is rounded to x's dtype,
+        in which the result is; gradients of weight and bias are float32 all the way.
+
         Raises:
             ValueError: the sizes of x, weight and bias do not fit.
 
         """
         _check_linear(x, weight, bias)
-        dtype = promote(x.dtype, weight.dtype)
+        dtype = _linear_dtype(x, weight)
         out = cls.empty((*x.shape[:-1], weight.shape[1]), dtype)
-        rows = as_rows(cls._in_dtype(x, dtype))
-        factor = cls._in_dtype(weight, dtype)
+        rows = as_rows(in_dtype(x._tensor, dtype))
+        factor = in_dtype(weight._tensor, dtype)
         result = contiguous_data(device_storage(out), (rows.shape[0], weight.shape[1]))
         if bias is None:
             matmul_into(result, rows, factor)
         else:
-            _linear_into(result, rows, factor, contiguous(cls._in_dtype(bias, dtype)))
+            _linear_into(result, rows, factor, contiguous(in_dtype(bias._tensor, dtype)))
         return x._new(out)
 
     @classmethod
@@ -139,31 +157,46 @@ class CudaMatMulOps(CudaElementwiseOps):
         cls, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `FusedOps.linear_backward`; each gradient has the dtype of what it is for."""
-        dtype = promote(promote(grad.dtype, x.dtype), weight.dtype)
-        rows = as_rows(cls._in_dtype(grad, dtype))  # (rows, out)
+        dtype = _linear_dtype(x, weight)
+        rows = as_rows(in_dtype(grad._tensor, dtype))  # (rows, out)
         dx = dweight = dbias = None
         if needs[0]:
             data = cls.empty(x.shape, dtype)
             flat = contiguous_data(device_storage(data), (rows.shape[0], weight.shape[0]))
-            matmul_into(flat, rows, cls._in_dtype(weight, dtype).permute(1, 0))
-            dx = cls._as_dtype(x._new(data), x.dtype)
+            matmul_into(flat, rows, in_dtype(weight._tensor, dtype).permute(1, 0))
+            dx = x._new(in_dtype(data, x.dtype))
         if needs[1]:
-            data = cls.empty(weight.shape, dtype)
-            matmul_into(data, as_rows(cls._in_dtype(x, dtype)).permute(1, 0), rows)
-            dweight = cls._as_dtype(weight._new(data), weight.dtype)
+            out_dtype = dtype if dtype.itemsize > 2 else weight.dtype
+            data = cls.empty(weight.shape, out_dtype)
+            matmul_into(data, as_rows(in_dtype(x._tensor, dtype)).permute(1, 0), rows)
+            dweight = weight._new(in_dtype(data, weight.dtype))
         if needs[2]:
-            total = fold(operators.add, 0.0, rows, 0)  # (1, out)
-            data = contiguous_data(device_storage(total), (weight.shape[1],))
-            dbias = cls._as_dtype(weight._new(data), weight.dtype)
+            dbias = weight._new(_column_sums(contiguous(rows), weight.dtype))
         return dx, dweight, dbias
 
-    @classmethod
-    def _in_dtype(cls, t: Tensor, dtype: object) -> TensorData:
-        return cls._as_dtype(t, dtype)._tensor
 
-    @classmethod
-    def _as_dtype(cls, t: Tensor, dtype: object) -> Tensor:
-        return t if t.dtype == dtype else cls.cast(t, dtype)  # type: ignore[arg-type]
+def _linear_dtype(x: Tensor, weight: Tensor) -> np.dtype[Any]:
+    """What a linear layer computes in: a float32 weight does not widen an x of 16 bits."""
+    if x.dtype in HALF_DTYPES and weight.dtype == np.float32:
+        return x.dtype
+    return promote(x.dtype, weight.dtype)
+
+
+def _column_sums(rows: TensorData, dtype: np.dtype[Any]) -> TensorData:
+    """The sum of contiguous rows (rows, columns), (columns,) in a dtype."""
+    if device_storage(rows).pointer % BYTES:
+        rows = _copied(rows, rows.dtype)  # the kernel reads vectors
+    count, columns = rows.shape
+    name = dtype_name(rows.dtype)
+    total: np.dtype[Any] = np.dtype(np.float64 if name == "float64" else np.float32)
+    out_dtype = dtype if dtype in (rows.dtype, total) else total
+    out = DeviceArray.empty(columns, out_dtype)
+    parts = reduce_cuda.column_parts(name, count, columns)
+    partials = DeviceArray.empty(parts * columns, total)
+    reduce_cuda.column_sums(
+        name, out_dtype.name, device_storage(rows).array, partials.array, out.array, count, columns
+    )
+    return in_dtype(contiguous_data(out, (columns,)), dtype)
 
 
 def _linear_into(out: TensorData, x: TensorData, weight: TensorData, bias: TensorData) -> None:

@@ -200,9 +200,9 @@ def test_the_simulator_has_no_graphs() -> None:
 
 # ----- whole training steps -----
 
-SENTENCE = "the quick brown fox jumps over the lazy dog, again and again. "
+SENTENCE = "the theft that the other hater hated " if runtime.SIMULATED else "the quick brown fox "
 SMALL: dict[str, Any] = (
-    {"layers": 1, "d_model": 8, "heads": 2, "d_middle": 8, "context": 4, "batch": 2, "steps": 3}
+    {"layers": 1, "d_model": 4, "heads": 2, "d_middle": 4, "context": 3, "batch": 1, "steps": 2}
     if runtime.SIMULATED
     else {"layers": 2, "d_model": 32, "heads": 2, "d_middle": 64, "context": 16, "steps": 12}
 )
@@ -218,7 +218,7 @@ def restore_default_dtype() -> Iterator[None]:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text(SENTENCE * 8, encoding="utf-8")
+    path.write_text(SENTENCE * 12, encoding="utf-8")
     return path
 
 
@@ -252,17 +252,14 @@ def test_sixteen_bits_follow_float32(text: Path, precision: str) -> None:
 
 
 def test_dropout_changes_from_step_to_step(text: Path) -> None:
-    """And it is the same in a second run, the batch and the weights being the same."""
-
-    def two_losses() -> list[float]:
+    """The batch and the weights being the same; and it is the same in a second run."""
+    seen = []
+    for _ in range(2):
         made = trainer(text, dropout=0.5, lr=1e-30, weight_decay=0.0)
-        same = data.windows(made.corpus.train_ids, made.options.model.context, 2, 0, 0)
-        same = np.resize(same, (made.options.training.batch, same.shape[1]))
-        return [made._taker.start(same, step).value() for step in range(5)]
-
-    first = two_losses()
-    assert len(set(first)) == 5
-    assert two_losses() == first
+        shape = made.options.training.batch, made.options.model.context + 1
+        seen += [made._taker.start(np.ones(shape, np.int64), step).value() for step in (0, 1)]
+    assert seen[0] != seen[1]
+    assert seen[:2] == seen[2:]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(text: Path) -> None:
