@@ -216,8 +216,9 @@ def _allow_shared_memory(kernel: Any, arguments: tuple[Any, ...], shared_bytes: 
     compiled = kernel.compile(tuple(kernel.typeof_pyval(x) for x in arguments))
     driver = _driver()
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    function = driver.CUfunction(int(compiled._codelibrary.get_cufunc().handle))
-    (status,) = driver.cuFuncSetAttribute(function, attribute, shared_bytes)
+    function = driver.CUkernel(int(compiled._codelibrary.get_cufunc().handle))
+    device = int(cuda.get_current_device().id)
+    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, function, device)
     if int(status) != 0:
         raise RuntimeError(f"the GPU gives no block {shared_bytes} bytes of shared memory")
 
