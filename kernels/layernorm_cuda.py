@@ -23,7 +23,9 @@ from .rows_cuda import (
     row_blocks,
     row_shape,
     team_sum,
+    team_sums,
     tile_access,
+    weights_access,
 )
 from .runtime import (
     SIMULATED,
@@ -37,9 +39,10 @@ from .runtime import (
     types,
 )
 
-FORWARD_BYTES = 64  # of each of three rows that a thread keeps in its registers: x, gamma, beta
+FORWARD_BYTES = 128  # of a row that a thread keeps, in its registers
 BACKWARD_BYTES = 48  # of each of four: two rows, and two sums over rows
 BACKWARD_ROWS = 2 if SIMULATED else 8
+AHEAD = 8  # blocks' sums that a thread reads at once
 # Threads of the backward pass: they fill a GPU of 132 multiprocessors. Each block leaves two sums.
 MOST_BACKWARD_THREADS = 128 if SIMULATED else 132 * 1024
 
@@ -87,16 +90,16 @@ def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> An
     """One row to a team."""
     real = precision(precision_name).real
     load, store = tile_access(precision_name, shape)
-    load_weight, _ = tile_access(weight_name, shape)
+    load_weights = weights_access(weight_name, shape)
     add = team_sum(precision_name, shape.threads)
     count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
-    vector, step = shape.vector, shape.threads * shape.vector
+    vector, vectors, step = shape.vector, shape.vectors, shape.threads * shape.vector
 
     @kernel(shape.threads * shape.rows)
     def layernorm_forward(x, gamma, beta, eps, y, var, mean, rows, columns):
         values = cuda.local.array(count, real)
-        scale = cuda.local.array(count, real)
-        shift = cuda.local.array(count, real)
+        scale = cuda.local.array(vector, real)
+        shift = cuda.local.array(vector, real)
         row = block_row(rows_of_block)
         start = row * columns
         limit = columns if row < rows else 0  # a team without a row reads and writes nothing
@@ -124,10 +127,12 @@ def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> An
         for tile in range(tiles):
             if tiled:
                 load(x, start, tile, limit, values, centre)
-            load_weight(gamma, 0, tile, limit, scale, real(0.0))
-            load_weight(beta, 0, tile, limit, shift, real(0.0))
-            for i in range(count):
-                values[i] = (values[i] - centre) * rstd * real(scale[i]) + real(shift[i])
+            for k in range(vectors):
+                load_weights(gamma, tile, k, limit, scale)
+                load_weights(beta, tile, k, limit, shift)
+                for lane in range(vector):
+                    xhat = (values[k * vector + lane] - centre) * rstd
+                    values[k * vector + lane] = xhat * real(scale[lane]) + real(shift[lane])
             store(y, start, tile, limit, values)
         if row < rows and cuda.threadIdx.x == 0:
             var[row] = variance
@@ -141,7 +146,9 @@ def backward_blocks(precision_name: str, rows: int, columns: int) -> int:
     if not rows or not columns:
         return 0
     shape = row_shape(precision_name, columns, BACKWARD_BYTES, BACKWARD_ROWS)
-    most = max(1, MOST_BACKWARD_THREADS // (shape.threads * shape.rows))
+    # The blocks of a row's tiles run side by side, so that the row is read from memory once.
+    tiles = ceil_div(columns, shape.tile)
+    most = max(1, MOST_BACKWARD_THREADS // (shape.threads * shape.rows * tiles))
     return min(row_blocks(rows, shape), most)
 
 
@@ -198,13 +205,42 @@ def backward(
 
 
 @cache
+def _normalised(precision_name: str, weight_name: str, shape: RowShape, summed: bool) -> Any:
+    """Device function: reads a tile of dy and x, leaves g = gamma dy and xhat in their place.
+
+    Adds dy xhat to dgamma and dy to dbeta if `summed`.
+    """
+    real = precision(precision_name).real
+    load, _ = tile_access(precision_name, shape)
+    load_weights = weights_access(weight_name, shape)
+    vector, vectors = shape.vector, shape.vectors
+
+    @device_function
+    def read(dy, x, gamma, start, tile, columns, centre, rstd, grad, xhat, dgamma, dbeta):
+        scale = cuda.local.array(vector, real)
+        load(dy, start, tile, columns, grad, real(0.0))
+        load(x, start, tile, columns, xhat, centre)
+        for k in range(vectors):
+            load_weights(gamma, tile, k, columns, scale)
+            for i in range(k * vector, (k + 1) * vector):
+                xhat[i] = (xhat[i] - centre) * rstd
+                if summed:
+                    dgamma[i] += grad[i] * xhat[i]
+                    dbeta[i] += grad[i]
+                grad[i] *= real(scale[i - k * vector])
+
+    return read
+
+
+@cache
 def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> Any:
     """dx of rows number blockIdx.x + n gridDim.x, of the columns of tile blockIdx.y; their sums."""
     real = precision(precision_name).real
-    load, store = tile_access(precision_name, shape)
-    load_weight, _ = tile_access(weight_name, shape)
+    _, store = tile_access(precision_name, shape)
+    read_all = _normalised(precision_name, weight_name, shape, not shape.tiled)
+    read_own = _normalised(precision_name, weight_name, shape, True)
     store_sums = _store_sums(real, shape)
-    add = team_sum(precision_name, shape.threads)
+    add = team_sums(precision_name, shape.threads)
     count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
     shared_size = rows_of_block * width if rows_of_block > 1 else 1
 
@@ -213,7 +249,6 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
         shared = cuda.shared.array(shared_size, real)
         grad = cuda.local.array(count, real)
         xhat = cuda.local.array(count, real)
-        scale = cuda.local.array(count, real)
         dgamma = cuda.local.array(count, real)
         dbeta = cuda.local.array(count, real)
         for i in range(count):
@@ -223,33 +258,24 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
         # All teams of a block go round equally often: they meet at barriers.
         for first in range(cuda.blockIdx.x * rows_of_block, rows, cuda.gridDim.x * rows_of_block):
             row = types.int64(first) + cuda.threadIdx.y
+            start = row * columns
             limit = columns if row < rows else 0
             known = min(row, rows - 1)
             centre = mean[known]
             rstd = real(1.0) / real(math.sqrt(var[known] + real(eps)))
             sum_g, sum_g_xhat = real(0.0), real(0.0)
             for tile in range(tiles):
-                load(dy, row * columns, tile, limit, grad, real(0.0))
-                load(x, row * columns, tile, limit, xhat, real(0.0))
-                load_weight(gamma, 0, tile, limit, scale, real(0.0))
+                read_all(dy, x, gamma, start, tile, limit, centre, rstd, grad, xhat, dgamma, dbeta)
                 for i in range(count):
-                    xhat[i] = (xhat[i] - centre) * rstd
-                    g = grad[i] * real(scale[i])
-                    sum_g += g
-                    sum_g_xhat += g * xhat[i]
-            mean_g = add(sum_g) / real(columns)
-            mean_g_xhat = add(sum_g_xhat) / real(columns)
-            if tiled:  # read the own tile again
-                load(dy, row * columns, own, limit, grad, real(0.0))
-                load(x, row * columns, own, limit, xhat, real(0.0))
-                for i in range(count):
-                    xhat[i] = (xhat[i] - centre) * rstd
-            load_weight(gamma, 0, own, limit, scale, real(0.0))
+                    sum_g += grad[i]
+                    sum_g_xhat += grad[i] * xhat[i]
+            sum_g, sum_g_xhat = add(sum_g, sum_g_xhat)
+            mean_g, mean_g_xhat = sum_g / real(columns), sum_g_xhat / real(columns)
+            if tiled:  # the own tile again
+                read_own(dy, x, gamma, start, own, limit, centre, rstd, grad, xhat, dgamma, dbeta)
             for i in range(count):
-                dgamma[i] += grad[i] * xhat[i]
-                dbeta[i] += grad[i]
-                xhat[i] = (grad[i] * real(scale[i]) - mean_g - xhat[i] * mean_g_xhat) * rstd
-            store(dx, row * columns, own, limit, xhat)
+                xhat[i] = (grad[i] - mean_g - xhat[i] * mean_g_xhat) * rstd
+            store(dx, start, own, limit, xhat)
         store_sums(shared, partials, 2 * cuda.blockIdx.x * columns, own, columns, dgamma)
         store_sums(shared, partials, (2 * cuda.blockIdx.x + 1) * columns, own, columns, dbeta)
 
@@ -292,12 +318,18 @@ def fold_kernel(real_name: str, weight_name: str) -> Any:
     @kernel(FOLD_SIZE)
     def layernorm_fold(partials, dgamma, dbeta, parts, columns):
         shared = cuda.shared.array(FOLD_SIZE, real)
+        read = cuda.local.array(AHEAD, real)
         sums = cuda.local.array(1, real)
         sums[0] = real(0.0)
         column = types.int64(cuda.blockIdx.x) * FOLD_COLUMNS + cuda.threadIdx.x
         if column < columns:
-            for part in range(cuda.threadIdx.y, parts, FOLD_THREADS):
-                sums[0] += partials[(2 * part + cuda.blockIdx.y) * columns + column]
+            for part in range(cuda.threadIdx.y, parts, FOLD_THREADS * AHEAD):
+                for n in range(AHEAD):  # all reads first: none waits for another
+                    other = part + n * FOLD_THREADS
+                    place = (2 * min(other, parts - 1) + cuda.blockIdx.y) * columns + column
+                    read[n] = partials[place] if other < parts else real(0.0)
+                for n in range(AHEAD):
+                    sums[0] += read[n]
         add(shared, sums)
         if cuda.threadIdx.y == 0 and column < columns:
             if cuda.blockIdx.y == 0:

@@ -19,7 +19,7 @@ from typing import Any
 from .runtime import WARP, ceil_div, cuda, device_function, precision, types, warp_max, warp_sum
 from .vectors_cuda import BYTES, vector_access
 
-MOST_THREADS = 1024  # of a block
+TILED_THREADS = 512  # of the team of a row that is read in tiles
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,13 @@ class RowShape:
 
 
 @cache
-def row_shape(precision_name: str, columns: int, bytes_kept: int, rows: int = 4) -> RowShape:
+def row_shape(
+    precision_name: str,
+    columns: int,
+    bytes_kept: int,
+    rows: int = 4,
+    most_threads: int = 1024,
+) -> RowShape:
     """The shape for rows of this length.
 
     Args:
@@ -66,22 +72,23 @@ def row_shape(precision_name: str, columns: int, bytes_kept: int, rows: int = 4)
         columns: length of a row.
         bytes_kept: of registers, for what a thread keeps of one row.
         rows: rows of a block where a warp is enough for a row.
+        most_threads: of a row's team.
 
     """
     number = precision(precision_name)
     most_values = bytes_kept // (8 if precision_name == "float64" else 4)
     vector = _vector_size(columns, number.storage.itemsize)
-    threads = WARP
-    while threads < MOST_THREADS and threads * most_values < columns:
-        threads *= 2
-    vectors = ceil_div(ceil_div(columns, vector), threads)
     most = max(1, most_values // vector)
-    tiled = vectors > most
-    if tiled:
-        vectors = max(1, most // 2)  # the rest of its registers hold places in the row
-    elif vectors > 4:  # few different kernels, though some threads then have nothing to read
+    threads = WARP
+    while threads < most_threads and threads * most_values < columns:
+        threads *= 2
+    if ceil_div(columns, vector) > threads * most:
+        # Beside its values a thread then keeps its place in the row: more registers for each.
+        return RowShape(min(threads, TILED_THREADS), 1, vector, most, True)
+    vectors = ceil_div(ceil_div(columns, vector), threads)
+    if vectors > 4:  # few different kernels, though some threads then have nothing to read
         vectors = min(most, 1 << (vectors - 1).bit_length())
-    return RowShape(threads, 1 if tiled or threads > WARP else rows, vector, vectors, tiled)
+    return RowShape(threads, rows if threads == WARP else 1, vector, vectors, False)
 
 
 def _vector_size(columns: int, itemsize: int) -> int:
@@ -140,6 +147,34 @@ def tile_access(precision_name: str, shape: RowShape) -> tuple[Any, Any]:
 
 
 @cache
+def weights_access(precision_name: str, shape: RowShape) -> Any:
+    """Device function `load(x, tile, k, columns, values)`: what all rows share, a vector at a time.
+
+    values[...] = x[column] for the columns of a thread's vector number k; 0 past the end.
+    """
+    number = precision(precision_name)
+    real, to_real, storage = number.real, number.load, number.storage
+    piece = min(shape.vector, BYTES // storage.itemsize)  # the rows' elements may be shorter
+    load_vector, _ = vector_access(piece)
+    vector, step, width = shape.vector, shape.threads * shape.vector, shape.tile
+
+    @device_function
+    def load(x, tile, k, columns, values):
+        one = cuda.local.array(piece, storage)
+        first = tile * width + cuda.threadIdx.x * vector + k * step
+        for part in range(0, vector, piece):
+            if first < columns:
+                load_vector(x, first + part, one)
+                for lane in range(piece):
+                    values[part + lane] = to_real(one[lane])
+            else:
+                for lane in range(piece):
+                    values[part + lane] = real(0.0)
+
+    return load
+
+
+@cache
 def team_sum(precision_name: str, threads: int) -> Any:
     """Device function: the sum of x over the threads of a row, in each of them."""
     return _over_team(precision_name, threads, warp_sum, 0.0)
@@ -170,6 +205,34 @@ def _over_team(precision_name: str, threads: int, over_warp: Any, nothing: float
         return x
 
     return over_block
+
+
+@cache
+def team_sums(precision_name: str, threads: int) -> Any:
+    """Device function `(x, y)`: the sums of both over the threads of a row, in each of them."""
+    real = precision(precision_name).real
+    warps = threads // WARP
+    places = 2 * warps
+
+    @device_function
+    def over_warp(x, y):
+        return warp_sum(x), warp_sum(y)
+
+    @device_function
+    def over_block(x, y):
+        of_warp = cuda.shared.array(places, real)
+        x, y = warp_sum(x), warp_sum(y)
+        lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        if lane == 0:
+            of_warp[warp] = x
+            of_warp[warps + warp] = y
+        cuda.syncthreads()
+        x = warp_sum(of_warp[lane] if lane < warps else real(0.0))
+        y = warp_sum(of_warp[warps + lane] if lane < warps else real(0.0))
+        cuda.syncthreads()  # all have read before the next call writes
+        return x, y
+
+    return over_warp if threads == WARP else over_block
 
 
 def row_blocks(rows: int, shape: RowShape) -> int:

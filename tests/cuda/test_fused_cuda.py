@@ -102,13 +102,18 @@ def test_softmax_of_long_rows(name: str, columns: int) -> None:
     check_softmax(3, name, 2, columns)
 
 
-def test_softmax_of_rows_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_cuda, "MOST_THREADS", 32)
-    rows_cuda.row_shape.cache_clear()
+def test_rows_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (softmax_cuda, layernorm_cuda, cross_entropy_cuda):
+        monkeypatch.setattr(module, "row_shape", short_teams)
     check_softmax(5, "float32", 3, 1300)
     check_cross_entropy(5, "float32", 3, 1300)
     check_layernorm(5, "float32", "float32", 3, 1300)
-    rows_cuda.row_shape.cache_clear()
+
+
+def short_teams(name: str, columns: int, kept: int, rows: int = 4) -> rows_cuda.RowShape:
+    shape = rows_cuda.row_shape(name, columns, kept, rows, 32)
+    assert shape.tiled
+    return shape
 
 
 def check_softmax(seed: int, name: str, rows: int, columns: int) -> None:
