@@ -40,6 +40,7 @@ def pointer(tensor: minitorch.Tensor) -> int:
 # ----- out -----
 
 
+@needs_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: np.dtype(dtype).name)
 @pytest.mark.parametrize("strided", [False, True])
 def test_tensors_become_torchs(dtype: Any, strided: bool) -> None:
