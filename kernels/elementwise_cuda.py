@@ -32,6 +32,8 @@ from .scalar_cuda import scalar_function
 from .vectors_cuda import BYTES, vector_access
 
 THREADS = 32 if SIMULATED else 256
+# A thread reads this many groups before it computes: they are on their way together.
+AT_ONCE = 2
 # A thread that has done its share goes on with the next: the grid may be smaller than the work.
 MOST_BLOCKS = 2 if SIMULATED else 1 << 20
 
@@ -168,8 +170,8 @@ def _allows(lanes: int, shape: Ints, strides: Ints, itemsize: int, offset: int) 
 
 
 @cache
-def group_offset(dims: int, lanes: int, index: Any) -> Any:
-    """Device function: where group number `group` begins in an operand.
+def group_place(dims: int, lanes: int, index: Any) -> Any:
+    """Device function: the index of the first element of group number `group`, into `place`.
 
     Args:
         dims: number of dimensions.
@@ -179,40 +181,66 @@ def group_offset(dims: int, lanes: int, index: Any) -> Any:
     """
 
     @device_function
-    def offset(group, shape, strides):
+    def find_place(group, shape, place):
         rest = index(group)
-        position = types.int64(0)
         for back in range(dims - 1):  # from the last dimension to the second
             d = dims - 1 - back
             size = index(shape[d]) // index(lanes) if back == 0 else index(shape[d])
             quotient = rest // size
-            place = types.int64(rest - quotient * size)
-            position += place * strides[d] * (lanes if back == 0 else 1)
+            place[d] = types.int64(rest - quotient * size) * (lanes if back == 0 else 1)
             rest = quotient
-        return position + types.int64(rest) * strides[0] * (lanes if dims == 1 else 1)
+        place[0] = types.int64(rest) * (lanes if dims == 1 else 1)
+
+    return find_place
+
+
+@cache
+def place_offset(dims: int) -> Any:
+    """Device function: where the element at an index lies in an operand."""
+
+    @device_function
+    def find_offset(place, strides):
+        position = place[0] * strides[0]
+        for d in range(1, dims):
+            position += place[d] * strides[d]
+        return position
+
+    return find_offset
+
+
+@cache
+def group_offset(dims: int, lanes: int, index: Any) -> Any:
+    """Device function: where group number `group` begins in an operand; see `group_place`."""
+    find_place, find_offset = group_place(dims, lanes, index), place_offset(dims)
+
+    @device_function
+    def offset(group, shape, strides):
+        place = cuda.local.array(dims, types.int64)
+        find_place(group, shape, place)
+        return find_offset(place, strides)
 
     return offset
 
 
 @cache
 def group_load(source: Precision, lanes: int, repeat: bool) -> Any:
-    """Device function: `values[k]` = element k of a group, or `repeat` its one number."""
+    """Device function: `values[at + k]` = element k of a group, or `repeat` its one number."""
     load_vector, _ = vector_access(lanes)
     storage = numba.from_dtype(source.storage)
     load = source.load
 
     @device_function
-    def load_group(x, first, values):
+    def load_group(x, first, values, at):
         stored = cuda.local.array(lanes, storage)
         load_vector(x, first, stored)
         for k in range(lanes):
-            values[k] = load(stored[k])
+            values[at + k] = load(stored[k])
 
     @device_function
-    def load_repeated(x, first, values):
+    def load_repeated(x, first, values, at):
         number = load(x[first])
         for k in range(lanes):
-            values[k] = number
+            values[at + k] = number
 
     return load_repeated if repeat else load_group
 
@@ -246,25 +274,38 @@ def map_kernel(
     real, out_real, store, load = of.real, to.real, to.store, of.load
     storage = numba.from_dtype(to.storage)
     scalar = scalar_function(fn, real)
-    offset = group_offset(dims, lanes, types.uint64 if wide else types.uint32)
+    find_place = group_place(dims, lanes, types.uint64 if wide else types.uint32)
+    offset = place_offset(dims)
     load_group = group_load(of, lanes, repeats[1])
     _, store_vector = vector_access(lanes)
+    held = AT_ONCE * lanes
 
     @kernel(THREADS)
     def map_elements(out, x, shape, out_strides, x_strides, groups):
-        values = cuda.local.array(lanes, real)
+        values = cuda.local.array(held, real)
         results = cuda.local.array(lanes, storage)
-        for group in range(cuda.grid(1), groups, cuda.gridsize(1)):
-            p, q = offset(group, shape, out_strides), offset(group, shape, x_strides)
-            if dims > 1 or (group + 1) * lanes <= shape[0]:
-                load_group(x, q, values)
-                for k in range(lanes):
-                    results[k] = store(out_real(scalar(values[k])))
-                store_vector(out, p, results)
-            else:  # the end of one long row, shorter than a group
-                for k in range(shape[0] - group * lanes):
-                    value = load(x[q + k * x_strides[0]])
-                    out[p + k * out_strides[0]] = store(out_real(scalar(value)))
+        place = cuda.local.array(dims, types.int64)
+        targets = cuda.local.array(AT_ONCE, types.int64)
+        threads = cuda.gridsize(1)
+        whole = shape[0] // lanes if dims == 1 else groups
+        group0 = cuda.grid(1)
+        while group0 < whole:
+            for u in range(AT_ONCE):
+                group = group0 + u * threads
+                if group < whole:
+                    find_place(group, shape, place)
+                    targets[u] = offset(place, out_strides)
+                    load_group(x, offset(place, x_strides), values, u * lanes)
+            for u in range(AT_ONCE):
+                if group0 + u * threads < whole:
+                    for k in range(lanes):
+                        results[k] = store(out_real(scalar(values[u * lanes + k])))
+                    store_vector(out, targets[u], results)
+            group0 += AT_ONCE * threads
+        # The end of one long row, shorter than a group.
+        i = whole * lanes + cuda.grid(1)
+        if dims == 1 and i < shape[0]:
+            out[i * out_strides[0]] = store(out_real(scalar(load(x[i * x_strides[0]]))))
 
     return map_elements
 
@@ -302,30 +343,43 @@ def zip_kernel(
     real, store, load_x, load_y = to.real, to.store, of_x.load, of_y.load
     storage = numba.from_dtype(to.storage)
     scalar = scalar_function(fn, real)
-    offset = group_offset(dims, lanes, types.uint64 if wide else types.uint32)
+    find_place = group_place(dims, lanes, types.uint64 if wide else types.uint32)
+    offset = place_offset(dims)
     load_x_group = group_load(of_x, lanes, repeats[1])
     load_y_group = group_load(of_y, lanes, repeats[2])
     _, store_vector = vector_access(lanes)
+    held = AT_ONCE * lanes
 
     @kernel(THREADS)
     def zip_elements(out, x, y, shape, out_strides, x_strides, y_strides, groups):
-        x_values = cuda.local.array(lanes, real)
-        y_values = cuda.local.array(lanes, real)
+        x_values = cuda.local.array(held, real)
+        y_values = cuda.local.array(held, real)
         results = cuda.local.array(lanes, storage)
-        for group in range(cuda.grid(1), groups, cuda.gridsize(1)):
-            p = offset(group, shape, out_strides)
-            q, r = offset(group, shape, x_strides), offset(group, shape, y_strides)
-            if dims > 1 or (group + 1) * lanes <= shape[0]:
-                load_x_group(x, q, x_values)
-                load_y_group(y, r, y_values)
-                for k in range(lanes):
-                    results[k] = store(real(scalar(x_values[k], y_values[k])))
-                store_vector(out, p, results)
-            else:  # the end of one long row, shorter than a group
-                for k in range(shape[0] - group * lanes):
-                    x_value = real(load_x(x[q + k * x_strides[0]]))
-                    y_value = real(load_y(y[r + k * y_strides[0]]))
-                    out[p + k * out_strides[0]] = store(real(scalar(x_value, y_value)))
+        place = cuda.local.array(dims, types.int64)
+        targets = cuda.local.array(AT_ONCE, types.int64)
+        threads = cuda.gridsize(1)
+        whole = shape[0] // lanes if dims == 1 else groups
+        group0 = cuda.grid(1)
+        while group0 < whole:
+            for u in range(AT_ONCE):
+                group = group0 + u * threads
+                if group < whole:
+                    find_place(group, shape, place)
+                    targets[u] = offset(place, out_strides)
+                    load_x_group(x, offset(place, x_strides), x_values, u * lanes)
+                    load_y_group(y, offset(place, y_strides), y_values, u * lanes)
+            for u in range(AT_ONCE):
+                if group0 + u * threads < whole:
+                    for k in range(lanes):
+                        at = u * lanes + k
+                        results[k] = store(real(scalar(x_values[at], y_values[at])))
+                    store_vector(out, targets[u], results)
+            group0 += AT_ONCE * threads
+        # The end of one long row, shorter than a group.
+        i = whole * lanes + cuda.grid(1)
+        if dims == 1 and i < shape[0]:
+            x_value, y_value = real(load_x(x[i * x_strides[0]])), real(load_y(y[i * y_strides[0]]))
+            out[i * out_strides[0]] = store(real(scalar(x_value, y_value)))
 
     return zip_elements
 
@@ -350,7 +404,7 @@ def zip_into(fn: Callable[[float, float], float], out: View, x: View, y: View) -
 
 
 def _blocks(plan: Plan) -> int:
-    return min(ceil_div(plan.groups, THREADS), MOST_BLOCKS)
+    return min(ceil_div(plan.groups, AT_ONCE * THREADS), MOST_BLOCKS)
 
 
 # ----- instances for the compile tests -----

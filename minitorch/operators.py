@@ -74,10 +74,8 @@ def max(x: float, y: float) -> float:
 
 def sigmoid(x: float) -> float:
     r"""$f(x) = 1 / (1 + e^{-x})$, written so that the exponential never overflows."""
-    if x >= 0:
-        return 1.0 / (1.0 + math.exp(-x))
-    e = math.exp(x)
-    return e / (1.0 + e)
+    e = math.exp(-x if x >= 0 else x)
+    return (1.0 if x >= 0 else e) / (1.0 + e)
 
 
 def relu(x: float) -> float:
