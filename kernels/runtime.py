@@ -82,6 +82,7 @@ class Instance:
         kernel: what a kernel factory returned.
         signature: numba types of its arguments.
         most_registers: a thread's limit, checked for every architecture.
+        architectures: those that launch it, "sm_90a" and the like; all if empty.
 
     """
 
@@ -89,6 +90,7 @@ class Instance:
     kernel: Any
     signature: tuple[Any, ...]
     most_registers: int = 255
+    architectures: tuple[str, ...] = ()
 
 
 # ----- launching -----

@@ -56,14 +56,17 @@ def intermediate(instance: Instance, capability: tuple[int | str, ...] = OLDEST)
 
 
 def usages(instance: Instance) -> dict[str, Usage]:
-    """What a kernel needs on each architecture."""
-    code = newer = intermediate(instance)
-    if precision("bfloat16").array in instance.signature:
-        newer = intermediate(instance, OLDEST_WITH_BFLOAT16)
-    return {
-        architecture: assembled(instance, code if architecture == "sm_75" else newer, architecture)
-        for architecture in ARCHITECTURES
-    }
+    """What a kernel needs on each of its architectures."""
+    bfloat16 = precision("bfloat16").array in instance.signature
+    code: dict[tuple[int, int], bytes] = {}
+    found = {}
+    for architecture in instance.architectures or ARCHITECTURES:
+        newer = bfloat16 and architecture != "sm_75"
+        lowered_for = OLDEST_WITH_BFLOAT16 if newer else OLDEST
+        if lowered_for not in code:
+            code[lowered_for] = intermediate(instance, lowered_for)
+        found[architecture] = assembled(instance, code[lowered_for], architecture)
+    return found
 
 
 def assembled(instance: Instance, code: bytes, architecture: str) -> Usage:
