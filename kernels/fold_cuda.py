@@ -3,8 +3,9 @@
 `fn` must be associative and commutative, as for every parallel fold (sum, product, maximum). The
 order in which it is applied depends on the shape alone, so a second run gives the same bits.
 
-A block holds `fold_lanes` threads for each of `THREADS // fold_lanes` outputs. They step through
-their fold side by side, and meet in a tree in shared memory. Where folds are few and long they are
+A block holds `fold_lanes` threads for each of `THREADS // fold_lanes` outputs (or groups of them,
+where those lie side by side). They step through their fold together, 16 bytes at a time where that
+is possible, and meet in a tree in shared memory. Where folds are few and long they are
 cut into chunks, one block each, and a second launch folds what the chunks gave.
 """
 
@@ -17,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .elementwise_cuda import Ints, View, group_offset, merge_dimensions
+from .elementwise_cuda import Ints, View, group_load, group_offset, merge_dimensions
 from .runtime import SIMULATED, Instance, ceil_div, cuda, kernel, launch, precision, types
 from .scalar_cuda import scalar_function
+from .vectors_cuda import BYTES
 
 THREADS = 32 if SIMULATED else 256
 WANTED_BLOCKS = 2 if SIMULATED else 512  # enough to occupy a large GPU
@@ -32,11 +34,13 @@ class FoldPlan(NamedTuple):
     Args:
         shape: of the dimensions that are kept, merged.
         strides: of x along them.
-        length: of the fold.
-        step: between neighbours of the fold.
+        length: of the fold, in groups if `along_row`.
+        step: from one element, or group, of the fold to the next.
         along_row: whether neighbouring threads read neighbours of one fold, or of the outputs.
-        fold_lanes: threads for each output.
-        per_chunk: elements of a fold that a block takes.
+        lanes: neighbours that a thread reads at once, a group: of its fold if `along_row`, else of
+            its outputs.
+        fold_lanes: threads for each output, or group of outputs.
+        per_chunk: of `length`, what a block takes.
         chunks: of each fold.
 
     """
@@ -46,6 +50,7 @@ class FoldPlan(NamedTuple):
     length: int
     step: int
     along_row: bool
+    lanes: int
     fold_lanes: int
     per_chunk: int
     chunks: int
@@ -56,28 +61,52 @@ class FoldPlan(NamedTuple):
         return prod(self.shape)
 
 
+def make_plan(x: View, dim: int) -> FoldPlan:
+    """The plan of a fold over dimension `dim` of x, which is not empty."""
+    itemsize = precision(x.dtype).storage.itemsize
+    return _plan(x.shape, x.strides, dim, itemsize, x.address % BYTES)
+
+
 @lru_cache(4096)
-def make_plan(shape: Ints, strides: Ints, dim: int) -> FoldPlan:
-    """The plan of a fold over dimension `dim`, which is not empty."""
+def _plan(shape: Ints, strides: Ints, dim: int, itemsize: int, address: int) -> FoldPlan:
     length, step = shape[dim], strides[dim]
     kept = tuple(d for d in range(len(shape)) if d != dim)
     merged, (steps,) = merge_dimensions(
         tuple(shape[d] for d in kept), tuple(strides[d] for d in kept)
     )
-    outputs = prod(merged)
     # Along which dimension do neighbouring threads find neighbours in memory?
-    along_row = outputs == 1 or step < min(s for s in steps if s or len(steps) == 1)
+    along_row = prod(merged) == 1 or step < min(s for s in steps if s or len(steps) == 1)
+    lanes = BYTES // itemsize
+    unit, size = (step, length) if along_row else (steps[-1], merged[-1])
+    others = steps if along_row else (*steps[:-1], step)
+    if prod(merged) == 1 and along_row:
+        others = ()
+    while lanes > 1 and (
+        unit != 1
+        or address % (lanes * itemsize) != 0
+        or any(n % lanes != 0 for n in (size, *others))
+    ):
+        lanes //= 2
     if along_row:
-        fold_lanes = 1 if length <= 8 else 8 if length <= 64 else 32 if length <= 1024 else THREADS
+        length, step = length // lanes, step * lanes
+    return _cut(merged, steps, length, step, along_row, lanes)
+
+
+def _cut(
+    shape: Ints, strides: Ints, length: int, step: int, along_row: bool, lanes: int
+) -> FoldPlan:
+    """Choose the number of threads for each output, and of chunks."""
+    if along_row:
+        fold_lanes = 1 if length <= 4 else 8 if length <= 32 else 32 if length <= 512 else THREADS
     else:
         fold_lanes = 1 if length <= 32 else 8
     fold_lanes = min(fold_lanes, THREADS)
+    outputs = prod(shape) if along_row else prod(shape) // lanes
     blocks = max(ceil_div(outputs, THREADS // fold_lanes), 1)
     chunks = min(ceil_div(WANTED_BLOCKS, blocks), ceil_div(length, fold_lanes * LEAST_STEPS))
     per_chunk = ceil_div(length, chunks)
-    return FoldPlan(
-        merged, steps, length, step, along_row, fold_lanes, per_chunk, ceil_div(length, per_chunk)
-    )
+    chunks = ceil_div(length, per_chunk)
+    return FoldPlan(shape, strides, length, step, along_row, lanes, fold_lanes, per_chunk, chunks)
 
 
 @cache
@@ -86,6 +115,7 @@ def fold_kernel(
     out_dtype: str,
     x_dtype: str,
     dims: int,
+    lanes: int,
     fold_lanes: int,
     along_row: bool,
     final: bool,
@@ -98,6 +128,7 @@ def fold_kernel(
         out_dtype: of the output, or of what the chunks give.
         x_dtype: of the input.
         dims: number of dimensions that are kept.
+        lanes: neighbours that a thread reads at once, see `FoldPlan`.
         fold_lanes: threads for each output, a power of two.
         along_row: whether the threads of one output are neighbours.
         final: whether `start` is to be folded in.
@@ -105,49 +136,63 @@ def fold_kernel(
 
     """
     to, of = precision(out_dtype), precision(x_dtype)
-    real, store, load = of.real, to.store, of.load
+    real, store = of.real, to.store
     scalar = scalar_function(fn, real)
-    offset = group_offset(dims, 1, types.uint64 if wide else types.uint32)
-    outputs_of_block = THREADS // fold_lanes
+    width = 1 if along_row else lanes  # outputs of a thread
+    offset = group_offset(dims, width, types.uint64 if wide else types.uint32)
+    load_group = group_load(of, lanes, False)
+    slots = THREADS // fold_lanes
+    shared_size = THREADS * width
 
     @kernel(THREADS)
     def fold(out, x, shape, strides, outputs, length, step, per_chunk, start):
-        partial = cuda.shared.array(THREADS, real)
+        partial = cuda.shared.array(shared_size, real)
+        totals = cuda.local.array(lanes, real)
+        values = cuda.local.array(lanes, real)
         thread = cuda.threadIdx.x
         if along_row:
             slot, lane = thread // fold_lanes, thread % fold_lanes
         else:
-            slot, lane = thread % outputs_of_block, thread // outputs_of_block
-        output = types.int64(cuda.blockIdx.x) * outputs_of_block + slot
+            slot, lane = thread % slots, thread // slots
+        output = types.int64(cuda.blockIdx.x) * slots + slot  # or group of outputs
         chunk = types.int64(cuda.blockIdx.y)
         first = chunk * per_chunk
         end = min(first + per_chunk, length)
 
-        total = real(0)
-        if output < outputs and first + lane < end:
+        if output * width < outputs and first + lane < end:
             p = offset(output, shape, strides) + (first + lane) * step
-            stride = fold_lanes * step
-            total = load(x[p])
-            mine = (end - first - lane + fold_lanes - 1) // fold_lanes  # elements of this thread
+            load_group(x, p, totals, 0)
+            mine = (end - first - lane + fold_lanes - 1) // fold_lanes  # groups of this thread
             for _ in range(1, mine):
-                p += stride
-                total = real(scalar(total, load(x[p])))
+                p += fold_lanes * step
+                load_group(x, p, values, 0)
+                for k in range(lanes):
+                    totals[k] = real(scalar(totals[k], values[k]))
+            if along_row:  # the lanes are of one fold
+                for k in range(1, lanes):
+                    totals[0] = real(scalar(totals[0], totals[k]))
 
         # The tree: lane 0 takes lane 1's, both having taken those further up. Lanes beyond the end
         # of the chunk have nothing to give.
         half = fold_lanes // 2
         while half > 0:
-            partial[slot * fold_lanes + lane] = total
+            if lane < 2 * half:
+                for k in range(width):
+                    partial[k * THREADS + thread] = totals[k]
             cuda.syncthreads()
             if lane < half and first + lane + half < end:
-                total = real(scalar(total, partial[slot * fold_lanes + lane + half]))
+                other = thread + half if along_row else thread + half * slots
+                for k in range(width):
+                    totals[k] = real(scalar(totals[k], partial[k * THREADS + other]))
             cuda.syncthreads()
             half //= 2
 
-        if lane == 0 and output < outputs:
-            if final:
-                total = real(scalar(start, total))
-            out[chunk * outputs + output] = store(total)
+        if lane == 0 and output * width < outputs:
+            for k in range(width):
+                total = totals[k]
+                if final:
+                    total = real(scalar(start, total))
+                out[chunk * outputs + output * width + k] = store(total)
 
     return fold
 
@@ -167,7 +212,7 @@ def fold_into(
         start: folded in once.
         out: numba array of `plan.outputs` elements.
         x: the input.
-        plan: `make_plan(x.shape, x.strides, dim)`.
+        plan: `make_plan(x, dim)`.
         workspace: None if there is one chunk, else a numba array of `plan.chunks * plan.outputs`
             elements of `workspace_dtype(x.dtype)`.
 
@@ -179,16 +224,8 @@ def fold_into(
         return
     partial = workspace_dtype(x.dtype)
     _launch(fn, start, workspace, partial, x.array, x.dtype, plan, final=False)
-    rest = FoldPlan(
-        shape=(plan.outputs,),
-        strides=(1,),
-        length=plan.chunks,
-        step=plan.outputs,
-        along_row=plan.outputs == 1,
-        fold_lanes=min(32, THREADS),
-        per_chunk=plan.chunks,
-        chunks=1,
-    )
+    rest = make_plan(View(workspace, 0, partial, (plan.chunks, plan.outputs), (plan.outputs, 1)), 0)
+    rest = rest._replace(per_chunk=rest.length, chunks=1)
     _launch(fn, start, out, x.dtype, workspace, partial, rest, final=True)
 
 
@@ -203,9 +240,18 @@ def _launch(
     outputs = plan.outputs
     wide = outputs >= 1 << 31
     compiled = fold_kernel(
-        fn, out_dtype, dtype, len(plan.shape), plan.fold_lanes, plan.along_row, final, wide
+        fn,
+        out_dtype,
+        dtype,
+        len(plan.shape),
+        plan.lanes,
+        plan.fold_lanes,
+        plan.along_row,
+        final,
+        wide,
     )
-    grid = ceil_div(outputs, THREADS // plan.fold_lanes), plan.chunks
+    width = 1 if plan.along_row else plan.lanes
+    grid = ceil_div(outputs // width, THREADS // plan.fold_lanes), plan.chunks
     launch(
         compiled,
         grid,
@@ -222,19 +268,27 @@ def instances(folds: Iterable[Callable[[float, float], float]]) -> Iterator[Inst
     """Kernels of these functions: the first in every layout and dtype, the others in float32."""
     for number, fn in enumerate(folds):
         for dtype in ("float32", "float64", "float16", "bfloat16") if number == 0 else ("float32",):
-            yield _instance(fn, dtype, dtype, 1, 8, along_row=False, final=True)
-            yield _instance(fn, workspace_dtype(dtype), dtype, 2, 32, along_row=True, final=False)
-    yield _instance(fn, "float32", "float32", 3, 1, along_row=False, final=True)
-    yield _instance(fn, "float32", "float32", 1, 256, along_row=True, final=True)
+            partial, lanes = workspace_dtype(dtype), BYTES // precision(dtype).storage.itemsize
+            yield _instance(fn, dtype, dtype, 1, lanes, 8, along_row=False, final=True)
+            yield _instance(fn, partial, dtype, 2, lanes, 32, along_row=True, final=False)
+    yield _instance(fn, "float32", "float32", 3, 1, 1, along_row=False, final=True)
+    yield _instance(fn, "float32", "float32", 1, 1, 256, along_row=True, final=True)
 
 
 def _instance(
-    fn: Any, out_dtype: str, dtype: str, dims: int, lanes: int, along_row: bool, final: bool
+    fn: Any,
+    out_dtype: str,
+    dtype: str,
+    dims: int,
+    lanes: int,
+    fold_lanes: int,
+    along_row: bool,
+    final: bool,
 ) -> Instance:
     ints = types.UniTuple(types.int64, dims)
     return Instance(
-        f"fold[{fn.__name__}, {dtype}, dims={dims}, lanes={lanes}, row={along_row}, {final=}]",
-        fold_kernel(fn, out_dtype, dtype, dims, lanes, along_row, final),
+        f"fold[{fn.__name__}, {dtype}, {dims=}, {lanes=}, {fold_lanes=}, {along_row=}, {final=}]",
+        fold_kernel(fn, out_dtype, dtype, dims, lanes, fold_lanes, along_row, final),
         (precision(out_dtype).array, precision(dtype).array, ints, ints)
         + (types.int64,) * 4
         + (precision(dtype).real,),

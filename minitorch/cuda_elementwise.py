@@ -81,7 +81,7 @@ def fold(fn: ZipFn, start: float, data: TensorData, dim: int) -> TensorData:
         out.fill(start)
     else:
         x = view_of(data)
-        plan = fold_cuda.make_plan(x.shape, x.strides, dim)
+        plan = fold_cuda.make_plan(x, dim)
         workspace = None
         if plan.chunks > 1:
             dtype = fold_cuda.workspace_dtype(x.dtype)
@@ -153,7 +153,7 @@ def tensor_reduce(fn: ZipFn) -> Callable[..., None]:
         reduce_value: float = 0.0,
     ) -> None:
         x = numba_view(a, a_shape, a_strides)
-        plan = fold_cuda.make_plan(x.shape, x.strides, reduce_dim)
+        plan = fold_cuda.make_plan(x, reduce_dim)
         dtype = fold_cuda.workspace_dtype(x.dtype)
         workspace = DeviceArray.empty(plan.chunks * plan.outputs, dtype)
         fold_cuda.fold_into(fn, reduce_value, out, x, plan, workspace.array)

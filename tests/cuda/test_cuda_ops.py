@@ -190,7 +190,10 @@ def test_reduce(dtype: str, layout: tuple[tuple[int, ...], list[int]], dim: int,
 
 
 @pytest.mark.races
-@pytest.mark.parametrize("shape, dim", [((1100,), 0), ((3, 70), 1), ((600, 3), 0), ((2, 40, 3), 1)])
+@pytest.mark.parametrize(
+    "shape, dim",
+    [((2200,), 0), ((3, 71), 1), ((3, 72), 1), ((600, 3), 0), ((300, 8), 0), ((2, 40, 4), 1)],
+)
 def test_reduce_long_folds(shape: tuple[int, ...], dim: int) -> None:
     """In chunks, and by trees of every height."""
     x, array = make(shape)
@@ -201,10 +204,12 @@ def test_reduce_long_folds(shape: tuple[int, ...], dim: int) -> None:
 
 
 def test_fold_plans_cover_each_element_once() -> None:
-    for shape, strides in (((5000,), (1,)), ((7, 300), (300, 1)), ((300, 7), (1, 300))):
-        for dim in range(len(shape)):
-            plan = fold_cuda.make_plan(shape, strides, dim)
-            assert plan.outputs * plan.length == np.prod(shape)
+    for shape, strides in (((5000,), (1,)), ((7, 300), (300, 1)), ((300, 8), (1, 300))):
+        for dim, size in enumerate(shape):
+            view = elementwise_cuda.View(None, 0, "float32", shape, strides)
+            plan = fold_cuda.make_plan(view, dim)
+            assert plan.length * (plan.lanes if plan.along_row else 1) == size
+            assert plan.outputs * size == np.prod(shape)
             assert (plan.chunks - 1) * plan.per_chunk < plan.length <= plan.chunks * plan.per_chunk
 
 
