@@ -20,11 +20,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from . import cuda_driver as driver
+from .kernels.runtime import SIMULATED
 
 SMALLEST = 512
 # numba arrays that a block keeps for kernels: one for each dtype and size it was used with
 MOST_ARRAYS = 16
+_POISON = np.full(1, 0xFF, np.uint8)
 
 
 class OutOfMemoryError(MemoryError):
@@ -152,8 +156,12 @@ def allocate(nbytes: int) -> Memory:
     stream, pool = driver.stream_handle(), _pools.stack[-1]
     if _pending:
         _collect_pending()
-    blocks = pool.free[stream, size]
-    block = blocks.pop() if blocks else Block(_from_driver(size), size, stream, pool)
+    try:
+        block = pool.free[stream, size].pop()
+    except IndexError:
+        block = Block(_from_driver(size), size, stream, pool)
+    if SIMULATED:  # what a kernel reads before it is written is NaN
+        driver.fill(block.pointer, size, _POISON)
     statistics.allocated += size
     if statistics.allocated > statistics.most_allocated:
         statistics.most_allocated = statistics.allocated
@@ -183,9 +191,8 @@ def _collect_pending() -> None:
     """Take back the blocks whose other streams are done."""
     if _pools.stack[-1] is not ordinary:
         return  # a stream that is being captured may not be asked
-    waiting = _pending[:]
-    _pending.clear()
-    for block, events in waiting:
+    for _ in range(len(_pending)):  # more may come meanwhile, at the end
+        block, events = _pending.pop(0)
         left = [event for event in events if not driver.has_happened(event)]
         if left:
             _pending.append((block, left))

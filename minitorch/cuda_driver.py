@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .kernels.runtime import SIMULATED, cuda, current_stream
+from .kernels.runtime import SIMULATED, cuda, current_stream, is_available
 
 _simulated_memory: dict[int, npt.NDArray[np.uint8]] = {}
 _this_thread = threading.local()
@@ -35,8 +35,15 @@ def bindings() -> Any:
 
 
 def use_context() -> None:
-    """Make numba's context current on this thread: a driver call needs one."""
+    """Make numba's context current on this thread: a driver call needs one.
+
+    Raises:
+        RuntimeError: there is no GPU.
+
+    """
     if not getattr(_this_thread, "has_context", False):
+        if not is_available():
+            raise RuntimeError("there is no GPU with a CUDA driver here: use a backend of the CPU")
         cuda.current_context()
         _this_thread.has_context = True
 

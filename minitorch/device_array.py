@@ -157,6 +157,23 @@ class DeviceArray:
         """Set every element to a number."""
         driver.fill(self.pointer, self.size, _pattern(value, self.dtype))
 
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        """For `numpy.asarray`: one copy to the host."""
+        if copy is False:
+            raise ValueError("an array on the GPU becomes a numpy array by a copy only")
+        return np.asarray(self.copy_to_host(), dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceArray:
+        out = DeviceArray.empty(self.size, self.dtype)
+        out.copy_from_device(self)
+        return out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle: the elements, by way of the host."""
+        return DeviceArray.from_host, (self.copy_to_host(),)
+
     # ----- elements and views -----
 
     def __getitem__(self, key: int | slice) -> Any:

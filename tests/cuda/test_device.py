@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +63,13 @@ def test_device_array(dtype: np.dtype[Any]) -> None:
     y.copy_from_device(x)
     np.testing.assert_array_equal(y.copy_to_host(), x.copy_to_host())
     assert x.view(np.uint8).size == x.nbytes
+
+
+def test_copies_own_their_memory() -> None:
+    x = minitorch.tensor([1.0, 2.0], minitorch.TensorBackend(minitorch.CudaOps))._tensor
+    for y in (copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        assert y.on_device and y._storage.pointer != x._storage.pointer
+        assert np.asarray(y._storage).tolist() == [1, 2]
 
 
 def test_device_array_refuses_what_does_not_fit() -> None:

@@ -273,7 +273,7 @@ def test_half_precision_attention_of_torch(dtype: str) -> None:
     ours = torch.autograd.grad(out, (q, k, v), grad)
     theirs = torch.autograd.grad(expected, (q, k, v), grad.double())
     for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=4 * tolerance, atol=4 * tolerance)
+        torch.testing.assert_close(a.double(), b.double(), rtol=4 * tolerance, atol=4 * tolerance)
 
 
 @pytest.mark.gpu
