@@ -33,7 +33,8 @@ def rendered(readme: str, results: Path = RESULTS) -> str:
 
     def block(match: re.Match[str]) -> str:
         path = results / f"{match[1]}.md"
-        page = "Not measured yet: `make bench` does it.\n"
+        command = "make bench-gpu" if match[1].endswith("_cuda") else "make bench"
+        page = f"Not measured yet: `{command}` does it.\n"
         if path.is_file():
             page = condensed(path.read_text(encoding="utf-8"))
         return f"<!-- results: {match[1]} -->\n{page}<!-- end of results -->"

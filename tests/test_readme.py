@@ -54,7 +54,7 @@ def test_files_named_in_the_text_exist() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in set(re.findall(r"`make (\w+)`", README)):
+    for target in set(re.findall(r"`make ([\w-]+)`", README)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
