@@ -34,14 +34,16 @@ from .cuda_registers import Factor, exp2_function, multiply
 from .cuda_tiles import (
     Blocks,
     Kind,
-    dropout_factor,
     fill,
     is_whole,
-    masked_score,
+    keep_factor,
+    keep_maker,
     own_columns,
     own_keys,
     own_rows,
     row_step,
+    score_masker,
+    tile_access,
     tile_loader,
     tile_range,
     tile_start,
@@ -104,6 +106,7 @@ class BackwardMemory(NamedTuple):
     p: int  # (block_m, block_n): P, then dS
     logsumexp: int  # (block_m,)
     delta: int
+    keep: int  # with dropout
     size: int
     width: int  # of q and k, with zeros
     v_width: int  # of v and dO
@@ -121,7 +124,8 @@ def backward_memory(kind: Kind, blocks: Blocks) -> BackwardMemory:
     step, v_step = row_step(width, lanes), row_step(v_width, lanes)
     p_step = n + max(blocks.threads_n % 32, lanes)
     starts = [0]
-    for size in (m * step, m * v_step, n * step, n * v_step, m * p_step, m, m):
+    keep = m * n // 4 if kind.dropout else 0
+    for size in (m * step, m * v_step, n * step, n * v_step, m * p_step, m, m, keep):
         starts.append(starts[-1] + size)
     return BackwardMemory(*starts, width, v_width, step, v_step, p_step)  # type: ignore[call-arg]
 
@@ -158,26 +162,21 @@ def score_gradients(kind: Kind, blocks: Blocks) -> Any:
     step, v_step, p_step = plan.step, plan.v_step, plan.p_step
     scores = multiply(own_rows(blocks, step), own_keys(blocks, step), kind.head_dim, lanes)
     products = multiply(own_rows(blocks, v_step), own_keys(blocks, v_step), kind.value_dim, lanes)
-    score_of, factor_of = masked_score(kind), dropout_factor(real.name)
+    apply_mask = score_masker(kind, blocks, p_tile, p_step)
+    factor_of = keep_factor(kind, blocks, plan.keep)
     exp2 = exp2_function(real.name)
     always_masked, dropout = kind.mask != "none", kind.dropout
 
     @device_function
-    def run(memory, sums, row0, key0, batch_head, band, mask, mask_place, dropout_of):
-        lower, upper, seqlen_q, seqlen_k = band
+    def run(memory, sums, row0, key0, band, mask, mask_place, keep_scale):
+        lower, upper, _, seqlen_k = band
         my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
         own = p_tile + my_row * p_step + my_key
         # S = Q K^T, P = exp(S - L)
         fill(sums, rows, keys, real(0.0))
         scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
         if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
-            for i in range(rows):
-                for j in range(keys):
-                    sums[i, j] = score_of(
-                        sums[i, j], row0 + my_row + i * threads_m, key0 + my_key + j * threads_n,
-                        lower, upper, seqlen_q, seqlen_k,
-                        mask, mask_place[0], mask_place[1], mask_place[2],
-                    )  # fmt: skip
+            apply_mask(memory, sums, row0, key0, band, mask, mask_place)
         for i in range(rows):
             shift = memory[logsumexp_at + my_row + i * threads_m]
             for j in range(keys):
@@ -193,9 +192,8 @@ def score_gradients(kind: Kind, blocks: Blocks) -> Any:
                 p, z = memory[place], real(1.0)
                 if dropout:
                     z = factor_of(
-                        dropout_of[0], dropout_of[1], dropout_of[2], batch_head,
-                        row0 + my_row + i * threads_m, key0 + my_key + j * threads_n,
-                    )  # fmt: skip
+                        memory, my_row + i * threads_m, my_key + j * threads_n, keep_scale
+                    )
                 memory[place] = p * (z * sums[i, j] - delta)
                 sums[i, j] = p * z
 
@@ -238,7 +236,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     real, lanes = precision(kind.precision).real, vector_lanes(kind.precision)
     plan, block_m, block_n = backward_memory(kind, blocks), blocks.block_m, blocks.block_n
     rows, keys, threads_n, threads_d = blocks.rows, blocks.keys, blocks.threads_n, blocks.threads_d
-    threads_m, head_dim, value_dim = blocks.threads_m, kind.head_dim, kind.value_dim
+    head_dim, value_dim = kind.head_dim, kind.value_dim
     q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
     step, v_step, p_step, width, v_width = (
         plan.step, plan.v_step, plan.p_step, plan.width, plan.v_width,
@@ -248,11 +246,13 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     load_k = tile_loader(kind, blocks, block_n, head_dim, width, step)
     load_v = tile_loader(kind, blocks, block_n, value_dim, v_width, v_step)
     load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
-    to_ds = score_gradients(kind, blocks)
+    to_ds, dropout = score_gradients(kind, blocks), kind.dropout
+    make_keep = keep_maker(kind, blocks, plan.keep)
     # A thread's keys and columns of dK and dV; the sums are over queries.
     key_threads = blocks.threads // threads_d
     p_keys = own_columns(block_n, key_threads, lanes, p_step)
     own = p_keys.count
+    put, _ = tile_access(blocks, p_step)
     count, v_count = width // threads_d, v_width // threads_d
     add_dk = multiply(p_keys, own_columns(width, threads_d, lanes, step), block_m, lanes)
     add_dv = multiply(p_keys, own_columns(v_width, threads_d, lanes, v_step), block_m, lanes)
@@ -311,16 +311,15 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
                     grad_steps[3], seqlen_q - row0, real(1.0),
                 )  # fmt: skip
                 load_rows(memory, logsumexp2, delta, batch_head * seqlen_q + row0, seqlen_q - row0)
+                if dropout:
+                    make_keep(memory, row0, key0, batch_head, dropout_of)
                 cuda.syncthreads()
-                to_ds(memory, sums, row0, key0, batch_head, band, mask, mask_place, dropout_of)
+                to_ds(memory, sums, row0, key0, band, mask, mask_place, dropout_of[2])
                 cuda.syncthreads()
                 # dK += dS^T Q
                 add_dk(memory, p_tile + my_keys * lanes, q_tile + my_columns * lanes, dk_sums)
                 cuda.syncthreads()
-                for i in range(rows):
-                    for j in range(keys):
-                        place = p_tile + (my_row + i * threads_m) * p_step + my_key + j * threads_n
-                        memory[place] = sums[i, j]
+                put(memory, p_tile + my_row * p_step + my_key, sums)
                 cuda.syncthreads()
                 # dV += P^T dO
                 add_dv(memory, p_tile + my_keys * lanes, do_tile + my_columns * lanes, dv_sums)
@@ -356,7 +355,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
     load_k = tile_loader(kind, blocks, block_n, head_dim, width, step)
     load_v = tile_loader(kind, blocks, block_n, value_dim, v_width, v_step)
     load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
-    to_ds = score_gradients(kind, blocks)
+    to_ds, dropout = score_gradients(kind, blocks), kind.dropout
+    make_keep = keep_maker(kind, blocks, plan.keep)
     count = width // threads_n
     p_rows = Factor(rows, threads_m * p_step)
     add_dq = multiply(p_rows, own_columns(width, threads_n, lanes, step), block_n, lanes)
@@ -405,8 +405,10 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
                 memory, v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3],
                 seqlen_k - key0, real(1.0),
             )  # fmt: skip
+            if dropout:
+                make_keep(memory, row0, key0, batch_head, dropout_of)
             cuda.syncthreads()
-            to_ds(memory, sums, row0, key0, batch_head, band, mask, mask_place, dropout_of)
+            to_ds(memory, sums, row0, key0, band, mask, mask_place, dropout_of[2])
             cuda.syncthreads()
             if keep_scores:
                 for i in range(rows):

@@ -35,14 +35,16 @@ from .cuda_registers import Factor, exp2_function, multiply
 from .cuda_tiles import (
     Blocks,
     Kind,
-    dropout_factor,
     fill,
     is_whole,
-    masked_score,
+    keep_factor,
+    keep_maker,
     own_columns,
     own_keys,
     own_rows,
     row_step,
+    score_masker,
+    tile_access,
     tile_loader,
     tile_range,
     tile_start,
@@ -59,6 +61,7 @@ class ForwardMemory(NamedTuple):
     q: int
     k: int  # and P, when the scores have been computed
     v: int
+    keep: int  # with dropout
     size: int
     step: int  # of q and k
     v_step: int
@@ -74,7 +77,9 @@ def forward_memory(kind: Kind, blocks: Blocks) -> ForwardMemory:
     p_step = blocks.block_n + max(blocks.threads_n, lanes)
     k = blocks.block_m * step
     v = k + max(blocks.block_n * step, blocks.block_m * p_step)
-    return ForwardMemory(0, k, v, v + blocks.block_n * v_step, step, v_step, p_step)
+    keep = v + blocks.block_n * v_step
+    size = keep + (blocks.block_m * blocks.block_n // 4 if kind.dropout else 0)
+    return ForwardMemory(0, k, v, keep, size, step, v_step, p_step)
 
 
 @cache
@@ -118,7 +123,8 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     )  # fmt: skip
     scores = multiply(q_rows, k_rows, head_dim, lanes)
     add_values = multiply(p_rows, own_columns(v_step, threads_n, lanes, v_step), block_n, lanes)
-    score_of, factor_of = masked_score(kind), dropout_factor(real.name)
+    apply_mask, (put, _) = score_masker(kind, blocks, p_tile, p_step), tile_access(blocks, p_step)
+    make_keep, factor_of = keep_maker(kind, blocks, plan.keep), keep_factor(kind, blocks, plan.keep)
     row_max, row_sum = row_reductions(real.name, threads_n)
     exp2 = exp2_function(real.name)
     at_once = lanes if value_dim % lanes == 0 else 1
@@ -148,9 +154,10 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         q_start = b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2]
         k_start = b * k_steps[0] + h // k_group * k_steps[1]
         v_start = b * v_steps[0] + h // v_group * v_steps[1]
-        mask_start = b * mask_steps[0] + h * mask_steps[1]
+        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        band = (lower, upper, seqlen_q, seqlen_k)
         log2_scale, keep_scale = real(scale * 1.4426950408889634), real(keep)
-        key = seed + offset[0]
+        dropout_of = (seed + offset[0], types.uint64(threshold), keep_scale)
         load_q(memory, q_tile, q, q_start, q_steps[2], q_steps[3], seqlen_q - row0, log2_scale)
         for i in range(rows):
             m[i], l[i] = real(nothing), real(0.0)
@@ -169,18 +176,15 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 memory, v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3],
                 seqlen_k - key0, real(1.0),
             )  # fmt: skip
+            if dropout:
+                make_keep(memory, row0, key0, batch_head, dropout_of)
             cuda.syncthreads()
             # S = Q K^T
             fill(sums, rows, keys, real(0.0))
             scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
             if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
-                for i in range(rows):
-                    for j in range(keys):
-                        sums[i, j] = score_of(
-                            sums[i, j], row0 + my_row + i * threads_m,
-                            key0 + my_key + j * threads_n, lower, upper, seqlen_q, seqlen_k,
-                            mask, mask_start, mask_steps[2], mask_steps[3],
-                        )  # fmt: skip
+                cuda.syncthreads()  # all have read K, whose place the scores take
+                apply_mask(memory, sums, row0, key0, band, mask, mask_place)
             # m, l, P and O = diag(exp(m - m_new)) O
             for i in range(rows):
                 largest = m[i]
@@ -201,14 +205,10 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 for i in range(rows):
                     for j in range(keys):
                         sums[i, j] *= factor_of(
-                            key, types.uint64(threshold), keep_scale, batch_head,
-                            row0 + my_row + i * threads_m, key0 + my_key + j * threads_n,
-                        )  # fmt: skip
+                            memory, my_row + i * threads_m, my_key + j * threads_n, keep_scale
+                        )
             cuda.syncthreads()  # all have read K, whose place P takes
-            for i in range(rows):
-                for j in range(keys):
-                    place = p_tile + (my_row + i * threads_m) * p_step + my_key + j * threads_n
-                    memory[place] = sums[i, j]
+            put(memory, p_tile + my_row * p_step + my_key, sums)
             cuda.syncthreads()
             # O += P V
             add_values(memory, p_tile + my_row * p_step, v_tile + my_key * lanes, o)

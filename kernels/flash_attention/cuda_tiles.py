@@ -131,6 +131,9 @@ def is_whole(row0, rows, key0, keys, lower, upper, seqlen_k):
 
 
 # ----- which scores -----
+#
+# Scores that are masked go through shared memory, where a loop may index them: unrolled, so that
+# they could stay in registers, these lines would be there for every one of them.
 
 
 @cache
@@ -145,15 +148,14 @@ def masked_score(kind: Kind) -> Any:
     load = precision("float32" if no_mask or is_bool else kind.mask).load
 
     @device_function
-    def score_of(
-        score, row, column, lower, upper, seqlen_q, seqlen_k, mask, mask_start, mask_row,
-        mask_column,
-    ):  # fmt: skip
+    def score_of(score, row, column, band, mask, mask_place):
+        lower, upper, seqlen_q, seqlen_k = band
         if column >= seqlen_k or column < row + lower or column >= row + upper:
             return nothing
         if no_mask or row >= seqlen_q:
             return score
-        place = mask_start + types.int64(row) * mask_row + types.int64(column) * mask_column
+        start, row_step, column_step = mask_place
+        place = start + types.int64(row) * row_step + types.int64(column) * column_step
         if is_bool:
             return score if mask[place] != 0 else nothing
         return score + real(load(mask[place])) * log2_e
@@ -161,28 +163,100 @@ def masked_score(kind: Kind) -> Any:
     return score_of
 
 
+@cache
+def score_masker(kind: Kind, blocks: Blocks, tile: int, step: int) -> Any:
+    """Device function: `masked_score` of a thread's scores, by way of its elements of a tile.
+
+    `(memory, sums, row0, key0, band, mask, mask_place)`: band is (lower, upper, seqlen_q,
+    seqlen_k), mask_place where the head's mask begins, and its strides.
+    """
+    score_of = masked_score(kind)
+    threads_m, threads_n, keys = blocks.threads_m, blocks.threads_n, blocks.keys
+    count = blocks.rows * keys
+    put, get = tile_access(blocks, step)
+
+    @device_function
+    def apply_mask(memory, sums, row0, key0, band, mask, mask_place):
+        my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
+        put(memory, tile + my_row * step + my_key, sums)
+        for number in range(count):
+            r = my_row + number // keys * threads_m
+            c = my_key + number % keys * threads_n
+            place = tile + r * step + c
+            memory[place] = score_of(memory[place], row0 + r, key0 + c, band, mask, mask_place)
+        get(memory, tile + my_row * step + my_key, sums)
+
+    return apply_mask
+
+
+@cache
+def tile_access(blocks: Blocks, step: int) -> Any:
+    """Device functions `put` and `get` (memory, own, sums): a thread's elements of a tile of
+    scores, of which the first is at `own`, from `sums` or into them.
+    """
+    rows, keys, threads_n = blocks.rows, blocks.keys, blocks.threads_n
+    apart = blocks.threads_m * step
+
+    @device_function
+    def put(memory, own, sums):
+        for i in range(rows):
+            for j in range(keys):
+                memory[own + i * apart + j * threads_n] = sums[i, j]
+
+    @device_function
+    def get(memory, own, sums):
+        for i in range(rows):
+            for j in range(keys):
+                sums[i, j] = memory[own + i * apart + j * threads_n]
+
+    return put, get
+
+
+# ----- dropout -----
+
 philox = device_function(philox4x32)
 _WORD = types.uint64(0xFFFFFFFF)
 
 
 @cache
-def dropout_factor(real_name: str) -> Any:
-    """Device function: keep_scale where a weight is kept, 0 where it is dropped (see philox.py)."""
-    real = getattr(types, real_name)
+def keep_maker(kind: Kind, blocks: Blocks, tile: int) -> Any:
+    """Device function that writes which weights of a tile of scores are kept (see philox.py).
+
+    The tile (block_m, block_n / 4) has one number for four keys, whose four bits are theirs: what
+    one call of the generator gives.
+    """
+    real, threads = precision(kind.precision).real, blocks.threads
+    groups = blocks.block_n // 4
+    count = blocks.block_m * groups
 
     @device_function
-    def factor_of(seed, threshold, keep_scale, batch_head, row, column):
-        low = seed & _WORD
-        high = seed >> types.uint64(32)
-        words = philox(
-            types.uint64(column >> 2), types.uint64(row), types.uint64(batch_head),
-            types.uint64(0), low, high,
-        )  # fmt: skip
-        number = column & 3
-        word = words[0] if number == 0 else words[1]
-        if number >= 2:
-            word = words[2] if number == 2 else words[3]
-        return keep_scale if word >= threshold else real(0.0)
+    def make(memory, row0, key0, batch_head, dropout_of):
+        key, threshold, _ = dropout_of
+        for number in range(cuda.threadIdx.x, count, threads):
+            row, group = number // groups, number % groups
+            words = philox(
+                types.uint64((key0 >> 2) + group), types.uint64(row0 + row),
+                types.uint64(batch_head), types.uint64(0), key & _WORD, key >> types.uint64(32),
+            )  # fmt: skip
+            bits = types.int32(0)
+            bits += types.int32(1) if words[0] >= threshold else types.int32(0)
+            bits += types.int32(2) if words[1] >= threshold else types.int32(0)
+            bits += types.int32(4) if words[2] >= threshold else types.int32(0)
+            bits += types.int32(8) if words[3] >= threshold else types.int32(0)
+            memory[tile + number] = real(bits)
+
+    return make
+
+
+@cache
+def keep_factor(kind: Kind, blocks: Blocks, tile: int) -> Any:
+    """Device function: keep_scale if a weight of the tile is kept, else 0."""
+    real, groups = precision(kind.precision).real, blocks.block_n // 4
+
+    @device_function
+    def factor_of(memory, row, key, keep_scale):
+        bits = types.int32(memory[tile + row * groups + (key >> 2)])
+        return keep_scale if (bits >> types.int32(key & 3)) & types.int32(1) else real(0.0)
 
     return factor_of
 
