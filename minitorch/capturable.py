@@ -8,8 +8,9 @@ their gradients in another, so that a step of all of them is one kernel:
     values      | embedding        | weights   | bias | ...      each starts at a multiple of 64
     gradients   | embedding        | weights   | bias | ...
 
-A parameter's value is a view of the first, and `grad_buffer`, where its gradient is written, one of
-the second.
+A parameter's value is a view of the first, its gradient one of the second: its `ParameterSlot` says
+so to the operations that use the value, which write the gradient there and may ask for a copy of
+the value in 16 bits.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .allocator import ordinary, use_pool
+from .cuda_views import contiguous_data, view_of
 from .device_array import DeviceArray
 from .kernels import adamw_cuda, reduce_cuda
+from .kernels.copy_cuda import copy_into
 from .module import Parameter
 from .tensor import Tensor
-from .tensor_data import TensorData, strides_from_shape
+from .tensor_data import TensorData
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +40,48 @@ def zeros(size: int, dtype: npt.DTypeLike) -> DeviceArray:
     array = DeviceArray.empty(size, dtype)
     array.fill(0)
     return array
+
+
+class ParameterSlot:
+    """Where a parameter lies in the flat arrays; found at its value's `TensorData.slot`.
+
+    Args:
+        state: that has the flat arrays.
+        number: of the parameter.
+        leaf: its value.
+
+    """
+
+    def __init__(self, state: CapturableState, number: int, leaf: Tensor) -> None:
+        self.state = state
+        self.number = number
+        self.leaf = leaf
+        self.gradient = leaf._new(state.view(state.gradients, number))
+        self._claimed = False
+
+    def claim_gradient(self) -> TensorData | None:
+        """Memory for a backward pass to write the gradient into; None if there is a gradient
+        already, or another operation of the same pass has the memory.
+        """
+        if self._claimed or self.leaf.grad is not None:
+            return None
+        self._claimed = True
+        return self.gradient._tensor
+
+    def keep_gradient(self, x: Tensor) -> Tensor:
+        """The first derivative of a leaf, in the flat array."""
+        self._claimed = False
+        if x._tensor is not self.gradient._tensor:
+            x.f.ops.copy_into(self.gradient, x)
+        return self.gradient
+
+    def rounded(self, dtype: np.dtype[Any]) -> TensorData:
+        """The value in 16 bits."""
+        return self.state.view(self.state.rounded(dtype), self.number)
+
+    def changed(self) -> None:
+        """Elements of the value have been set by hand."""
+        self.state.round()
 
 
 class CapturableState:
@@ -68,16 +114,16 @@ class CapturableState:
         self._partials = zeros(max(reduce_cuda.square_blocks(self.size), 1), self.dtype)
         self._total = zeros(1, self.dtype)
         self._leaves: list[Tensor | None] = [None] * len(self.parameters)
+        self._rounded: dict[np.dtype[Any], DeviceArray] = {}
         self.adopt()
 
     # ----- parameters and gradients -----
 
-    def _view(self, flat: DeviceArray, number: int) -> TensorData:
+    def view(self, flat: DeviceArray, number: int) -> TensorData:
         """The part of a flat array that belongs to a parameter."""
         value = self.parameters[number].value
         start = self._starts[number]
-        part = flat[start : start + value.size]
-        return TensorData._of(part, value.shape, strides_from_shape(value.shape))
+        return contiguous_data(flat[start : start + value.size], value.shape)
 
     def adopt(self) -> None:
         """Copy values that others have set (`load_state_dict` does) into the flat array."""
@@ -85,12 +131,13 @@ class CapturableState:
             value = parameter.value
             if value is self._leaves[number]:
                 continue
-            leaf = value._new(self._view(self.values, number))
+            leaf = value._new(self.view(self.values, number))
             leaf.f.ops.copy_into(leaf, value.detach())
             leaf.grad = value.grad
-            leaf.grad_buffer = value._new(self._view(self.gradients, number))
+            leaf._tensor.slot = ParameterSlot(self, number, leaf)
             parameter.update(leaf)
             self._leaves[number] = leaf
+            self.round()
 
     def gather_gradients(self) -> None:
         """Copy gradients that are elsewhere into the flat array.
@@ -107,9 +154,28 @@ class CapturableState:
                     f"capturable=True steps all parameters together, and number {number} "
                     f"({value.name}) has no gradient"
                 )
-            if value.grad is not value.grad_buffer:
-                value.f.ops.copy_into(value.grad_buffer, value.grad.detach())
-                value.grad = value.grad_buffer
+            gradient = value._tensor.slot.gradient
+            if value.grad is not gradient:
+                value.f.ops.copy_into(gradient, value.grad.detach())
+                value.grad = gradient
+
+    # ----- copies in 16 bits -----
+
+    def rounded(self, dtype: np.dtype[Any]) -> DeviceArray:
+        """The flat values in a dtype of 16 bits, which each step keeps up to date."""
+        if dtype not in self._rounded:
+            with use_pool(ordinary):
+                self._rounded[dtype] = DeviceArray.empty(self.size, dtype)
+            self.round()
+        return self._rounded[dtype]
+
+    def round(self) -> None:
+        """Bring the copies in 16 bits up to date."""
+        for copy in self._rounded.values():
+            flat = (self.size,)
+            copy_into(
+                view_of(contiguous_data(copy, flat)), view_of(contiguous_data(self.values, flat))
+            )
 
     # ----- the step -----
 
@@ -151,6 +217,7 @@ class CapturableState:
             eps=eps,
             weight_decay=weight_decay,
         )
+        self.round()
 
     # ----- saving and loading -----
 
@@ -160,12 +227,12 @@ class CapturableState:
 
     def kept(self, slot: str, number: int) -> Array:
         """A copy of "exp_avg" or "exp_avg_sq" of a parameter."""
-        data = self._view(getattr(self, slot), number)
+        data = self.view(getattr(self, slot), number)
         return data.to_numpy()
 
     def load(self, slot: str, number: int, array: Array) -> None:
         """Overwrite what `kept` gave."""
-        storage: DeviceArray = self._view(getattr(self, slot), number)._storage
+        storage: DeviceArray = self.view(getattr(self, slot), number)._storage
         storage.copy_from_host(array)
 
     def load_steps(self, steps: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from .cuda_attention import CudaAttentionOps
 from .cuda_matmul import contiguous
 from .cuda_ops import CudaOps
-from .cuda_views import contiguous_data, device_storage
+from .cuda_views import contiguous_data, device_storage, gradient_memory
 from .device_array import DeviceArray, error_word
 from .dtypes import HALF_DTYPES
 from .kernels import (
@@ -251,14 +251,15 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
         dy, x, scale = _elements(out_grad, inp.dtype), _elements(inp), _elements(gamma, weight)
         variance, centre = _elements(var, real), _elements(mean, real)
         dx = DeviceArray.empty(inp.size, inp.dtype)
-        dgamma, dbeta = (DeviceArray.empty(columns, weight) for _ in range(2))
+        dgamma, dbeta = gradient_memory(gamma, weight), gradient_memory(beta, weight)
         blocks = layernorm_cuda.backward_blocks(name, rows, columns)
         partials = DeviceArray.empty(max(1, 2 * blocks * columns), real)
         layernorm_cuda.backward(
             name, weight.name, dy.array, x.array, scale.array, variance.array, centre.array, eps,
-            dx.array, partials.array, dgamma.array, dbeta.array, rows, columns,
+            dx.array, partials.array, device_storage(dgamma).array, device_storage(dbeta).array,
+            rows, columns,
         )  # fmt: skip
-        of_gamma, of_beta = _output(gamma, dgamma, gamma.shape), _output(beta, dbeta, beta.shape)
+        of_gamma, of_beta = gamma._new(dgamma), beta._new(dbeta)
         return (
             _output(inp, dx, inp.shape),
             of_gamma if gamma.dtype == weight else gamma.backend.ops.cast(of_gamma, gamma.dtype),

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import cublas, cublas_lt, operators
 from .cuda_elementwise import CudaElementwiseOps
-from .cuda_views import contiguous_data, device_storage, dtype_name, view_of
+from .cuda_views import contiguous_data, device_storage, dtype_name, gradient_memory, view_of
 from .device_array import DeviceArray
 from .dtypes import HALF_DTYPES, promote
 from .kernels import matmul_cuda, reduce_cuda
@@ -144,12 +144,12 @@ class CudaMatMulOps(CudaElementwiseOps):
         dtype = _linear_dtype(x, weight)
         out = cls.empty((*x.shape[:-1], weight.shape[1]), dtype)
         rows = as_rows(in_dtype(x._tensor, dtype))
-        factor = in_dtype(weight._tensor, dtype)
+        factor = _rounded(weight, dtype)
         result = contiguous_data(device_storage(out), (rows.shape[0], weight.shape[1]))
         if bias is None:
             matmul_into(result, rows, factor)
         else:
-            _linear_into(result, rows, factor, contiguous(in_dtype(bias._tensor, dtype)))
+            _linear_into(result, rows, factor, contiguous(_rounded(bias, dtype)))
         return x._new(out)
 
     @classmethod
@@ -163,11 +163,11 @@ class CudaMatMulOps(CudaElementwiseOps):
         if needs[0]:
             data = cls.empty(x.shape, dtype)
             flat = contiguous_data(device_storage(data), (rows.shape[0], weight.shape[0]))
-            matmul_into(flat, rows, in_dtype(weight._tensor, dtype).permute(1, 0))
+            matmul_into(flat, rows, _rounded(weight, dtype).permute(1, 0))
             dx = x._new(in_dtype(data, x.dtype))
         if needs[1]:
             out_dtype = dtype if dtype.itemsize > 2 else weight.dtype
-            data = cls.empty(weight.shape, out_dtype)
+            data = gradient_memory(weight, out_dtype)
             matmul_into(data, as_rows(in_dtype(x._tensor, dtype)).permute(1, 0), rows)
             dweight = weight._new(in_dtype(data, weight.dtype))
         if needs[2]:
@@ -180,6 +180,15 @@ def _linear_dtype(x: Tensor, weight: Tensor) -> np.dtype[Any]:
     if x.dtype in HALF_DTYPES and weight.dtype == np.float32:
         return x.dtype
     return promote(x.dtype, weight.dtype)
+
+
+def _rounded(parameter: Tensor, dtype: np.dtype[Any]) -> TensorData:
+    """A weight or bias in the dtype of a product."""
+    data = parameter._tensor
+    if data.slot is not None and data.dtype != dtype and dtype in HALF_DTYPES:
+        kept: TensorData = data.slot.rounded(dtype)  # up to date, made by one kernel for all
+        return kept
+    return in_dtype(data, dtype)
 
 
 def _column_sums(rows: TensorData, dtype: np.dtype[Any]) -> TensorData:

@@ -63,6 +63,18 @@ def contiguous_data(storage: DeviceArray, shape: Ints) -> TensorData:
     return TensorData._of(storage, shape, strides_from_shape(shape))
 
 
+def gradient_memory(parameter: Tensor, dtype: np.dtype[Any]) -> TensorData:
+    """Where the gradient of `parameter` may be written, contiguous: new memory, or, if it is one
+    that is optimised inside CUDA graphs, where its optimiser wants it.
+    """
+    slot = parameter._tensor.slot
+    if slot is not None and dtype == parameter.dtype:
+        claimed: TensorData | None = slot.claim_gradient()
+        if claimed is not None:
+            return claimed
+    return contiguous_data(DeviceArray.empty(parameter.size, dtype), parameter.shape)
+
+
 def shapes(*tensors: Tensor) -> str:
     """The shapes of tensors, for error messages."""
     return " and ".join(str(t.shape) for t in tensors)

@@ -80,7 +80,6 @@ class Tensor:
     """
 
     grad: Tensor | None
-    grad_buffer: Tensor | None = None  # where the gradient is written, if not into a new tensor
 
     def __init__(
         self,
@@ -508,11 +507,9 @@ class Tensor:
         """
         if not self.is_leaf():
             raise RuntimeError("only leaves collect a derivative")
-        if self.grad is None and self.grad_buffer is not None:
-            x.f.ops.copy_into(self.grad_buffer, x)
-            self.grad = self.grad_buffer
-        elif self.grad is None:
-            self.grad = x.f.ops.cast(x, self.dtype)
+        if self.grad is None:
+            slot = self._tensor.slot
+            self.grad = x.f.ops.cast(x, self.dtype) if slot is None else slot.keep_gradient(x)
         else:
             self.grad = (self.grad + x).detach()
 

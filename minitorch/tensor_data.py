@@ -130,6 +130,7 @@ class TensorData:
         "number",
         "shape",
         "size",
+        "slot",
         "strides",
     )
 
@@ -138,6 +139,7 @@ class TensorData:
     strides: tuple[int, ...]
     size: int
     number: float | None  # the value of a constant on the GPU, which need not be read back
+    slot: Any  # the `ParameterSlot` of a parameter that is optimised inside CUDA graphs
 
     def __init__(
         self,
@@ -176,6 +178,7 @@ class TensorData:
         self._shape_array: Shape | None = None
         self._strides_array: Strides | None = None
         self.number = None
+        self.slot = None
 
     @staticmethod
     def _of(
@@ -329,6 +332,8 @@ class TensorData:
         """Change the element at a full index."""
         self._storage[self.index(key)] = val
         self.number = None
+        if self.slot is not None:
+            self.slot.changed()
 
     def tuple(self) -> tuple[Storage, Shape, Strides]:
         """Storage, shape and strides, as the kernels of `map`, `zip` and `reduce` take them; on the

@@ -102,6 +102,7 @@ class CudaStep:
         self.optimizer.clip_grad_norm_(self.options.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        rng.device_offset().fill(0)  # as dropout outside of training steps wants it
 
 
 def _storage(tensor: minitorch.Tensor) -> DeviceArray:

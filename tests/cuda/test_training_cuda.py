@@ -99,7 +99,7 @@ def test_gradients_are_written_into_the_flat_array() -> None:
     optimizer = AdamW(made, capturable=True)
     for parameter in made:
         (parameter.value * 3.0).sum().backward()
-        assert parameter.value.grad is parameter.value.grad_buffer
+        assert parameter.value.grad is parameter.value._tensor.slot.gradient
         (parameter.value * 2.0).sum().backward()  # accumulates
         assert (parameter.value.grad.to_numpy() == 5.0).all()
     optimizer.step()
@@ -322,3 +322,39 @@ def test_a_graph_gives_the_same_numbers(text: Path, precision: str) -> None:
     assert losses(runs[0]) == losses(runs[1])
     for name, array in runs[0].model.state_dict().items():
         np.testing.assert_array_equal(array, runs[1].model.state_dict()[name])
+
+
+def test_a_weight_used_twice_collects_both_gradients() -> None:
+    """The first product may write into the flat array, the second must not overwrite it."""
+    rng = np.random.default_rng(0)
+    gradients = []
+    for backend in (CPU, GPU):
+        weight = Parameter(minitorch.tensor(rng.normal(size=(4, 4)).astype(np.float32), CPU))
+        weight.update(minitorch.tensor(np.eye(4, dtype=np.float32), backend))
+        if backend.cuda:
+            AdamW([weight], capturable=True)
+        layer = minitorch.Linear(4, 4, bias=False, backend=backend)
+        layer.weights = weight
+        x = minitorch.tensor(np.arange(8, dtype=np.float32).reshape(2, 4), backend)
+        for _ in range(2):  # the second pass adds to the first
+            layer(layer(x)).sum().backward()
+        gradients.append(weight.value.grad.to_numpy())
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-6)
+
+
+def test_copies_in_sixteen_bits_follow_the_weights() -> None:
+    layer = minitorch.Linear(4, 4, backend=GPU)
+    optimizer = AdamW(layer.parameters(), lr=0.5, capturable=True)
+    x = minitorch.tensor(np.eye(4), GPU).to("bfloat16")
+    for change in ("none", "by hand", "step", "loaded"):
+        if change == "by hand":
+            layer.weights.value[0, 0] = 3.0
+        elif change == "step":
+            optimizer.zero_grad()
+            layer(x).to("float32").sum().backward()
+            optimizer.step()
+        elif change == "loaded":
+            layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()})
+            optimizer.device_state.adopt()
+        wanted = layer.weights.value.to_numpy() + layer.bias.value.to_numpy()
+        np.testing.assert_allclose(layer(x).to_numpy().astype(float), wanted, rtol=0.02, atol=0.02)
