@@ -299,8 +299,12 @@ if SIMULATED:
 
 else:
     from llvmlite import ir
-    from numba.cuda.core.targetconfig import ConfigStack
     from numba.cuda.extending import intrinsic as intrinsic
+
+    try:
+        from numba.cuda.core.targetconfig import ConfigStack
+    except ImportError:  # numba's own CUDA target, where numba-cuda is not installed
+        from numba.core.targetconfig import ConfigStack
 
     def _bitcast(source: Any, target: Any, llvm_type: Any) -> Any:
         @intrinsic

@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import os
 import shutil
 import subprocess
 import sys
@@ -183,6 +184,28 @@ def test_one_file_imports_the_cuda_target() -> None:
     for path in source_files("minitorch", "kernels", "project"):
         found = {name for name in imports(path, "x.y.z") if name.startswith("numba.cuda")}
         assert not found or path.name == "runtime.py", f"{path}: take cuda from kernels/runtime.py"
+
+
+@pytest.mark.parametrize("simulated", ["0", "1"])
+def test_numba_cuda_is_optional(simulated: str) -> None:
+    """Without it numba's own CUDA target is imported; -S leaves out the file that replaces it."""
+    code = (
+        f"import sys; sys.path[:0] = {[str(ROOT), *sys.path]}\n"
+        "import minitorch, numba.cuda\n"
+        "assert 'numba_cuda' not in numba.cuda.__file__\n"
+        "backend = minitorch.TensorBackend(minitorch.CudaKernelOps)\n"
+        "x = minitorch.tensor([1.0, 2.0], backend=backend)\n"
+        "x.sum().backward()\n"
+        "assert x.grad.to_numpy().tolist() == [1.0, 1.0]\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"NUMBA_ENABLE_CUDASIM": simulated},
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_library_knows_neither_projects_nor_tests() -> None:
