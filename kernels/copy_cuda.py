@@ -26,7 +26,6 @@ from .elementwise_cuda import (
 from .runtime import SIMULATED, Instance, ceil_div, cuda, kernel, launch, precision, types
 
 THREADS = 8 if SIMULATED else 256
-BAND = 2 if SIMULATED else 16  # tiles
 
 
 def identity(x: float) -> float:
@@ -117,34 +116,35 @@ def transpose_kernel(dtype: str, rest_dims: int) -> Any:
     tile_side = tile_size(dtype)
     width = tile_side + 1  # odd: the numbers of a column lie in different banks
     lines = THREADS // tile_side  # rows of a tile that the block moves at a time
+    steps = tile_side // lines  # numbers of a thread
     storage = numba.from_dtype(precision(dtype).storage)
     offset = group_offset(rest_dims, 1, types.uint32)
 
     @kernel(THREADS)
     def transpose(out, x, rest, out_rest, x_rest, rows, columns, out_row, x_column):
         tile = cuda.shared.array((tile_side, width), storage)
+        values = cuda.local.array(steps, storage)
         # 32 bits are enough to number tiles, and quick to divide.
         across = types.uint32((columns - 1) // tile_side + 1)
         down = types.uint32((rows - 1) // tile_side + 1)
         block = types.uint32(cuda.blockIdx.x)
         matrix, number = block // (across * down), block % (across * down)
-        # Blocks that run together make a band of BAND tiles: both sides are read and written in
-        # stretches of kilobytes, where the memory is fast.
-        band = number // (types.uint32(BAND) * across)
-        height = min(down - band * types.uint32(BAND), types.uint32(BAND))
-        number -= band * types.uint32(BAND) * across
-        row0 = types.int64(band * types.uint32(BAND) + number % height) * tile_side
-        column0 = types.int64(number // height) * tile_side
+        row0 = types.int64(number // across) * tile_side
+        column0 = types.int64(number % across) * tile_side
         p = offset(matrix, rest, out_rest)
         q = offset(matrix, rest, x_rest)
         i, line = cuda.threadIdx.x, cuda.threadIdx.y
 
-        for step in range(tile_side // lines):  # neighbouring threads along a row of x
-            c = line + step * lines
-            if row0 + i < rows and column0 + c < columns:
-                tile[c, i] = x[q + row0 + i + (column0 + c) * x_column]
+        # Neighbouring threads along a row of x. All numbers are read before the first is needed;
+        # beyond an edge the edge's is read, since a branch would hold up those after it.
+        row = min(row0 + i, rows - 1)
+        for step in range(steps):
+            column = min(column0 + line + step * lines, columns - 1)
+            values[step] = x[q + row + column * x_column]
+        for step in range(steps):
+            tile[line + step * lines, i] = values[step]
         cuda.syncthreads()
-        for step in range(tile_side // lines):  # and along a row of out
+        for step in range(steps):  # and along a row of out
             r = line + step * lines
             if row0 + r < rows and column0 + i < columns:
                 out[p + (row0 + r) * out_row + column0 + i] = tile[i, r]

@@ -39,8 +39,8 @@ class Tiles:
         return (self.block_m // self.thread_m) * (self.block_n // self.thread_n)
 
 
-SMALL = Tiles(8, 8, 4, 2, 2) if SIMULATED else Tiles(64, 64, 16, 4, 4)
-LARGE = Tiles(16, 16, 4, 4, 4) if SIMULATED else Tiles(128, 128, 16, 8, 8)
+SMALL = Tiles(8, 8, 4, 2, 2) if SIMULATED else Tiles(64, 64, 8, 4, 4)
+LARGE = Tiles(16, 16, 4, 4, 4) if SIMULATED else Tiles(128, 128, 8, 8, 8)
 
 
 @cache
@@ -90,18 +90,22 @@ def matmul_kernel(
                     sums[i, j] = real(0)
 
             for k0 in range(0, k, block_k):
-                for step in range(block_m * block_k // threads):  # the tile of a, (k, m)
+                # The tile of a, (k, m), and that of b, (k, n). Beyond an edge the edge's number is
+                # read and 0 taken: a branch would hold up the reads after it.
+                for step in range(block_m * block_k // threads):
                     e = thread + step * threads
                     r, c = (e // block_k, e % block_k) if a_by_rows else (e % block_m, e // block_m)
-                    inside = row0 + r < m and k0 + c < k
-                    p = a_start + (row0 + r) * a_row + (k0 + c) * a_column
-                    a_tile[c, r] = load(a[p]) if inside else real(0)
-                for step in range(block_n * block_k // threads):  # the tile of b, (k, n)
+                    row, column = row0 + r, k0 + c
+                    p = a_start + min(row, m - 1) * a_row + min(column, k - 1) * a_column
+                    number = load(a[p])
+                    a_tile[c, r] = number if row < m and column < k else real(0)
+                for step in range(block_n * block_k // threads):
                     e = thread + step * threads
                     r, c = (e // block_n, e % block_n) if b_by_rows else (e % block_k, e // block_k)
-                    inside = k0 + r < k and column0 + c < n
-                    p = b_start + (k0 + r) * b_row + (column0 + c) * b_column
-                    b_tile[r, c] = load(b[p]) if inside else real(0)
+                    row, column = k0 + r, column0 + c
+                    p = b_start + min(row, k - 1) * b_row + min(column, n - 1) * b_column
+                    number = load(b[p])
+                    b_tile[r, c] = number if row < k and column < n else real(0)
                 cuda.syncthreads()
 
                 for kk in range(block_k):
