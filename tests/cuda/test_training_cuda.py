@@ -218,7 +218,7 @@ def restore_default_dtype() -> Iterator[None]:
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
-    path.write_text(SENTENCE * 12, encoding="utf-8")
+    path.write_text(SENTENCE * (4 if runtime.SIMULATED else 40), encoding="utf-8")
     return path
 
 
