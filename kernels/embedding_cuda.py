@@ -34,7 +34,7 @@ CHUNK = 32 if SIMULATED else 512  # tokens that a block counts at once
 MOST_CHUNKS = 2 if SIMULATED else 64
 TILE = 4 if SIMULATED else 32  # tokens of the lists that a warp adds up
 SCAN_THREADS = 32 if SIMULATED else 1024
-AHEAD = 2 if SIMULATED else 4  # rows that a thread reads at once
+AHEAD = 2 if SIMULATED else 8  # rows that a thread reads at once
 
 
 def forward(
@@ -286,8 +286,11 @@ def order_kernel(id_name: str) -> Any:
             row = to_id(ids[token], num_embeddings)
             if row >= 0:
                 place = work[starts + row] + work[ranks + token]
-                for chunk in range(cuda.blockIdx.x // rounds):
-                    place += work[types.int64(chunk) * num_embeddings + row]
+                own = types.int64(cuda.blockIdx.x // rounds)
+                for chunk in range(0, own, AHEAD):
+                    for n in range(AHEAD):  # independent reads: none waits for another
+                        if chunk + n < own:
+                            place += work[(chunk + n) * num_embeddings + row]
                 work[order + place] = token
 
     return embedding_order
@@ -305,7 +308,7 @@ def tile_kernel(precision_name: str, id_name: str, vector: int) -> Any:
     real, to_real = number.real, number.load
     storage, to_storage = number.storage, number.store
     load_vector, store_vector = vector_access(vector)
-    read_size = AHEAD * vector
+    read_size, listed = AHEAD * vector, TILE * WARPS
 
     @device_function
     def flush(total, row, tile, column, work, totals, starts, partials, dweight, width):
@@ -325,34 +328,41 @@ def tile_kernel(precision_name: str, id_name: str, vector: int) -> Any:
     def embedding_tiles(
         dy, ids, work, totals, starts, ranks, order, partials, dweight, width, num_embeddings
     ):  # fmt: skip
+        tokens = cuda.shared.array(listed, types.int32)
+        rows = cuda.shared.array(listed, types.int32)
         read = cuda.local.array(read_size, storage)
-        rows = cuda.local.array(AHEAD, types.int64)
         one = cuda.local.array(vector, storage)
         total = cuda.local.array(vector, real)
-        tile = types.int64(cuda.blockIdx.x) * WARPS + cuda.threadIdx.y
-        column = (types.int64(cuda.blockIdx.y) * WARP + cuda.threadIdx.x) * vector
+        lane, warp = cuda.threadIdx.x, cuda.threadIdx.y
+        tile = types.int64(cuda.blockIdx.x) * WARPS + warp
         last = num_embeddings - 1
-        end = min((tile + 1) * TILE, types.int64(work[starts + last] + work[totals + last]))
-        if column < width and tile * TILE < end:
-            row = types.int64(-1)
+        all_of_them = types.int64(work[starts + last] + work[totals + last])
+        count = min(types.int64(TILE), all_of_them - tile * TILE)  # may be below 0
+        for i in range(lane, count, WARP):
+            token = work[order + tile * TILE + i]
+            tokens[warp * TILE + i] = token
+            rows[warp * TILE + i] = to_id(ids[token], num_embeddings)
+        cuda.syncthreads()
+        column = (types.int64(cuda.blockIdx.y) * WARP + lane) * vector
+        if column < width and count > 0:
+            row = types.int64(rows[warp * TILE])
             for k in range(vector):
                 total[k] = real(0.0)
-            for position in range(tile * TILE, end, AHEAD):
+            for first in range(0, count, AHEAD):
                 for n in range(AHEAD):  # all reads first: none waits for another
-                    token = types.int64(work[order + min(position + n, end - 1)])
-                    rows[n] = to_id(ids[token], num_embeddings)
+                    token = types.int64(tokens[warp * TILE + min(first + n, count - 1)])
                     load_vector(dy, token * width + column, one)
                     for k in range(vector):
                         read[n * vector + k] = one[k]
                 for n in range(AHEAD):
-                    if position + n < end:
-                        if rows[n] != row:
-                            if row >= 0:
-                                flush(
-                                    total, row, tile, column, work, totals, starts, partials,
-                                    dweight, width,
-                                )  # fmt: skip
-                            row = rows[n]
+                    if first + n < count:
+                        of_token = types.int64(rows[warp * TILE + first + n])
+                        if of_token != row:
+                            flush(
+                                total, row, tile, column, work, totals, starts, partials, dweight,
+                                width,
+                            )  # fmt: skip
+                            row = of_token
                             for k in range(vector):
                                 total[k] = real(0.0)
                         for k in range(vector):

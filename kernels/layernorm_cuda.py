@@ -5,8 +5,8 @@ dx = (g - mean(g) - xhat mean(g xhat)) / sqrt(var + eps),     g = gamma dy
 dgamma = sum over rows of dy xhat,     dbeta = sum over rows of dy
 
 The backward pass is two kernels: in the first, each thread adds up dgamma and dbeta over the rows
-of its block, in registers; the second adds the blocks' sums. Always in one order, so a second run
-gives the same bits.
+of its block, in shared memory; the second adds the blocks' sums. Always in one order, so a
+second run gives the same bits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .reduce_cuda import FOLD_COLUMNS, FOLD_SIZE, FOLD_THREADS, fold
 from .rows_cuda import (
     RowShape,
     block_row,
+    most_shared_bytes,
+    multiprocessors,
     row_blocks,
     row_shape,
     team_sum,
@@ -38,13 +40,15 @@ from .runtime import (
     precision,
     types,
 )
+from .vectors_cuda import BYTES, vector_access
 
 FORWARD_BYTES = 128  # of a row that a thread keeps, in its registers
-BACKWARD_BYTES = 48  # of each of four: two rows, and two sums over rows
+BACKWARD_BYTES = (64, 128)  # of each of two rows: the first with which a row is kept whole
+BACKWARD_THREADS = 512  # of a row's team
 BACKWARD_ROWS = 2 if SIMULATED else 8
+TILED_BYTES = 48
+REGISTERS, SHARED_BYTES = 65536, 220 * 1024  # of a multiprocessor
 AHEAD = 8  # blocks' sums that a thread reads at once
-# Threads of the backward pass: they fill a GPU of 132 multiprocessors. Each block leaves two sums.
-MOST_BACKWARD_THREADS = 128 if SIMULATED else 132 * 1024
 
 
 def forward(
@@ -141,15 +145,37 @@ def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> An
     return layernorm_forward
 
 
+@cache
+def backward_shape(precision_name: str, columns: int) -> RowShape:
+    """The shape of the backward pass, in which the sums of a block's teams share its memory."""
+    for bytes_kept in BACKWARD_BYTES:
+        shape = row_shape(precision_name, columns, bytes_kept, BACKWARD_ROWS, BACKWARD_THREADS)
+        if not shape.tiled and _sums_bytes(precision_name, shape) <= most_shared_bytes():
+            return shape
+    return row_shape(precision_name, columns, TILED_BYTES, 1, BACKWARD_THREADS)
+
+
+def _sums_bytes(precision_name: str, shape: RowShape) -> int:
+    return shape.rows * 2 * shape.tile * (8 if precision_name == "float64" else 4)
+
+
+@cache
 def backward_blocks(precision_name: str, rows: int, columns: int) -> int:
     """Blocks of the backward pass along the rows; `partials` is (blocks, 2, columns)."""
     if not rows or not columns:
         return 0
-    shape = row_shape(precision_name, columns, BACKWARD_BYTES, BACKWARD_ROWS)
+    shape = backward_shape(precision_name, columns)
     # The blocks of a row's tiles run side by side, so that the row is read from memory once.
-    tiles = ceil_div(columns, shape.tile)
-    most = max(1, MOST_BACKWARD_THREADS // (shape.threads * shape.rows * tiles))
-    return min(row_blocks(rows, shape), most)
+    most = blocks_at_once(precision_name, shape) // ceil_div(columns, shape.tile)
+    return max(1, min(row_blocks(rows, shape), most))
+
+
+def blocks_at_once(precision_name: str, shape: RowShape) -> int:
+    """About as many as fit on the GPU: then all go round equally often, and end together."""
+    registers = 2 * shape.values * (2 if precision_name == "float64" else 1) + 40
+    by_registers = REGISTERS // (registers * shape.threads * shape.rows)
+    by_memory = SHARED_BYTES // (_sums_bytes(precision_name, shape) + 1024)
+    return multiprocessors() * max(1, min(by_registers, by_memory))
 
 
 def backward(
@@ -189,13 +215,14 @@ def backward(
     """
     if not columns:
         return
-    shape = row_shape(precision_name, columns, BACKWARD_BYTES, BACKWARD_ROWS)
+    shape = backward_shape(precision_name, columns)
     blocks = backward_blocks(precision_name, rows, columns)
     if rows:
         launch(
             backward_kernel(precision_name, weight_name, shape),
             (blocks, ceil_div(columns, shape.tile)), shape.block,
             dy, x, gamma, var, mean, eps, dx, partials, rows, columns,
+            shared_bytes=_sums_bytes(precision_name, shape),
         )  # fmt: skip
     launch(
         fold_kernel(precision(precision_name).real.name, weight_name),
@@ -208,26 +235,41 @@ def backward(
 def _normalised(precision_name: str, weight_name: str, shape: RowShape, summed: bool) -> Any:
     """Device function: reads a tile of dy and x, leaves g = gamma dy and xhat in their place.
 
-    Adds dy xhat to dgamma and dy to dbeta if `summed`.
+    If `summed`, adds dy xhat and dy to the team's sums: shared memory from `place` on, dgamma and
+    then dbeta. A thread has its columns to itself, so that no barrier is needed.
     """
-    real = precision(precision_name).real
+    number = precision(precision_name)
     load, _ = tile_access(precision_name, shape)
     load_weights = weights_access(weight_name, shape)
-    vector, vectors = shape.vector, shape.vectors
+    real, vector, vectors, width = number.real, shape.vector, shape.vectors, shape.tile
+    step = shape.threads * vector
+    piece = min(vector, BYTES // precision(real.name).storage.itemsize)
+    load_sums, store_sums = vector_access(piece)
 
     @device_function
-    def read(dy, x, gamma, start, tile, columns, centre, rstd, grad, xhat, dgamma, dbeta):
+    def read(dy, x, gamma, start, tile, columns, centre, rstd, grad, xhat, sums, place):
         scale = cuda.local.array(vector, real)
+        dgamma = cuda.local.array(piece, real)
+        dbeta = cuda.local.array(piece, real)
         load(dy, start, tile, columns, grad, real(0.0))
         load(x, start, tile, columns, xhat, centre)
         for k in range(vectors):
             load_weights(gamma, tile, k, columns, scale)
-            for i in range(k * vector, (k + 1) * vector):
-                xhat[i] = (xhat[i] - centre) * rstd
+            for part in range(0, vector, piece):
+                first = place + k * step + cuda.threadIdx.x * vector + part
                 if summed:
-                    dgamma[i] += grad[i] * xhat[i]
-                    dbeta[i] += grad[i]
-                grad[i] *= real(scale[i - k * vector])
+                    load_sums(sums, first, dgamma)
+                    load_sums(sums, first + width, dbeta)
+                for lane in range(piece):
+                    i = k * vector + part + lane
+                    xhat[i] = (xhat[i] - centre) * rstd
+                    if summed:
+                        dgamma[lane] += grad[i] * xhat[i]
+                        dbeta[lane] += grad[i]
+                    grad[i] *= real(scale[part + lane])
+                if summed:
+                    store_sums(sums, first, dgamma)
+                    store_sums(sums, first + width, dbeta)
 
     return read
 
@@ -239,20 +281,20 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
     _, store = tile_access(precision_name, shape)
     read_all = _normalised(precision_name, weight_name, shape, not shape.tiled)
     read_own = _normalised(precision_name, weight_name, shape, True)
-    store_sums = _store_sums(real, shape)
     add = team_sums(precision_name, shape.threads)
     count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
-    shared_size = rows_of_block * width if rows_of_block > 1 else 1
+    threads = shape.threads * shape.rows
 
-    @kernel(shape.threads * shape.rows)
+    @kernel(threads)
     def layernorm_backward(dy, x, gamma, var, mean, eps, dx, partials, rows, columns):
-        shared = cuda.shared.array(shared_size, real)
+        sums = cuda.shared.array(0, real)  # (rows_of_block, 2, width)
         grad = cuda.local.array(count, real)
         xhat = cuda.local.array(count, real)
-        dgamma = cuda.local.array(count, real)
-        dbeta = cuda.local.array(count, real)
-        for i in range(count):
-            dgamma[i] = dbeta[i] = real(0.0)
+        thread = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
+        for i in range(thread, 2 * rows_of_block * width, threads):
+            sums[i] = real(0.0)
+        cuda.syncthreads()
+        place, share = cuda.threadIdx.y * 2 * width, real(1.0) / real(columns)
         own = cuda.blockIdx.y if tiled else 0
         tiles = (columns + width - 1) // width if tiled else 1
         # All teams of a block go round equally often: they meet at barriers.
@@ -265,48 +307,28 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
             rstd = real(1.0) / real(math.sqrt(var[known] + real(eps)))
             sum_g, sum_g_xhat = real(0.0), real(0.0)
             for tile in range(tiles):
-                read_all(dy, x, gamma, start, tile, limit, centre, rstd, grad, xhat, dgamma, dbeta)
+                read_all(dy, x, gamma, start, tile, limit, centre, rstd, grad, xhat, sums, place)
                 for i in range(count):
                     sum_g += grad[i]
                     sum_g_xhat += grad[i] * xhat[i]
             sum_g, sum_g_xhat = add(sum_g, sum_g_xhat)
-            mean_g, mean_g_xhat = sum_g / real(columns), sum_g_xhat / real(columns)
+            mean_g, mean_g_xhat = sum_g * share, sum_g_xhat * share
             if tiled:  # the own tile again
-                read_own(dy, x, gamma, start, own, limit, centre, rstd, grad, xhat, dgamma, dbeta)
+                read_own(dy, x, gamma, start, own, limit, centre, rstd, grad, xhat, sums, place)
             for i in range(count):
                 xhat[i] = (grad[i] - mean_g - xhat[i] * mean_g_xhat) * rstd
             store(dx, start, own, limit, xhat)
-        store_sums(shared, partials, 2 * cuda.blockIdx.x * columns, own, columns, dgamma)
-        store_sums(shared, partials, (2 * cuda.blockIdx.x + 1) * columns, own, columns, dbeta)
+        cuda.syncthreads()
+        for column in range(thread, min(types.int64(width), columns - own * width), threads):
+            dgamma, dbeta = real(0.0), real(0.0)
+            for team in range(rows_of_block):
+                dgamma += sums[2 * team * width + column]
+                dbeta += sums[(2 * team + 1) * width + column]
+            to = 2 * cuda.blockIdx.x * columns + own * width + column
+            partials[to] = dgamma
+            partials[to + columns] = dbeta
 
     return layernorm_backward
-
-
-def _store_sums(real: Any, shape: RowShape) -> Any:
-    """Device function: adds up what each team of the block has in `values`, and writes it."""
-    _, store = tile_access(real.name, shape)
-    rows, width, threads = shape.rows, shape.tile, shape.threads * shape.rows
-    if rows == 1:
-
-        @device_function
-        def write(shared, partials, start, tile, columns, values):
-            store(partials, start, tile, columns, values)
-
-        return write
-
-    @device_function
-    def add_and_write(shared, partials, start, tile, columns, values):
-        cuda.syncthreads()  # the last use of `shared` is over
-        store(shared, cuda.threadIdx.y * width, 0, columns, values)
-        cuda.syncthreads()
-        own = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
-        for column in range(own, columns, threads):
-            total = real(0.0)
-            for team in range(rows):
-                total += shared[team * width + column]
-            partials[start + column] = total
-
-    return add_and_write
 
 
 @cache
@@ -355,7 +377,7 @@ def instances() -> Iterator[Instance]:
                     forward_kernel(name, weight_name, row_shape(name, columns, FORWARD_BYTES)),
                     (array, weight, weight, eps, array, sums, sums, size, size),
                 )
-                shape = row_shape(name, columns, BACKWARD_BYTES, BACKWARD_ROWS)
+                shape = backward_shape(name, columns)
                 yield Instance(
                     "layernorm_backward" + label,
                     backward_kernel(name, weight_name, shape),

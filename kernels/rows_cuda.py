@@ -16,7 +16,18 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .runtime import WARP, ceil_div, cuda, device_function, precision, types, warp_max, warp_sum
+from .runtime import (
+    SIMULATED,
+    WARP,
+    ceil_div,
+    cuda,
+    device_function,
+    is_available,
+    precision,
+    types,
+    warp_max,
+    warp_sum,
+)
 from .vectors_cuda import BYTES, vector_access
 
 TILED_THREADS = 512  # of the team of a row that is read in tiles
@@ -233,6 +244,20 @@ def team_sums(precision_name: str, threads: int) -> Any:
         return x, y
 
     return over_warp if threads == WARP else over_block
+
+
+@cache
+def multiprocessors() -> int:
+    """How many the GPU has."""
+    return 1 if SIMULATED else int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+
+
+@cache
+def most_shared_bytes() -> int:
+    """Shared memory that a block can have, 1 KB being left for what kernels declare themselves."""
+    if SIMULATED or not is_available():
+        return 47 * 1024  # what any GPU has
+    return int(cuda.get_current_device().MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) - 1024
 
 
 def row_blocks(rows: int, shape: RowShape) -> int:
