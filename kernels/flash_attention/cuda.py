@@ -378,39 +378,50 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
+ARCHITECTURES = {
+    "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0),
+}  # fmt: skip
+
+
 def instances() -> Iterator[Instance]:
-    """Every size in float32, the largest in the others; masks and dropout at one size."""
-    kinds = [Kind("float32", d, d, "none", False, True) for d in (16, 32, 64, 128, 256)]
-    kinds += [
-        Kind("float32", 64, 64, "float32", True, True),
+    """Sizes, precisions, masks and dropout; every shape of tiles for the GPUs that pick it."""
+    kinds = (
+        Kind("float32", 64, 64, "none", False, True),
+        Kind("float32", 128, 128, "none", False, True),
+        Kind("float32", 256, 256, "none", False, True),
         Kind("float32", 80, 40, "bool", True, False),
         Kind("float64", 64, 64, "none", True, True),
         Kind("float64", 256, 256, "float64", False, False),
         Kind("float16", 64, 64, "float32", True, True),
-        Kind("bfloat16", 64, 64, "none", False, True),
         Kind("bfloat16", 128, 128, "bool", False, True),
-    ]
+    )
     for kind in kinds:
         signatures = _signatures(kind)
-        for architecture in ((7, 5), (9, 0)):
-            forward_tiles = forward_blocks(kind, architecture)
-            key_tiles, query_tiles = backward_blocks(kind, architecture)
-            name = f"{_name(kind)}, {architecture[0]}.{architecture[1]}"
+        for what, kernel, architectures in _kernels(kind):
             yield Instance(
-                f"flash_forward[{name}]", forward_kernel(kind, forward_tiles),
-                signatures["forward"],
-            )  # fmt: skip
-            yield Instance(
-                f"flash_backward_key_value[{name}]", key_value_kernel(kind, key_tiles),
-                signatures["key_value"],
-            )  # fmt: skip
-            yield Instance(
-                f"flash_backward_query[{name}]", query_kernel(kind, query_tiles, False),
-                signatures["query"],
-            )  # fmt: skip
+                f"flash_{what}[{_name(kind)}, {', '.join(architectures)}]",
+                kernel,
+                signatures[what],
+                architectures=architectures,
+            )
     for name in PRECISIONS:
         kind = Kind(name, 64, 64, "none", False, True)
         yield Instance(f"flash_delta[{name}]", delta_kernel(name, True), _signatures(kind)["delta"])
+
+
+def _kernels(kind: Kind) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """Forward and backward kernels, for each shape of tiles, and the architectures that pick it."""
+    picked: dict[tuple[str, Any], tuple[str, ...]] = {}
+    for name, capability in ARCHITECTURES.items():
+        for_keys, for_queries = backward_blocks(kind, capability)
+        for what, kernel in (
+            ("forward", forward_kernel(kind, forward_blocks(kind, capability))),
+            ("key_value", key_value_kernel(kind, for_keys)),
+            ("query", query_kernel(kind, for_queries, False)),
+        ):
+            picked[what, kernel] = (*picked.get((what, kernel), ()), name)
+    for (what, kernel), architectures in picked.items():
+        yield what, kernel, architectures
 
 
 def _name(kind: Kind) -> str:
