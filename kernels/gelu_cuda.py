@@ -36,14 +36,15 @@ def backward(precision_name: str, dy: Any, x: Any, dx: Any, size: int) -> None:
 
 @cache
 def _logistic(real: Any) -> Any:
-    """Device function x -> (exp(-|2u|), s)."""
+    """Device function x -> t, r, s: t = exp(-|2u|), r = 1 / (1 + t), s = r or t r."""
     cubic, scale, one = real(CUBIC), real(TWO_SQRT_2_OVER_PI), real(1.0)
 
     @device_function
     def logistic(x):
         z = scale * (x + cubic * x * x * x)  # 2u
         t = real(math.exp(-abs(z)))  # of a number <= 0: never overflows
-        return t, (t if z < real(0.0) else one) / (one + t)
+        r = one / (one + t)
+        return t, r, t * r if z < real(0.0) else r
 
     return logistic
 
@@ -62,7 +63,7 @@ def forward_kernel(precision_name: str) -> Any:
         if first < size:
             load(x, first, size, values)
             for k in range(COUNT):
-                values[k] *= logistic(values[k])[1]
+                values[k] *= logistic(values[k])[2]
             store(y, first, size, values)
 
     return gelu_forward
@@ -86,9 +87,8 @@ def backward_kernel(precision_name: str) -> Any:
             load(x, first, size, values)
             for k in range(COUNT):
                 v = values[k]
-                t, s = logistic(v)
+                t, r, s = logistic(v)
                 dz = scale * (one + three_cubic * v * v)  # 2 du/dx
-                r = one / (one + t)
                 grad[k] *= s + v * (t * r * r) * dz  # s (1 - s) = t / (1 + t)^2
             store(dx, first, size, grad)
 
