@@ -1,0 +1,318 @@
+"""FlashAttention on the GPU against attention in float64, in every combination of arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import minitorch
+from minitorch import TensorBackend
+from minitorch.cuda_kernel_ops import CudaKernelOps
+from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.philox import attention_dropout_mask
+from minitorch.kernels.runtime import SIMULATED
+from minitorch.tensor import Tensor
+from tests import references
+
+BACKEND = TensorBackend(CudaKernelOps)
+TOLERANCE = {"float32": 2e-5, "float64": 1e-11, "float16": 3e-3, "bfloat16": 2e-2}
+LONGEST = 20 if SIMULATED else 200
+MOST_COLUMNS = 12 if SIMULATED else 100
+NAMES = ("out", "logsumexp", "dq", "dk", "dv", "dmask")
+
+
+def random(*shape: int, seed: int = 0) -> Any:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape)
+
+
+def on_gpu(array: Any, dtype: str = "float32", layout: str = "plain") -> Tensor:
+    """A tensor of the array's elements that lies in memory in one of several ways."""
+    array = np.asarray(array).astype(minitorch.dtypes.BFLOAT16 if dtype == "bfloat16" else dtype)
+    dims = array.ndim
+    if layout == "heads" and dims >= 3:  # (..., H, N, D) cut out of (..., N, H, D)
+        order = (*range(dims - 3), dims - 2, dims - 3, dims - 1)
+        return _constant(array.transpose(order)).permute(*order).detach()
+    if layout == "transposed":
+        order = (*range(dims - 2), dims - 1, dims - 2)
+        return _constant(array.transpose(order)).permute(*order).detach()
+    if layout == "part":  # of a larger tensor; rows do not begin at multiples of 16 bytes
+        wide = np.zeros((*array.shape[:-1], array.shape[-1] + 3), array.dtype)
+        wide[..., 1:-2] = array
+        return _constant(wide)[..., 1:-2].detach()  # type: ignore[no-any-return]
+    return _constant(array)
+
+
+def _constant(array: Any) -> Tensor:
+    return Tensor(BACKEND.ops.from_numpy(np.ascontiguousarray(array)), backend=BACKEND)
+
+
+def run(
+    tensors: Any, mask: Any, grads: Any, wants_mask: bool, problem: AttentionProblem
+) -> tuple[Any, ...]:
+    """What the kernels give, as numpy arrays in float64."""
+    ops = BACKEND.ops
+    out, lse = ops.flash_attention_forward(*tensors, mask, problem)
+    gradients = ops.flash_attention_backward(
+        grads[0], grads[1], *tensors, mask, out, lse, problem, wants_mask
+    )
+    return tuple(
+        None if x is None else x.to_numpy().astype(np.float64) for x in (out, lse, *gradients)
+    )
+
+
+def check(
+    shapes: Any,
+    dtype: str = "float32",
+    layouts: Any = ("plain",) * 4,
+    mask: Any = None,
+    dl: bool = True,
+    **arguments: Any,
+) -> None:
+    """Outputs and gradients are those of attention in float64, of the same rounded inputs."""
+    tensors = [
+        on_gpu(random(*shape, seed=n), dtype, layout)
+        for n, (shape, layout) in enumerate(zip(shapes, layouts[:3], strict=True))
+    ]
+    q, k, v = (t.to_numpy().astype(np.float64) for t in tensors)
+    problem = AttentionProblem.of(*shapes, tensors[0].dtype, attn_mask=mask, **arguments)
+    grad_out = on_gpu(random(*problem.out_shape, seed=5), dtype, layouts[3])
+    real = "float64" if dtype == "float64" else "float32"
+    grad_lse = on_gpu(random(*problem.logsumexp_shape, seed=6), real) if dl else None
+    wants_mask = mask is not None and mask.dtype != bool
+    ours = run(tensors, BACKEND.ops.attention_mask(mask), (grad_out, grad_lse), wants_mask, problem)
+    p, kept = arguments.get("dropout_p", 0.0), None
+    seed = arguments.pop("seed", 0)
+    if p:
+        lengths = problem.seqlen_q, problem.seqlen_k
+        kept = attention_dropout_mask(problem.batch_heads, *lengths, p, seed)
+    wanted = references.attention(
+        q, k, v, grad_out.to_numpy().astype(np.float64),
+        None if grad_lse is None else grad_lse.to_numpy().astype(np.float64),
+        attn_mask=mask if mask is None or mask.dtype == bool else mask.astype(np.float64),
+        kept=kept, **arguments,
+    )  # fmt: skip
+    references_ = (
+        wanted.out, wanted.logsumexp, wanted.grad_query, wanted.grad_key, wanted.grad_value,
+        wanted.grad_mask,
+    )  # fmt: skip
+    for name, got, want in zip(NAMES, ours, references_, strict=True):
+        if got is None:
+            continue
+        assert got.shape == want.shape, name
+        scale = max(1.0, np.abs(want[np.isfinite(want)]).max(initial=0))
+        np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[dtype] * scale, err_msg=name)
+
+
+# ----- every argument -----
+
+
+@st.composite
+def calls(draw: Any) -> dict[str, Any]:
+    """Shapes with broadcasting, layouts, masks, every flag."""
+    call: dict[str, Any] = {}
+    call["dtype"] = draw(st.sampled_from(["float32"] * 3 + ["float64", "float16", "bfloat16"]))
+    nq, nk = draw(st.integers(0, LONGEST)), draw(st.integers(0, LONGEST))
+    d, dv = draw(st.integers(1, MOST_COLUMNS)), draw(st.integers(0, MOST_COLUMNS))
+    if draw(st.booleans()):
+        kv_heads, group, batch = (draw(st.integers(1, 2)) for _ in range(3))
+        heads = kv_heads * group
+        leading: list[Any] = [(batch, heads), (batch, kv_heads), (batch, kv_heads)]
+        call["enable_gqa"], scores = True, (batch, heads, nq, nk)
+    else:
+        full = tuple(draw(st.lists(st.integers(1, 2), max_size=3)))
+        leading = []
+        for _ in range(3):
+            own = tuple(n if draw(st.booleans()) else 1 for n in full)
+            leading.append(own[draw(st.integers(0, len(own))) :])
+        scores = (*np.broadcast_shapes(*leading), nq, nk)
+    call["shapes"] = [
+        (*lead, n, columns)
+        for lead, n, columns in zip(leading, (nq, nk, nk), (d, d, dv), strict=True)
+    ]
+    layouts = st.sampled_from(["plain", "heads", "transposed", "part"])
+    call["layouts"] = [draw(layouts) for _ in range(4)]
+    kind = draw(st.sampled_from(["none", "bool", "additive"]))
+    if kind != "none":
+        shape = tuple(n if draw(st.booleans()) else 1 for n in scores)
+        shape = shape[draw(st.integers(0, len(shape))) :]
+        bias = random(*shape, seed=draw(st.integers(0, 99)))
+        real = np.float64 if call["dtype"] == "float64" else np.float32
+        additive = np.where(bias < -1, -np.inf, bias).astype(real)
+        call["mask"] = bias > -0.5 if kind == "bool" else additive
+    call["is_causal"] = draw(st.sampled_from([False, True, "top-left", "bottom-right"]))
+    side = st.none() | st.integers(-1, 12)
+    call["window"] = draw(st.none() | st.tuples(side, side))
+    call["scale"] = draw(st.none() | st.sampled_from([0.0, -0.3, 1.0]))
+    call["dl"] = draw(st.booleans())
+    if draw(st.booleans()):
+        call["dropout_p"] = draw(st.sampled_from([0.2, 0.5, 1.0]))
+        call["seed"] = draw(st.integers(0, 2**64 - 1))
+    return call
+
+
+@settings(
+    max_examples=12 if SIMULATED else 60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+@given(call=calls())
+def test_any_call(call: Any) -> None:
+    check(**call)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_every_precision(dtype: str, is_causal: bool) -> None:
+    check([(1, 2, 17, 8), (1, 2, 19, 8), (1, 2, 19, 8)], dtype, is_causal=is_causal)
+
+
+def test_masks_and_dropout_together() -> None:
+    """With a gradient of the mask, over dimensions that it broadcasts."""
+    mask = np.where(random(2, 1, 1, 18) < -1, -np.inf, random(2, 1, 1, 18)).astype(np.float32)
+    check(
+        [(2, 2, 17, 6), (2, 1, 18, 6), (2, 1, 18, 5)], layouts=("heads", "heads", "part", "plain"),
+        mask=mask, dropout_p=0.3, seed=2**63 + 5, enable_gqa=True, is_causal="bottom-right",
+    )  # fmt: skip
+
+
+def test_rows_that_see_no_key() -> None:
+    """Output 0, logsumexp -inf, gradients 0: also in the other rows of their tile."""
+    allowed = random(11, 13) > 0
+    allowed[[0, 5, 10]] = False
+    check([(11, 8), (13, 8), (13, 8)], mask=allowed)
+    check([(21, 8), (13, 8), (13, 8)], is_causal="bottom-right")
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0), (1, 1)])
+def test_short_sequences(lengths: Any) -> None:
+    nq, nk = lengths
+    check([(2, nq, 4), (2, nk, 4), (2, nk, 4)])
+
+
+def test_the_output_lies_as_the_query() -> None:
+    """Heads cut out of rows of a (B, N, H, D) tensor give such an output, and such gradients."""
+    q, k, v, do = (on_gpu(random(2, 3, 9, 4, seed=n), layout="heads") for n in range(4))
+    problem = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype)
+    ops = BACKEND.ops
+    out, lse = ops.flash_attention_forward(q, k, v, None, problem)
+    gradients = ops.flash_attention_backward(do, None, q, k, v, None, out, lse, problem)
+    for x in (out, *gradients[:3]):
+        assert x.permute(0, 2, 1, 3)._tensor.is_contiguous()
+
+
+def test_dropout_keeps_what_the_mask_says() -> None:
+    """Queries of 0 and values that are the unit vectors make the output the mask itself."""
+    lengths, p, seed = (17, 9), 0.4, 12345678901234567890
+    q, k = np.zeros((1, 3, 17, 4)), random(1, 3, 9, 4)
+    v = np.broadcast_to(np.eye(9), (1, 3, 9, 9))
+    tensors = [on_gpu(x) for x in (q, k, v)]
+    shapes = [t.shape for t in tensors]
+    problem = AttentionProblem.of(*shapes, np.float32, dropout_p=p, seed=seed)
+    out, _ = BACKEND.ops.flash_attention_forward(*tensors, None, problem)
+    kept = attention_dropout_mask(3, *lengths, p, seed)
+    np.testing.assert_array_equal(out.to_numpy()[0] != 0, kept)
+
+
+def test_through_autograd() -> None:
+    """`Tensor.flash_attention` and its gradients, with the logsumexp."""
+    arrays = [random(1, 2, 9, 4, seed=n) for n in range(3)]
+    tensors = [on_gpu(a) for a in arrays]
+    for t in tensors:
+        t.requires_grad_(True)
+    out, lse = tensors[0].flash_attention(tensors[1], tensors[2], is_causal=True, return_lse=True)
+    (out.sum() + lse.sum()).backward()
+    want = references.attention(*arrays, np.ones((1, 2, 9, 4)), np.ones((1, 2, 9)), is_causal=True)
+    for t, gradient in zip(tensors, (want.grad_query, want.grad_key, want.grad_value), strict=True):
+        assert t.grad is not None
+        np.testing.assert_allclose(t.grad.to_numpy(), gradient, atol=1e-5)
+
+
+def test_head_sizes_above_the_limit_are_refused() -> None:
+    q, k, v = (on_gpu(random(1, 1, 3, 257)) for _ in range(3))
+    with pytest.raises(ValueError, match="257"):
+        q.flash_attention(k, v)
+
+
+def test_more_heads_than_a_grid_has_rows() -> None:
+    """A block's number is one-dimensional: 65,535 is no limit. Head sizes of 1."""
+    heads = 40 if SIMULATED else 70_000
+    check([(heads, 1, 1), (heads, 2, 1), (heads, 2, 1)])
+
+
+# ----- on hardware -----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [1, 16, 40, 64, 96, 128, 160, 256])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_head_sizes(columns: int, dtype: str) -> None:
+    check([(1, 2, 150, columns), (1, 2, 201, columns), (1, 2, 201, columns)], dtype)
+    check([(1, 2, 150, 64), (1, 2, 201, 64), (1, 2, 201, columns)], dtype, is_causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.17])
+def test_250_runs_give_the_same_bits(dropout_p: float) -> None:
+    """After `test_flash_attn_race_condition` of Dao's FlashAttention."""
+    tensors = [on_gpu(random(60, 4, n, 64, seed=n)) for n in (239, 128, 128)]
+    grad_out = on_gpu(random(60, 4, 239, 64, seed=9))
+    shapes = [t.shape for t in tensors]
+    problem = AttentionProblem.of(*shapes, np.float32, dropout_p=dropout_p, seed=3)
+    ops, first = BACKEND.ops, None
+    for _ in range(250):
+        out, lse = ops.flash_attention_forward(*tensors, None, problem)
+        gradients = ops.flash_attention_backward(grad_out, None, *tensors, None, out, lse, problem)[
+            :3
+        ]
+        results = [x.to_numpy() for x in (out, lse, *gradients)]
+        first = first or results
+        for name, a, b in zip(NAMES[:5], first, results, strict=True):
+            assert a.tobytes() == b.tobytes(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("columns", [32, 64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_error_within_twice_pytorchs(dtype: str, columns: int, is_causal: bool) -> None:
+    """Dao's criterion: the error against float64 is at most twice (three times for gradients) that
+    of PyTorch's attention in the same dtype.
+    """
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
+    inputs = [on_gpu(random(2, 3, 257, columns, seed=n), dtype) for n in range(4)]
+    problem = AttentionProblem.of(*[t.shape for t in inputs[:3]], inputs[0].dtype,
+                                  is_causal=is_causal)  # fmt: skip
+    ours = run(inputs[:3], None, (inputs[3], None), False, problem)
+    exact = [x.to_numpy().astype(np.float64) for x in inputs]
+    want = references.attention(*exact, is_causal=is_causal)
+    theirs = _pytorch(torch, exact, dtype, is_causal)
+    wanted = (want.out, want.grad_query, want.grad_key, want.grad_value)
+    mine = (ours[0], *ours[2:5])
+    for name, got, other, truth in zip(
+        ("out", "dq", "dk", "dv"), mine, theirs, wanted, strict=True
+    ):
+        error, bound = np.abs(got - truth).max(), np.abs(other - truth).max()
+        assert error <= (2 if name == "out" else 3) * bound + 1e-6, (name, error, bound)
+
+
+def _pytorch(torch: Any, exact: Any, dtype: str, is_causal: bool) -> Any:
+    """Output and gradients of standard attention in PyTorch, all of it in `dtype`."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    q, k, v, do = (
+        torch.tensor(x, dtype=getattr(torch, dtype), device="cuda", requires_grad=True)
+        for x in exact
+    )
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+    if is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+    out = torch.softmax(scores, -1) @ v
+    out.backward(do)
+    return [x.detach().double().cpu().numpy() for x in (out, q.grad, k.grad, v.grad)]
