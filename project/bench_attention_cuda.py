@@ -12,7 +12,7 @@ All compute in float32 (TF32 off), in one process, call by call in turn:
 
 Times are between CUDA events around a call, with the cache (L2) overwritten before it, which also
 gives the host a head start: it is the GPU that is timed. What a call takes from Python, the GPU's
-work waited for, stands beside it as wall time. A figure is the median of the rounds. Before that,
+work waited for, stands beside it as wall time, from every third round. A figure is a median. Before that,
 results are compared with attention in float64.
 
 Writes attention_cuda.json and, drawn from it, attention_cuda.md and attention_cuda.png.
@@ -196,11 +196,12 @@ def measure(functions: Functions, rounds: int) -> dict[str, dict[str, float]]:
             function()
             end.record()
             torch.cuda.synchronize()
-            begun = time.perf_counter()
-            function()
-            torch.cuda.synchronize()
             if number >= 0:
                 gpu[name].append(start.elapsed_time(end))
+            if number >= 0 and number % 3 == 0:
+                begun = time.perf_counter()
+                function()
+                torch.cuda.synchronize()
                 wall[name].append(1e3 * (time.perf_counter() - begun))
     return {
         name: {"gpu_ms": statistics.median(gpu[name]), "wall_ms": statistics.median(wall[name])}
