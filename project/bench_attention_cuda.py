@@ -12,8 +12,8 @@ All compute in float32 (TF32 off), in one process, call by call in turn:
 
 Times are between CUDA events around a call, with the cache (L2) overwritten before it, which also
 gives the host a head start: it is the GPU that is timed. What a call takes from Python, the GPU's
-work waited for, stands beside it as wall time, from every third round. A figure is a median. Before that,
-results are compared with attention in float64.
+work waited for, stands beside it as wall time, from every third round. A figure is a median. Before
+that, results are compared with attention in float64.
 
 Writes attention_cuda.json and, drawn from it, attention_cuda.md and attention_cuda.png.
 """
