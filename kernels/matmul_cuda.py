@@ -39,8 +39,8 @@ class Tiles:
         return (self.block_m // self.thread_m) * (self.block_n // self.thread_n)
 
 
-SMALL = Tiles(8, 8, 4, 2, 2) if SIMULATED else Tiles(64, 64, 8, 4, 4)
-LARGE = Tiles(16, 16, 4, 4, 4) if SIMULATED else Tiles(128, 128, 8, 8, 8)
+SMALL = Tiles(8, 8, 4, 2, 2) if SIMULATED else Tiles(32, 32, 16, 2, 2)
+LARGE = Tiles(16, 16, 4, 4, 4) if SIMULATED else Tiles(128, 64, 8, 8, 4)
 
 
 @cache
@@ -143,7 +143,7 @@ def matmul_into(out: Any, a: View, b: View) -> None:
         return
     shape, (a_batch, b_batch) = merge_dimensions(batch, a.strides[:-2], b.strides[:-2])
     # The sums of a large tile in float64 would not fit the registers.
-    tiles = LARGE if min(m, n) >= 512 and a.dtype != "float64" else SMALL
+    tiles = LARGE if min(m, n) >= 256 and a.dtype != "float64" else SMALL
     a_by_rows, b_by_rows = a.strides[-1] <= a.strides[-2], b.strides[-1] <= b.strides[-2]
     grid = ceil_div(m, tiles.block_m) * ceil_div(n, tiles.block_n), min(batches, MOST_GRID_Y)
     launch(
@@ -171,5 +171,5 @@ def instances() -> Iterator[Instance]:
             f"matmul[{dtype}, {tiles.block_m}x{tiles.block_n}, {a_by_rows=}, {b_by_rows=}]",
             matmul_kernel(dtype, 1, a_by_rows, b_by_rows, tiles),
             (array, array, array, ints, ints, ints) + (types.int64,) * 8,
-            most_registers=224 if tiles is LARGE else 168,
+            most_registers=128 if tiles is LARGE else 64,
         )

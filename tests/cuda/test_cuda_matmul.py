@@ -9,6 +9,7 @@ from minitorch import Tensor, cublas
 from minitorch.cuda_matmul import MATMULS
 from minitorch.cuda_ops import CudaOps
 from minitorch.cuda_views import view_of
+from minitorch.kernels import matmul_cuda
 from tests.cuda.arrays import DTYPES, Array, assert_same, dtype_of, make, permuted
 
 # ----- matrix products -----
@@ -46,6 +47,15 @@ def turned(shape: tuple[int, ...], turn: bool, dtype: str = "float32") -> tuple[
     dims = len(shape)
     order = [*range(dims - 2), dims - 1, dims - 2]
     return permuted((*shape[:-2], shape[-1], shape[-2]), order, dtype)
+
+
+@pytest.mark.races
+def test_larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of large matrices, which the shapes above do not reach."""
+    monkeypatch.setattr("minitorch.cuda_matmul.MATMULS", MATMULS[-1:])
+    monkeypatch.setattr("minitorch.kernels.matmul_cuda.SMALL", matmul_cuda.LARGE)
+    (a, x), (b, y) = make((2, 19, 9)), make((9, 21))
+    assert_same(a @ b, x.astype(np.float64) @ y.astype(np.float64), "float32", 4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
