@@ -36,7 +36,7 @@ train: $(VENV)/train.stamp
 
 # All parts run, whatever one of them says; the exit code is 0 only if all is well.
 test: $(VENV)/dev.stamp
-	@$(MAKE) --no-print-directory $(TOGETHER) unit simulator compile types lint
+	@$(MAKE) --no-print-directory $(TOGETHER) compile unit simulator types lint
 
 # On a machine with a GPU this runs tests/cuda on it, too.
 unit: $(VENV)/dev.stamp
