@@ -11,7 +11,7 @@ keys and values pass by, and for each of them
 
 and in the end O = diag(1/l) O and logsumexp = m + log(l). S and O are in the threads' registers: of
 a row of S each of `threads_n` neighbouring threads has every threads_n-th number. The product P V
-needs whole rows of P, so P goes through shared memory, to where K was. Exponentials are powers of
+needs whole rows of P, so P goes through shared memory. Exponentials are powers of
 two, with log2(e) folded into the scale of the queries.
 """
 
@@ -50,6 +50,7 @@ from .cuda_tiles import (
     tile_start,
     tile_width,
     vector_lanes,
+    warp_barrier,
 )  # fmt: skip
 
 LN_2 = math.log(2.0)
@@ -59,8 +60,9 @@ class ForwardMemory(NamedTuple):
     """Where tiles begin in shared memory, and how far their rows lie apart, in elements."""
 
     q: int
-    k: int  # and P, when the scores have been computed
+    k: int
     v: int
+    p: int
     keep: int  # with dropout
     size: int
     step: int  # of q and k
@@ -76,10 +78,11 @@ def forward_memory(kind: Kind, blocks: Blocks) -> ForwardMemory:
     v_step = tile_width(kind.value_dim, blocks.threads_n, lanes)
     p_step = blocks.block_n + max(blocks.threads_n, lanes)
     k = blocks.block_m * step
-    v = k + max(blocks.block_n * step, blocks.block_m * p_step)
-    keep = v + blocks.block_n * v_step
+    v = k + blocks.block_n * step
+    p = v + blocks.block_n * v_step
+    keep = p + blocks.block_m * p_step
     size = keep + (blocks.block_m * blocks.block_n // 4 if kind.dropout else 0)
-    return ForwardMemory(0, k, v, keep, size, step, v_step, p_step)
+    return ForwardMemory(0, k, v, p, keep, size, step, v_step, p_step)
 
 
 @cache
@@ -111,7 +114,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     threads_m, threads_n = blocks.threads_m, blocks.threads_n
     rows, keys, head_dim, value_dim = blocks.rows, blocks.keys, kind.head_dim, kind.value_dim
     plan = forward_memory(kind, blocks)
-    q_tile, k_tile, v_tile, p_tile = plan.q, plan.k, plan.v, plan.k
+    q_tile, k_tile, v_tile, p_tile = plan.q, plan.k, plan.v, plan.p
     step, v_step, p_step = plan.step, plan.v_step, plan.p_step
     columns = v_step // threads_n
     width = -(-max(head_dim, 1) // lanes) * lanes
@@ -183,7 +186,6 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             fill(sums, rows, keys, real(0.0))
             scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
             if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
-                cuda.syncthreads()  # all have read K, whose place the scores take
                 apply_mask(memory, sums, row0, key0, band, mask, mask_place)
             # m, l, P and O = diag(exp(m - m_new)) O
             for i in range(rows):
@@ -207,9 +209,9 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                         sums[i, j] *= factor_of(
                             memory, my_row + i * threads_m, my_key + j * threads_n, keep_scale
                         )
-            cuda.syncthreads()  # all have read K, whose place P takes
+            # A row's threads are in one warp.
             put(memory, p_tile + my_row * p_step + my_key, sums)
-            cuda.syncthreads()
+            warp_barrier()
             # O += P V
             add_values(memory, p_tile + my_row * p_step, v_tile + my_key * lanes, o)
 

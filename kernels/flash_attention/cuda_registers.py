@@ -24,6 +24,7 @@ import numpy as np
 from ..runtime import SIMULATED, device_function
 
 BYTES = 16  # of one read of shared memory
+AT_ONCE = 2  # reads of each row in one piece of straight code
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,15 @@ def multiply(a: Factor, b: Factor, depth: int, lanes: int) -> Any:
         lanes: elements in 16 bytes, of the type of `memory`, to whose multiples all places add up.
 
     """
-    add_product = _simulated_step(a, b, lanes) if SIMULATED else _generated_step(a, b, lanes)
-    steps, a_advance, b_advance = -(-depth // lanes), a.advance(lanes), b.advance(lanes)
+    steps = -(-depth // lanes)
+    repeats = next(n for n in range(min(AT_ONCE, steps), 0, -1) if steps % n == 0)
+    make = _simulated_step if SIMULATED else _generated_step
+    add_product, count = make(a, b, lanes, repeats), steps // repeats
+    a_advance, b_advance = repeats * a.advance(lanes), repeats * b.advance(lanes)
 
     @device_function
     def run(memory, a_first, b_first, sums):
-        for step in range(steps):
+        for step in range(count):
             add_product(
                 memory, a_first + step * a_advance, memory, b_first + step * b_advance, sums
             )
@@ -77,12 +81,12 @@ def multiply(a: Factor, b: Factor, depth: int, lanes: int) -> Any:
     return run
 
 
-def _simulated_step(a: Factor, b: Factor, lanes: int) -> Any:
+def _simulated_step(a: Factor, b: Factor, lanes: int, repeats: int) -> Any:
     def add_product(x, a_first, y, b_first, sums):
         assert a_first % lanes == 0 and b_first % lanes == 0, "a vector must be aligned"
         for i in range(a.count):
             for j in range(b.count):
-                for k in range(lanes):
+                for k in range(repeats * lanes):
                     left = x[a_first + a.place(i, k, lanes)]
                     sums[i, j] += left * y[b_first + b.place(j, k, lanes)]
 
@@ -97,15 +101,17 @@ if not SIMULATED:
 
     _INT64 = ir.IntType(64)
 
-    def _read(builder: Any, first: Any, factor: Factor, lanes: int) -> dict[tuple[int, int], Any]:
+    def _read(
+        builder: Any, first: Any, factor: Factor, lanes: int, repeats: int
+    ) -> dict[tuple[int, int], Any]:
         """The elements (i, k) of a factor, `lanes` by one instruction."""
         kind = ir.VectorType(first.type.pointee, lanes)
         elements = {}
         along = factor.step is None
         starts = (
-            [(i, 0) for i in range(factor.count)]
+            [(i, k) for k in range(0, repeats * lanes, lanes) for i in range(factor.count)]
             if along
-            else [(i, k) for k in range(lanes) for i in range(0, factor.count, lanes)]
+            else [(i, k) for k in range(repeats * lanes) for i in range(0, factor.count, lanes)]
         )
         for i, k in starts:
             place = builder.gep(first, [ir.Constant(_INT64, factor.place(i, k, lanes))])
@@ -120,7 +126,7 @@ if not SIMULATED:
         data = context.make_array(kind)(context, builder, array).data
         return data if index is None else builder.gep(data, [index])
 
-    def _generated_step(a: Factor, b: Factor, lanes: int) -> Any:
+    def _generated_step(a: Factor, b: Factor, lanes: int, repeats: int) -> Any:
         @intrinsic
         def add_product(typingctx, x, a_first, y, b_first, sums):
             def codegen(context, builder, signature, args):
@@ -128,13 +134,13 @@ if not SIMULATED:
                 left = _pointer(context, builder, kinds[0], args[0], args[1])
                 right = _pointer(context, builder, kinds[2], args[2], args[3])
                 target = _pointer(context, builder, kinds[4], args[4])
-                a_values = _read(builder, left, a, lanes)
-                b_values = _read(builder, right, b, lanes)
+                a_values = _read(builder, left, a, lanes, repeats)
+                b_values = _read(builder, right, b, lanes, repeats)
                 for i in range(a.count):
                     for j in range(b.count):
                         place = builder.gep(target, [ir.Constant(_INT64, i * b.count + j)])
                         total = builder.load(place)
-                        for k in range(lanes):
+                        for k in range(repeats * lanes):
                             total = builder.fma(a_values[i, k], b_values[j, k], total)
                         builder.store(total, place)
                 return context.get_dummy_value()

@@ -15,9 +15,12 @@ from functools import cache
 from typing import Any
 
 from ..philox import philox4x32
-from ..runtime import NEGATIVE_INFINITY, cuda, device_function, precision, types
+from ..runtime import NEGATIVE_INFINITY, SIMULATED, cuda, device_function, precision, types
 from ..vectors_cuda import vector_access
 from .cuda_registers import BYTES, Factor
+
+
+IN_FLIGHT = 8  # reads of a thread from global memory, before it uses the first
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,15 @@ def score_masker(kind: Kind, blocks: Blocks, tile: int, step: int) -> Any:
     return apply_mask
 
 
+@device_function
+def warp_barrier():
+    """What the threads of a warp have written, all of them see."""
+    if SIMULATED:
+        cuda.syncthreads()
+    else:
+        cuda.syncwarp()
+
+
 @cache
 def tile_access(blocks: Blocks, step: int) -> Any:
     """Device functions `put` and `get` (memory, own, sums): a thread's elements of a tile of
@@ -283,34 +295,47 @@ def tile_loader(kind: Kind, blocks: Blocks, rows: int, columns: int, width: int,
     """
     numbers = precision(kind.precision)
     real, load, threads = numbers.real, numbers.load, blocks.threads
-    lanes = vector_lanes(kind.precision)
+    storage, zero = getattr(types, numbers.storage.name), real(0.0)
     at_once = BYTES // numbers.storage.itemsize if kind.vectors else 1
+    group = vector_lanes(kind.precision) if kind.vectors else 1
     read, _ = vector_access(at_once)
-    _, write = vector_access(lanes if at_once > 1 else 1)
-    group = lanes if at_once > 1 else 1
-    # Where rows are not whole pieces, the last one is zero from `columns` on.
+    _, write = vector_access(group)
     pieces_of_row = -(-width // at_once)
     pieces = rows * pieces_of_row
-    storage = getattr(types, numbers.storage.name)
+    turns = -(-pieces // threads)
+    batch = next(n for n in range(min(turns, IN_FLIGHT), 0, -1) if turns % n == 0)
+    ragged, found_size = pieces % threads != 0, batch * at_once
     uint = types.uint32
 
     @device_function
     def load_tile(memory, tile, x, start, row_step, column_step, count, factor):
-        found = cuda.local.array(at_once, storage)
+        found = cuda.local.array(found_size, storage)
+        got = cuda.local.array(at_once, storage)
         made = cuda.local.array(group, real)
-        for turn in range((pieces + threads - 1) // threads):
-            piece = uint(cuda.threadIdx.x + turn * threads)
-            row, column = piece // uint(pieces_of_row), piece % uint(pieces_of_row) * uint(at_once)
-            if piece < uint(pieces):
-                inside = row < count and column < uint(columns)
-                if inside:
-                    read(x, start + types.int64(row) * row_step + column * column_step, found)
-                for part in range(at_once // group):
+        for first in range(0, turns, batch):
+            # Many reads are on their way before the first number is used. None is behind a branch:
+            # what is beyond the end is read elsewhere.
+            for n in range(batch):
+                piece = uint(cuda.threadIdx.x + (first + n) * threads)
+                row = types.int32(piece // uint(pieces_of_row))
+                column = types.int32(piece % uint(pieces_of_row)) * at_once
+                if columns:
+                    r = min(types.int64(row), types.int64(count - 1))
+                    c = min(types.int64(column), types.int64(columns - at_once))
+                    read(x, start + r * row_step + c * column_step, got)
+                for k in range(at_once):
+                    found[n * at_once + k] = got[k]
+            for n in range(batch):
+                piece = uint(cuda.threadIdx.x + (first + n) * threads)
+                row = types.int32(piece // uint(pieces_of_row))
+                column = types.int32(piece % uint(pieces_of_row)) * at_once
+                inside = row < count and column < columns
+                for part in range(0, at_once, group):
                     for k in range(group):
-                        number = load(found[part * group + k]) * factor if inside else real(0.0)
-                        made[k] = number
-                    place = types.int64(row * uint(step) + column) + part * group
-                    write(memory, tile + place, made)
+                        number = load(found[n * at_once + part + k]) * factor
+                        made[k] = number if inside else zero
+                    if not ragged or piece < uint(pieces):
+                        write(memory, tile + types.int64(row) * step + column + part, made)
 
     return load_tile
 
