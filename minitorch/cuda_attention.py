@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import cuda_attention_products
 from .cuda_elementwise import fold
 from .cuda_views import contiguous_data, device_storage, view_of
 from .device_array import DeviceArray
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .tensor import Tensor
 
 # Implementations, the fastest first: modules with supports, forward and backward like `cuda`.
-FLASH_ATTENTION = (cuda,)
+FLASH_ATTENTION = (cuda_attention_products, cuda)
 
 
 def _implementation(problem: AttentionProblem) -> Any:

@@ -44,6 +44,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "cublas_lt",
             "cuda",
             "cuda_attention",
+            "cuda_attention_products",
             "cuda_elementwise",
             "cuda_fallback",
             "cuda_graph",
