@@ -48,7 +48,7 @@ def compute_capability() -> tuple[int, int]:
 # ----- compiling -----
 
 
-def kernel(threads: int, *, fastmath: bool = False) -> Callable[[Any], Any]:
+def kernel(threads: int, *, fastmath: bool = False, blocks: int = 1) -> Callable[[Any], Any]:
     """Decorator: a kernel that is launched with `threads` threads to a block.
 
     Knowing the number, the compiler can give each thread as many registers as fit.
@@ -56,11 +56,12 @@ def kernel(threads: int, *, fastmath: bool = False) -> Callable[[Any], Any]:
     Args:
         threads: number of threads of a block, the product of its dimensions.
         fastmath: let the compiler assume that no value is NaN or infinite, and approximate.
+        blocks: that a multiprocessor's registers are to be enough for at once.
 
     """
     options: dict[str, Any] = {"fastmath": fastmath}
     if not SIMULATED:
-        options["launch_bounds"] = threads
+        options["launch_bounds"] = threads if blocks == 1 else (threads, blocks)
     return cuda.jit(**options)  # type: ignore[no-any-return]
 
 

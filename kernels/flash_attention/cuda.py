@@ -8,7 +8,7 @@ allocated here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,11 +109,15 @@ if SIMULATED:
     BACKWARD_KEY_VALUE = (Blocks(8, 16, 4, 2),)
 else:
     FORWARD = (
-        Blocks(64, 32, 8, 8), Blocks(64, 32, 8, 16),
+        Blocks(128, 32, 16, 8), Blocks(64, 32, 8, 8), Blocks(64, 32, 8, 16),
         Blocks(32, 32, 8, 16), Blocks(32, 16, 8, 16), Blocks(16, 16, 8, 16),
     )  # fmt: skip
-    BACKWARD_KEY_VALUE = BACKWARD_QUERY = (
-        Blocks(64, 64, 8, 16), Blocks(32, 32, 8, 8), Blocks(32, 32, 8, 16),
+    BACKWARD_KEY_VALUE = (
+        Blocks(64, 64, 16, 8), Blocks(32, 32, 8, 8), Blocks(32, 32, 8, 16), Blocks(16, 16, 4, 16),
+        Blocks(8, 16, 4, 16), Blocks(8, 8, 2, 8), Blocks(4, 8, 2, 8),
+    )  # fmt: skip
+    BACKWARD_QUERY = (
+        Blocks(128, 32, 16, 8), Blocks(64, 32, 8, 8), Blocks(32, 32, 8, 8), Blocks(32, 32, 8, 16),
         Blocks(16, 16, 4, 16), Blocks(8, 16, 4, 16), Blocks(8, 8, 2, 8), Blocks(4, 8, 2, 8),
     )  # fmt: skip
 # Bytes of shared memory for a block: as many as any GPU gives, or where there are more a share of
@@ -175,9 +179,11 @@ def forward_blocks(kind: Kind, architecture: Architecture) -> Blocks:
 def backward_blocks(kind: Kind, architecture: Architecture) -> tuple[Blocks, Blocks]:
     """The tiles of the kernel for dK and dV, and of that for dQ."""
     find = _first_that_fits
+    key_value_memory = partial(backward_memory, needs_p=True)
+    query_memory = partial(backward_memory, needs_p=False)
     return (
-        find(BACKWARD_KEY_VALUE, backward_memory, _key_value_sums, kind, architecture),
-        find(BACKWARD_QUERY, backward_memory, _query_sums, kind, architecture),
+        find(BACKWARD_KEY_VALUE, key_value_memory, _key_value_sums, kind, architecture),
+        find(BACKWARD_QUERY, query_memory, _query_sums, kind, architecture),
     )
 
 
@@ -342,7 +348,7 @@ def backward(
             key_value_kernel(kind, for_keys), grid, for_keys.threads,
             *read, dk.array, dv.array, *strides, dk.strides, dv.strides,
             (*sizes, heads.group), *numbers,
-            shared_bytes=_shared_bytes(kind, backward_memory(kind, for_keys)),
+            shared_bytes=_shared_bytes(kind, backward_memory(kind, for_keys, True)),
         )  # fmt: skip
     if rows:
         dq, ds = gradients.dq, gradients.ds
@@ -351,7 +357,7 @@ def backward(
             ceil_div(problem.seqlen_q, for_queries.block_m) * problem.batch_heads,
             for_queries.threads, *read, dq.array, delta if ds is None else ds,
             *strides, dq.strides, sizes, *numbers,
-            shared_bytes=_shared_bytes(kind, backward_memory(kind, for_queries)),
+            shared_bytes=_shared_bytes(kind, backward_memory(kind, for_queries, False)),
         )  # fmt: skip
 
 

@@ -41,14 +41,15 @@ from .cuda_tiles import (
     own_columns,
     own_keys,
     own_rows,
+    pair_loader,
     row_step,
     score_masker,
-    tile_access,
-    tile_loader,
+    tile_copier,
     tile_range,
     tile_start,
     tile_width,
     vector_lanes,
+    warp_barrier,
 )  # fmt: skip
 
 DELTA_THREADS = 128
@@ -103,7 +104,8 @@ class BackwardMemory(NamedTuple):
     do: int
     k: int
     v: int
-    p: int  # (block_m, block_n): P, then dS
+    p: int  # (block_m, block_n)
+    ds: int  # (block_m, block_n); for dQ where P was
     logsumexp: int  # (block_m,)
     delta: int
     keep: int  # with dropout
@@ -116,18 +118,28 @@ class BackwardMemory(NamedTuple):
 
 
 @cache
-def backward_memory(kind: Kind, blocks: Blocks) -> BackwardMemory:
-    """The plan of shared memory of both kernels."""
+def backward_memory(kind: Kind, blocks: Blocks, needs_p: bool) -> BackwardMemory:
+    """The plan of shared memory: of the kernel for dK and dV, which needs P, or of that for dQ."""
     lanes, m, n = vector_lanes(kind.precision), blocks.block_m, blocks.block_n
     width = tile_width(kind.head_dim, blocks.threads_d, lanes)
     v_width = tile_width(kind.value_dim, blocks.threads_d, lanes)
     step, v_step = row_step(width, lanes), row_step(v_width, lanes)
     p_step = n + max(blocks.threads_n % 32, lanes)
     starts = [0]
-    keep = m * n // 4 if kind.dropout else 0
-    for size in (m * step, m * v_step, n * step, n * v_step, m * p_step, m, m, keep):
+    p, keep = m * p_step if needs_p else 0, m * n // 4 if kind.dropout else 0
+    for size in (m * step, m * v_step, n * step, n * v_step, p, m * p_step, m, m, keep):
         starts.append(starts[-1] + size)
     return BackwardMemory(*starts, width, v_width, step, v_step, p_step)  # type: ignore[call-arg]
+
+
+@cache
+def tile_pair(kind: Kind, blocks: Blocks, plan: BackwardMemory, rows: int) -> Any:
+    """`pair_loader` of tiles of queries and dO, or of keys and values."""
+    return pair_loader(
+        kind,
+        tile_copier(kind, blocks, rows, kind.head_dim, plan.width, plan.step),
+        tile_copier(kind, blocks, rows, kind.value_dim, plan.v_width, plan.v_step),
+    )
 
 
 @cache
@@ -147,18 +159,18 @@ def row_loader(precision_name: str, block_m: int, threads: int, plan: BackwardMe
 
 
 @cache
-def score_gradients(kind: Kind, blocks: Blocks) -> Any:
-    """Device function: from the tiles q, do, k, v to dS in tile p, and P, with dropout, in `sums`.
+def score_gradients(kind: Kind, blocks: Blocks, plan: BackwardMemory) -> Any:
+    """Device function: from the tiles q, do, k, v to the tiles ds and p, P with dropout.
 
-    A thread writes its own elements of the tile and reads none but these, so there is no barrier.
+    A thread writes its own elements of them and reads none but these, so there is no barrier.
     """
-    real, plan = precision(kind.precision).real, backward_memory(kind, blocks)
+    real = precision(kind.precision).real
     lanes, rows, keys = vector_lanes(kind.precision), blocks.rows, blocks.keys
     threads_m, threads_n, block_m, block_n = (
         blocks.threads_m, blocks.threads_n, blocks.block_m, blocks.block_n,
     )  # fmt: skip
     q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
-    logsumexp_at, delta_at = plan.logsumexp, plan.delta
+    logsumexp_at, delta_at, to_ds = plan.logsumexp, plan.delta, plan.ds - plan.p
     step, v_step, p_step = plan.step, plan.v_step, plan.p_step
     scores = multiply(own_rows(blocks, step), own_keys(blocks, step), kind.head_dim, lanes)
     products = multiply(own_rows(blocks, v_step), own_keys(blocks, v_step), kind.value_dim, lanes)
@@ -194,8 +206,9 @@ def score_gradients(kind: Kind, blocks: Blocks) -> Any:
                     z = factor_of(
                         memory, my_row + i * threads_m, my_key + j * threads_n, keep_scale
                     )
-                memory[place] = p * (z * sums[i, j] - delta)
-                sums[i, j] = p * z
+                if dropout:
+                    memory[place] = p * z
+                memory[place + to_ds] = p * (z * sums[i, j] - delta)
 
     return run
 
@@ -234,25 +247,22 @@ def gradient_writer(kind: Kind, blocks: Blocks, rows: int, columns: int, width: 
 def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     """A block computes block_n rows of dK and dV, from all queries' heads that share them."""
     real, lanes = precision(kind.precision).real, vector_lanes(kind.precision)
-    plan, block_m, block_n = backward_memory(kind, blocks), blocks.block_m, blocks.block_n
-    rows, keys, threads_n, threads_d = blocks.rows, blocks.keys, blocks.threads_n, blocks.threads_d
+    plan, block_m, block_n = backward_memory(kind, blocks, True), blocks.block_m, blocks.block_n
+    rows, keys, threads_d = blocks.rows, blocks.keys, blocks.threads_d
     head_dim, value_dim = kind.head_dim, kind.value_dim
-    q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
+    q_tile, do_tile, k_tile, v_tile, p_tile, ds_tile = plan[:6]
     step, v_step, p_step, width, v_width = (
         plan.step, plan.v_step, plan.p_step, plan.width, plan.v_width,
     )  # fmt: skip
-    load_q = tile_loader(kind, blocks, block_m, head_dim, width, step)
-    load_do = tile_loader(kind, blocks, block_m, value_dim, v_width, v_step)
-    load_k = tile_loader(kind, blocks, block_n, head_dim, width, step)
-    load_v = tile_loader(kind, blocks, block_n, value_dim, v_width, v_step)
+    load_queries = tile_pair(kind, blocks, plan, block_m)
+    load_keys = tile_pair(kind, blocks, plan, block_n)
     load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
-    to_ds, dropout = score_gradients(kind, blocks), kind.dropout
+    to_ds, dropout = score_gradients(kind, blocks, plan), kind.dropout
     make_keep = keep_maker(kind, blocks, plan.keep)
     # A thread's keys and columns of dK and dV; the sums are over queries.
     key_threads = blocks.threads // threads_d
     p_keys = own_columns(block_n, key_threads, lanes, p_step)
     own = p_keys.count
-    put, _ = tile_access(blocks, p_step)
     count, v_count = width // threads_d, v_width // threads_d
     add_dk = multiply(p_keys, own_columns(width, threads_d, lanes, step), block_m, lanes)
     add_dv = multiply(p_keys, own_columns(v_width, threads_d, lanes, v_step), block_m, lanes)
@@ -260,7 +270,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     write_dv = gradient_writer(kind, blocks, own, value_dim, v_width)
     ln_2 = LN_2
 
-    @kernel(blocks.threads)
+    @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_key_value(
         q, k, v, mask, offset, grad_out, logsumexp2, delta, dk, dv, q_steps, k_steps, v_steps,
         mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
@@ -270,7 +280,6 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
         sums = cuda.local.array((rows, keys), real)
         dk_sums = cuda.local.array((own, count), real)
         dv_sums = cuda.local.array((own, v_count), real)
-        my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
         my_keys, my_columns = cuda.threadIdx.x // threads_d, cuda.threadIdx.x % threads_d
         tiles = (seqlen_k + block_n - 1) // block_n
         slot = types.int64(cuda.blockIdx.x // tiles)  # of heads that share dK and dV
@@ -279,11 +288,9 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
         b, first_head = slot // slots, slot % slots * group
         k_start = b * k_steps[0] + first_head // k_group * k_steps[1] + key0 * k_steps[2]
         v_start = b * v_steps[0] + first_head // v_group * v_steps[1] + key0 * v_steps[2]
-        load_k(
-            memory, k_tile, k, k_start, k_steps[2], k_steps[3], seqlen_k - key0, real(1.0)
-        )  # fmt: skip
-        load_v(
-            memory, v_tile, v, v_start, v_steps[2], v_steps[3], seqlen_k - key0, real(1.0)
+        load_keys(
+            memory, (k_tile, k, k_start, k_steps[2], k_steps[3]),
+            (v_tile, v, v_start, v_steps[2], v_steps[3]), seqlen_k - key0, real(1.0),
         )  # fmt: skip
         fill(dk_sums, own, count, real(0.0))
         fill(dv_sums, own, v_count, real(0.0))
@@ -301,14 +308,13 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
             )  # fmt: skip
             for number in range(first, end):
                 row0 = tile_start(number, block_m)
-                cuda.syncthreads()  # the last products have read what is now written over
-                load_q(
-                    memory, q_tile, q, q_start + row0 * q_steps[2], q_steps[2], q_steps[3],
+                load_queries(
+                    memory, (q_tile, q, q_start + row0 * q_steps[2], q_steps[2], q_steps[3]),
+                    (
+                        do_tile, grad_out, do_start + row0 * grad_steps[2], grad_steps[2],
+                        grad_steps[3],
+                    ),
                     seqlen_q - row0, real(scale * 1.4426950408889634),
-                )  # fmt: skip
-                load_do(
-                    memory, do_tile, grad_out, do_start + row0 * grad_steps[2], grad_steps[2],
-                    grad_steps[3], seqlen_q - row0, real(1.0),
                 )  # fmt: skip
                 load_rows(memory, logsumexp2, delta, batch_head * seqlen_q + row0, seqlen_q - row0)
                 if dropout:
@@ -317,10 +323,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
                 to_ds(memory, sums, row0, key0, band, mask, mask_place, dropout_of[2])
                 cuda.syncthreads()
                 # dK += dS^T Q
-                add_dk(memory, p_tile + my_keys * lanes, q_tile + my_columns * lanes, dk_sums)
-                cuda.syncthreads()
-                put(memory, p_tile + my_row * p_step + my_key, sums)
-                cuda.syncthreads()
+                add_dk(memory, ds_tile + my_keys * lanes, q_tile + my_columns * lanes, dk_sums)
                 # dV += P^T dO
                 add_dv(memory, p_tile + my_keys * lanes, do_tile + my_columns * lanes, dv_sums)
 
@@ -343,26 +346,22 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
 def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
     """A block computes block_m rows of dQ; with `keep_scores` it also writes dS, whole."""
     real, lanes = precision(kind.precision).real, vector_lanes(kind.precision)
-    plan, block_m, block_n = backward_memory(kind, blocks), blocks.block_m, blocks.block_n
+    plan, block_m, block_n = backward_memory(kind, blocks, False), blocks.block_m, blocks.block_n
     rows, keys, threads_n, threads_m = blocks.rows, blocks.keys, blocks.threads_n, blocks.threads_m
-    head_dim, value_dim = kind.head_dim, kind.value_dim
-    q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
-    step, v_step, p_step, width, v_width = (
-        plan.step, plan.v_step, plan.p_step, plan.width, plan.v_width,
-    )  # fmt: skip
-    load_q = tile_loader(kind, blocks, block_m, head_dim, width, step)
-    load_do = tile_loader(kind, blocks, block_m, value_dim, v_width, v_step)
-    load_k = tile_loader(kind, blocks, block_n, head_dim, width, step)
-    load_v = tile_loader(kind, blocks, block_n, value_dim, v_width, v_step)
+    head_dim = kind.head_dim
+    q_tile, do_tile, k_tile, v_tile, _, ds_tile = plan[:6]
+    step, p_step, width = plan.step, plan.p_step, plan.width
+    load_queries = tile_pair(kind, blocks, plan, block_m)
+    load_keys = tile_pair(kind, blocks, plan, block_n)
     load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
-    to_ds, dropout = score_gradients(kind, blocks), kind.dropout
+    to_ds, dropout = score_gradients(kind, blocks, plan), kind.dropout
     make_keep = keep_maker(kind, blocks, plan.keep)
     count = width // threads_n
     p_rows = Factor(rows, threads_m * p_step)
     add_dq = multiply(p_rows, own_columns(width, threads_n, lanes, step), block_n, lanes)
     write_dq = gradient_writer(kind, blocks, rows, head_dim, width)
 
-    @kernel(blocks.threads)
+    @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_query(
         q, k, v, mask, offset, grad_out, logsumexp2, delta, dq, ds, q_steps, k_steps, v_steps,
         mask_steps, grad_steps, dq_steps, sizes, scale, seed, threshold, keep,
@@ -378,14 +377,17 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         b, h = batch_head // heads, batch_head % heads
         k_start = b * k_steps[0] + h // k_group * k_steps[1]
         v_start = b * v_steps[0] + h // v_group * v_steps[1]
-        load_q(
-            memory, q_tile, q, b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2], q_steps[2],
-            q_steps[3], seqlen_q - row0, real(scale * 1.4426950408889634),
-        )  # fmt: skip
-        load_do(
-            memory, do_tile, grad_out,
-            b * grad_steps[0] + h * grad_steps[1] + row0 * grad_steps[2], grad_steps[2],
-            grad_steps[3], seqlen_q - row0, real(1.0),
+        load_queries(
+            memory,
+            (
+                q_tile, q, b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2], q_steps[2],
+                q_steps[3],
+            ),
+            (
+                do_tile, grad_out, b * grad_steps[0] + h * grad_steps[1] + row0 * grad_steps[2],
+                grad_steps[2], grad_steps[3],
+            ),
+            seqlen_q - row0, real(scale * 1.4426950408889634),
         )  # fmt: skip
         load_rows(memory, logsumexp2, delta, batch_head * seqlen_q + row0, seqlen_q - row0)
         fill(dq_sums, rows, count, real(0.0))
@@ -396,29 +398,25 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
         for number in range(first, end):
             key0 = tile_start(number, block_n)
-            cuda.syncthreads()  # the last product has read what is now written over
-            load_k(
-                memory, k_tile, k, k_start + key0 * k_steps[2], k_steps[2], k_steps[3],
-                seqlen_k - key0, real(1.0),
-            )  # fmt: skip
-            load_v(
-                memory, v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3],
+            load_keys(
+                memory, (k_tile, k, k_start + key0 * k_steps[2], k_steps[2], k_steps[3]),
+                (v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3]),
                 seqlen_k - key0, real(1.0),
             )  # fmt: skip
             if dropout:
                 make_keep(memory, row0, key0, batch_head, dropout_of)
             cuda.syncthreads()
             to_ds(memory, sums, row0, key0, band, mask, mask_place, dropout_of[2])
-            cuda.syncthreads()
+            warp_barrier()  # a row's threads are in one warp
             if keep_scores:
                 for i in range(rows):
                     for j in range(keys):
                         r, c = my_row + i * threads_m, my_key + j * threads_n
                         if row0 + r < seqlen_q and key0 + c < seqlen_k:
                             place = (batch_head * seqlen_q + row0 + r) * seqlen_k + key0 + c
-                            ds[place] = memory[p_tile + r * p_step + c]
+                            ds[place] = memory[ds_tile + r * p_step + c]
             # dQ += dS K
-            add_dq(memory, p_tile + my_row * p_step, k_tile + my_key * lanes, dq_sums)
+            add_dq(memory, ds_tile + my_row * p_step, k_tile + my_key * lanes, dq_sums)
 
         for i in range(rows):
             row = row0 + my_row + i * threads_m

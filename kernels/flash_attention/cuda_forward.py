@@ -42,9 +42,11 @@ from .cuda_tiles import (
     own_columns,
     own_keys,
     own_rows,
+    pair_loader,
     row_step,
     score_masker,
     tile_access,
+    tile_copier,
     tile_loader,
     tile_range,
     tile_start,
@@ -118,9 +120,12 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     step, v_step, p_step = plan.step, plan.v_step, plan.p_step
     columns = v_step // threads_n
     width = -(-max(head_dim, 1) // lanes) * lanes
-    load_q = tile_loader(kind, blocks, block_m, head_dim, width, step)
-    load_k = tile_loader(kind, blocks, block_n, head_dim, width, step)
-    load_v = tile_loader(kind, blocks, block_n, value_dim, v_step, v_step)
+    load_q = tile_loader(kind, tile_copier(kind, blocks, block_m, head_dim, width, step))
+    load_keys = pair_loader(
+        kind,
+        tile_copier(kind, blocks, block_n, head_dim, width, step),
+        tile_copier(kind, blocks, block_n, value_dim, v_step, v_step),
+    )
     q_rows, k_rows, p_rows = (
         own_rows(blocks, step), own_keys(blocks, step), Factor(rows, threads_m * p_step),
     )  # fmt: skip
@@ -135,7 +140,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     always_masked, dropout = kind.mask != "none", kind.dropout
     nothing, ln_2 = NEGATIVE_INFINITY, LN_2
 
-    @kernel(blocks.threads)
+    @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_forward(
         q, k, v, mask, offset, out, logsumexp, q_steps, k_steps, v_steps, mask_steps, out_steps,
         sizes, scale, seed, threshold, keep,
@@ -170,13 +175,9 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
         for number in range(first, end):
             key0 = tile_start(number, block_n)
-            cuda.syncthreads()  # the last product has read what is now written over
-            load_k(
-                memory, k_tile, k, k_start + key0 * k_steps[2], k_steps[2], k_steps[3],
-                seqlen_k - key0, real(1.0),
-            )  # fmt: skip
-            load_v(
-                memory, v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3],
+            load_keys(
+                memory, (k_tile, k, k_start + key0 * k_steps[2], k_steps[2], k_steps[3]),
+                (v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3]),
                 seqlen_k - key0, real(1.0),
             )  # fmt: skip
             if dropout:

@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..philox import philox4x32
 from ..runtime import NEGATIVE_INFINITY, SIMULATED, cuda, device_function, precision, types
 from ..vectors_cuda import vector_access
 from .cuda_registers import BYTES, Factor
-
 
 IN_FLIGHT = 8  # reads of a thread from global memory, before it uses the first
 
@@ -55,6 +54,7 @@ class Blocks:
         threads_m: threads along the queries of a tile of scores.
         threads_n: threads along its keys; 2, 4, 8, 16 or 32.
         columns: threads along the columns of a tile of outputs or gradients; 0 for threads_n.
+        at_once: blocks that a multiprocessor's registers are to be enough for.
 
     """
 
@@ -63,6 +63,7 @@ class Blocks:
     threads_m: int
     threads_n: int
     columns: int = 0
+    at_once: int = 1
 
     @property
     def threads_d(self) -> int:
@@ -276,21 +277,32 @@ def keep_factor(kind: Kind, blocks: Blocks, tile: int) -> Any:
 # ----- tiles in -----
 
 
+class Copier(NamedTuple):
+    """How the threads of a block copy a tile, in two halves: read a batch, then write it."""
+
+    fetch: Any
+    place: Any
+    batches: int
+    found: int  # numbers of a batch that a thread keeps
+
+
 @cache
-def tile_loader(kind: Kind, blocks: Blocks, rows: int, columns: int, width: int, step: int) -> Any:
-    """Device function that copies (rows, columns) of a matrix to a tile, times a factor.
+def tile_copier(
+    kind: Kind, blocks: Blocks, rows: int, columns: int, width: int, step: int
+) -> Copier:
+    """Device functions that copy (rows, columns) of a matrix to a tile.
+
+    `fetch(found, number, x, start, row_step, column_step, count)` reads a batch of the matrix,
+    which begins at x[start] and has `count` rows. `place(found, number, memory, tile, count,
+    factor)` writes them, times a factor, and zeros beyond the end.
 
     Args:
         kind: says the dtype, and whether rows come 16 bytes at a time.
         blocks: whose threads do it.
         rows: of the tile.
         columns: of the matrix.
-        width: columns of the tile, those from `columns` on 0.
+        width: columns of the tile.
         step: distance of its rows.
-
-    Returns:
-        `(memory, tile, x, start, row_step, column_step, count, factor)`: rows from `count` on are
-        0. The matrix begins at x[start].
 
     """
     numbers = precision(kind.precision)
@@ -304,40 +316,95 @@ def tile_loader(kind: Kind, blocks: Blocks, rows: int, columns: int, width: int,
     pieces = rows * pieces_of_row
     turns = -(-pieces // threads)
     batch = next(n for n in range(min(turns, IN_FLIGHT), 0, -1) if turns % n == 0)
-    ragged, found_size = pieces % threads != 0, batch * at_once
-    uint = types.uint32
+    ragged, uint = pieces % threads != 0, types.uint32
+
+    @device_function
+    def fetch(found, number, x, start, row_step, column_step, count):
+        got = cuda.local.array(at_once, storage)
+        for n in range(batch):
+            piece = uint(cuda.threadIdx.x + (number * batch + n) * threads)
+            row = types.int32(piece // uint(pieces_of_row))
+            column = types.int32(piece % uint(pieces_of_row)) * at_once
+            if columns:
+                # What is beyond the end is read elsewhere: a branch would end the row of reads.
+                r = min(types.int64(row), types.int64(count - 1))
+                c = min(types.int64(column), types.int64(columns - at_once))
+                read(x, start + r * row_step + c * column_step, got)
+            for k in range(at_once):
+                found[n * at_once + k] = got[k]
+
+    @device_function
+    def place(found, number, memory, tile, count, factor):
+        made = cuda.local.array(group, real)
+        for n in range(batch):
+            piece = uint(cuda.threadIdx.x + (number * batch + n) * threads)
+            row = types.int32(piece // uint(pieces_of_row))
+            column = types.int32(piece % uint(pieces_of_row)) * at_once
+            inside = row < count and column < columns
+            for part in range(0, at_once, group):
+                for k in range(group):
+                    value = load(found[n * at_once + part + k]) * factor
+                    made[k] = value if inside else zero
+                if not ragged or piece < uint(pieces):
+                    write(memory, tile + types.int64(row) * step + column + part, made)
+
+    return Copier(fetch, place, turns // batch, batch * at_once)
+
+
+@cache
+def tile_loader(kind: Kind, copier: Copier) -> Any:
+    """Device function `(memory, tile, x, start, row_step, column_step, count, factor)` that copies
+    a tile.
+    """
+    storage = getattr(types, precision(kind.precision).storage.name)
+    fetch, place, batches, size = copier
 
     @device_function
     def load_tile(memory, tile, x, start, row_step, column_step, count, factor):
-        found = cuda.local.array(found_size, storage)
-        got = cuda.local.array(at_once, storage)
-        made = cuda.local.array(group, real)
-        for first in range(0, turns, batch):
-            # Many reads are on their way before the first number is used. None is behind a branch:
-            # what is beyond the end is read elsewhere.
-            for n in range(batch):
-                piece = uint(cuda.threadIdx.x + (first + n) * threads)
-                row = types.int32(piece // uint(pieces_of_row))
-                column = types.int32(piece % uint(pieces_of_row)) * at_once
-                if columns:
-                    r = min(types.int64(row), types.int64(count - 1))
-                    c = min(types.int64(column), types.int64(columns - at_once))
-                    read(x, start + r * row_step + c * column_step, got)
-                for k in range(at_once):
-                    found[n * at_once + k] = got[k]
-            for n in range(batch):
-                piece = uint(cuda.threadIdx.x + (first + n) * threads)
-                row = types.int32(piece // uint(pieces_of_row))
-                column = types.int32(piece % uint(pieces_of_row)) * at_once
-                inside = row < count and column < columns
-                for part in range(0, at_once, group):
-                    for k in range(group):
-                        number = load(found[n * at_once + part + k]) * factor
-                        made[k] = number if inside else zero
-                    if not ragged or piece < uint(pieces):
-                        write(memory, tile + types.int64(row) * step + column + part, made)
+        found = cuda.local.array(size, storage)
+        for number in range(batches):
+            fetch(found, number, x, start, row_step, column_step, count)
+            place(found, number, memory, tile, count, factor)
 
     return load_tile
+
+
+@cache
+def pair_loader(kind: Kind, copier: Copier, other: Copier) -> Any:
+    """Device function `(memory, first, second, count, factor)` that copies two tiles of as many
+    rows, each given as (tile, x, start, row_step, column_step), the first times a factor.
+
+    It waits until all threads of the block are done with what was there before; if they are small,
+    both tiles are on their way meanwhile.
+    """
+    numbers = precision(kind.precision)
+    storage, one = getattr(types, numbers.storage.name), numbers.real(1.0)
+    fetch, place, batches, size = copier
+    fetch_other, place_other, other_batches, other_size = other
+    together = batches == 1 and other_batches == 1
+
+    @device_function
+    def load_pair(memory, first, second, count, factor):
+        found = cuda.local.array(size, storage)
+        found_other = cuda.local.array(other_size, storage)
+        tile, x, start, row_step, column_step = first
+        tile_2, x_2, start_2, row_step_2, column_step_2 = second
+        if together:
+            fetch(found, 0, x, start, row_step, column_step, count)
+            fetch_other(found_other, 0, x_2, start_2, row_step_2, column_step_2, count)
+            cuda.syncthreads()
+            place(found, 0, memory, tile, count, factor)
+            place_other(found_other, 0, memory, tile_2, count, one)
+        else:
+            cuda.syncthreads()
+            for number in range(batches):
+                fetch(found, number, x, start, row_step, column_step, count)
+                place(found, number, memory, tile, count, factor)
+            for number in range(other_batches):
+                fetch_other(found_other, number, x_2, start_2, row_step_2, column_step_2, count)
+                place_other(found_other, number, memory, tile_2, count, one)
+
+    return load_pair
 
 
 # ----- parts of tiles -----
