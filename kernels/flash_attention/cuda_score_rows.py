@@ -5,7 +5,7 @@
                                       dS = scale P (dP - sum(P dP) + dlogsumexp)  ->  dQ, dK, dV
 
 S and dP are float32, P and dS 16 bits, as the tensor cores' products give and want them. A row is
-read once and kept in registers; what the band leaves out is never looked at.
+read once and kept in registers, and what comes after the keys that its query may see is not read.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def forward_kernel(precision_name: str, shape: RowShape) -> Any:
         query = row % queries
         factor = real(scale)
         stop = min(columns, query + upper) if row < rows else 0
-        load(scores, row * columns, 0, columns if row < rows else 0, values, real(0.0))
+        load(scores, row * columns, 0, stop, values, real(0.0))
         top = real(nothing)
         for j in range(count):
             if visible(j, query + lower, stop):
@@ -176,10 +176,9 @@ def backward_kernel(precision_name: str, shape: RowShape, has_rows: bool) -> Any
         row = block_row(rows_of_block)
         query = row % queries
         factor = real(scale)
-        limit = columns if row < rows else 0
-        stop = min(limit, query + upper)
-        load(scores, row * columns, 0, limit, p, real(0.0))
-        load(dweights, row * columns, 0, limit, dp, real(0.0))
+        stop = min(columns, query + upper) if row < rows else 0
+        load(scores, row * columns, 0, stop, p, real(0.0))
+        load(dweights, row * columns, 0, stop, dp, real(0.0))
         shift = logsumexp[first_row + row] if row < rows else real(0.0)
         delta = real(0.0)
         for j in range(count):
