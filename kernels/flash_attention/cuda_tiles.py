@@ -317,35 +317,53 @@ def tile_copier(
     turns = -(-pieces // threads)
     batch = next(n for n in range(min(turns, IN_FLIGHT), 0, -1) if turns % n == 0)
     ragged, uint = pieces % threads != 0, types.uint32
+    # Rows of a thread's pieces lie a constant apart, in one column, if rows divide the threads.
+    regular, apart = threads % pieces_of_row == 0, threads // pieces_of_row
+    exact = regular and not ragged and columns == width
+
+    @device_function
+    def piece_at(turn):
+        """Row and column of a thread's piece."""
+        if regular:
+            piece = uint(cuda.threadIdx.x)
+            row = types.int32(piece // uint(pieces_of_row)) + turn * apart
+        else:
+            piece = uint(cuda.threadIdx.x + turn * threads)
+            row = types.int32(piece // uint(pieces_of_row))
+        return row, types.int32(piece % uint(pieces_of_row)) * at_once
 
     @device_function
     def fetch(found, number, x, start, row_step, column_step, count):
         got = cuda.local.array(at_once, storage)
-        for n in range(batch):
-            piece = uint(cuda.threadIdx.x + (number * batch + n) * threads)
-            row = types.int32(piece // uint(pieces_of_row))
-            column = types.int32(piece % uint(pieces_of_row)) * at_once
-            if columns:
-                # What is beyond the end is read elsewhere: a branch would end the row of reads.
-                r = min(types.int64(row), types.int64(count - 1))
-                c = min(types.int64(column), types.int64(columns - at_once))
-                read(x, start + r * row_step + c * column_step, got)
-            for k in range(at_once):
-                found[n * at_once + k] = got[k]
+        if exact and count >= rows:
+            row, column = piece_at(number * batch)
+            first = start + row * row_step + column * column_step
+            for n in range(batch):
+                read(x, first + n * apart * row_step, got)
+                for k in range(at_once):
+                    found[n * at_once + k] = got[k]
+        else:
+            for n in range(batch):
+                row, column = piece_at(number * batch + n)
+                if columns:
+                    # What is beyond the end is read elsewhere: a branch would hold up the others.
+                    r = min(types.int64(row), types.int64(count - 1))
+                    c = min(types.int64(column), types.int64(columns - at_once))
+                    read(x, start + r * row_step + c * column_step, got)
+                for k in range(at_once):
+                    found[n * at_once + k] = got[k]
 
     @device_function
     def place(found, number, memory, tile, count, factor):
         made = cuda.local.array(group, real)
         for n in range(batch):
-            piece = uint(cuda.threadIdx.x + (number * batch + n) * threads)
-            row = types.int32(piece // uint(pieces_of_row))
-            column = types.int32(piece % uint(pieces_of_row)) * at_once
+            row, column = piece_at(number * batch + n)
             inside = row < count and column < columns
             for part in range(0, at_once, group):
                 for k in range(group):
                     value = load(found[n * at_once + part + k]) * factor
                     made[k] = value if inside else zero
-                if not ragged or piece < uint(pieces):
+                if not ragged or cuda.threadIdx.x + (number * batch + n) * threads < pieces:
                     write(memory, tile + types.int64(row) * step + column + part, made)
 
     return Copier(fetch, place, turns // batch, batch * at_once)
