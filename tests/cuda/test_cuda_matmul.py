@@ -27,7 +27,6 @@ PRODUCTS = [
 ]
 
 
-@pytest.mark.races
 @pytest.mark.parametrize("shapes", PRODUCTS)
 @pytest.mark.parametrize("implementation", MATMULS, ids=lambda m: m.name)
 def test_matmul(implementation: Any, shapes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +48,6 @@ def turned(shape: tuple[int, ...], turn: bool, dtype: str = "float32") -> tuple[
     return permuted((*shape[:-2], shape[-1], shape[-2]), order, dtype)
 
 
-@pytest.mark.races
 def test_larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of large matrices, which the shapes above do not reach."""
     monkeypatch.setattr("minitorch.cuda_matmul.MATMULS", MATMULS[-1:])

@@ -189,7 +189,6 @@ def test_reduce(dtype: str, layout: tuple[tuple[int, ...], list[int]], dim: int,
     assert_same(CudaOps.reduce(*FOLDS[name])(x, dim), expected, dtype, 4)
 
 
-@pytest.mark.races
 @pytest.mark.parametrize(
     "shape, dim",
     [((2200,), 0), ((3, 71), 1), ((3, 72), 1), ((600, 3), 0), ((300, 8), 0), ((2, 40, 4), 1)],
@@ -216,7 +215,6 @@ def test_fold_plans_cover_each_element_once() -> None:
 # ----- movement -----
 
 
-@pytest.mark.races
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, order", [((9, 7), [1, 0]), ((2, 5, 6), [2, 0, 1])])
 def test_contiguous_of_a_transposed_tensor(
@@ -286,7 +284,6 @@ def test_a_transposition_is_recognised() -> None:
 # ----- the course's cases -----
 
 
-@pytest.mark.races
 @pytest.mark.parametrize("size", [16, 48, 64, 500])
 def test_sum_practice(size: int) -> None:
     values = [random.random() for _ in range(size)]
@@ -297,7 +294,6 @@ def test_sum_practice(size: int) -> None:
     assert x.sum(0).item() == pytest.approx(sum(values))
 
 
-@pytest.mark.races
 @pytest.mark.parametrize("size", [1, 2, 5] if runtime.SIMULATED else [1, 2, 16, 31, 32])
 def test_mm_practice(size: int) -> None:
     (a, x), (b, y) = make((size, size)), make((size, size))

@@ -426,7 +426,6 @@ def test_sum_of_squares(seed: int, name: str, size: int, special: float) -> None
 # ----- races -----
 
 
-@pytest.mark.races
 @pytest.mark.parametrize("columns", [40, 1100])
 def test_rows_have_no_races(columns: int) -> None:
     check_softmax(1, "float32", 3, columns)
@@ -434,7 +433,6 @@ def test_rows_have_no_races(columns: int) -> None:
     check_cross_entropy(1, "float32", 3, columns)
 
 
-@pytest.mark.races
 def test_embedding_and_sums_have_no_races() -> None:
     check_embedding(1, "float32", 70, 5, 8)
     x, out = random(1, "float32", 70, 40), empty("float32", 40)
