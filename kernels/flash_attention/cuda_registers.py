@@ -95,9 +95,8 @@ def _simulated_step(a: Factor, b: Factor, lanes: int, repeats: int) -> Any:
 
 if not SIMULATED:
     from llvmlite import ir
-    from numba.cuda.extending import intrinsic
 
-    from ..runtime import types
+    from ..runtime import intrinsic, types
 
     _INT64 = ir.IntType(64)
 

@@ -51,11 +51,19 @@ def _constant(array: Any) -> Tensor:
     return Tensor(BACKEND.ops.from_numpy(np.ascontiguousarray(array)), backend=BACKEND)
 
 
+attention: Any = references.attention
+
+
+def problem_of(tensors: Any, **arguments: Any) -> AttentionProblem:
+    q, k, v = (t.shape for t in tensors[:3])
+    return AttentionProblem.of(q, k, v, tensors[0].dtype, **arguments)
+
+
 def run(
     tensors: Any, mask: Any, grads: Any, wants_mask: bool, problem: AttentionProblem
 ) -> tuple[Any, ...]:
     """What the kernels give, as numpy arrays in float64."""
-    ops = BACKEND.ops
+    ops: Any = BACKEND.ops
     out, lse = ops.flash_attention_forward(*tensors, mask, problem)
     gradients = ops.flash_attention_backward(
         grads[0], grads[1], *tensors, mask, out, lse, problem, wants_mask
@@ -79,7 +87,7 @@ def check(
         for n, (shape, layout) in enumerate(zip(shapes, layouts[:3], strict=True))
     ]
     q, k, v = (t.to_numpy().astype(np.float64) for t in tensors)
-    problem = AttentionProblem.of(*shapes, tensors[0].dtype, attn_mask=mask, **arguments)
+    problem = problem_of(tensors, attn_mask=mask, **arguments)
     grad_out = on_gpu(random(*problem.out_shape, seed=5), dtype, layouts[3])
     real = "float64" if dtype == "float64" else "float32"
     grad_lse = on_gpu(random(*problem.logsumexp_shape, seed=6), real) if dl else None
@@ -90,7 +98,7 @@ def check(
     if p:
         lengths = problem.seqlen_q, problem.seqlen_k
         kept = attention_dropout_mask(problem.batch_heads, *lengths, p, seed)
-    wanted = references.attention(
+    wanted: Any = attention(
         q, k, v, grad_out.to_numpy().astype(np.float64),
         None if grad_lse is None else grad_lse.to_numpy().astype(np.float64),
         attn_mask=mask if mask is None or mask.dtype == bool else mask.astype(np.float64),
@@ -199,7 +207,7 @@ def test_the_output_lies_as_the_query() -> None:
     """Heads cut out of rows of a (B, N, H, D) tensor give such an output, and such gradients."""
     q, k, v, do = (on_gpu(random(2, 3, 9, 4, seed=n), layout="heads") for n in range(4))
     problem = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype)
-    ops = BACKEND.ops
+    ops: Any = BACKEND.ops
     out, lse = ops.flash_attention_forward(q, k, v, None, problem)
     gradients = ops.flash_attention_backward(do, None, q, k, v, None, out, lse, problem)
     for x in (out, *gradients[:3]):
@@ -212,9 +220,9 @@ def test_dropout_keeps_what_the_mask_says() -> None:
     q, k = np.zeros((1, 3, 17, 4)), random(1, 3, 9, 4)
     v = np.broadcast_to(np.eye(9), (1, 3, 9, 9))
     tensors = [on_gpu(x) for x in (q, k, v)]
-    shapes = [t.shape for t in tensors]
-    problem = AttentionProblem.of(*shapes, np.float32, dropout_p=p, seed=seed)
-    out, _ = BACKEND.ops.flash_attention_forward(*tensors, None, problem)
+    problem = problem_of(tensors, dropout_p=p, seed=seed)
+    ops: Any = BACKEND.ops
+    out, _ = ops.flash_attention_forward(*tensors, None, problem)
     kept = attention_dropout_mask(3, *lengths, p, seed)
     np.testing.assert_array_equal(out.to_numpy()[0] != 0, kept)
 
@@ -227,7 +235,7 @@ def test_through_autograd() -> None:
         t.requires_grad_(True)
     out, lse = tensors[0].flash_attention(tensors[1], tensors[2], is_causal=True, return_lse=True)
     (out.sum() + lse.sum()).backward()
-    want = references.attention(*arrays, np.ones((1, 2, 9, 4)), np.ones((1, 2, 9)), is_causal=True)
+    want: Any = attention(*arrays, np.ones((1, 2, 9, 4)), np.ones((1, 2, 9)), is_causal=True)
     for t, gradient in zip(tensors, (want.grad_query, want.grad_key, want.grad_value), strict=True):
         assert t.grad is not None
         np.testing.assert_allclose(t.grad.to_numpy(), gradient, atol=1e-5)
@@ -262,9 +270,9 @@ def test_250_runs_give_the_same_bits(dropout_p: float) -> None:
     """After `test_flash_attn_race_condition` of Dao's FlashAttention."""
     tensors = [on_gpu(random(60, 4, n, 64, seed=n)) for n in (239, 128, 128)]
     grad_out = on_gpu(random(60, 4, 239, 64, seed=9))
-    shapes = [t.shape for t in tensors]
-    problem = AttentionProblem.of(*shapes, np.float32, dropout_p=dropout_p, seed=3)
-    ops, first = BACKEND.ops, None
+    problem = problem_of(tensors, dropout_p=dropout_p, seed=3)
+    ops: Any = BACKEND.ops
+    first = None
     for _ in range(250):
         out, lse = ops.flash_attention_forward(*tensors, None, problem)
         gradients = ops.flash_attention_backward(grad_out, None, *tensors, None, out, lse, problem)[
@@ -288,11 +296,10 @@ def test_error_within_twice_pytorchs(dtype: str, columns: int, is_causal: bool) 
     if not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU")
     inputs = [on_gpu(random(2, 3, 257, columns, seed=n), dtype) for n in range(4)]
-    problem = AttentionProblem.of(*[t.shape for t in inputs[:3]], inputs[0].dtype,
-                                  is_causal=is_causal)  # fmt: skip
+    problem = problem_of(inputs, is_causal=is_causal)
     ours = run(inputs[:3], None, (inputs[3], None), False, problem)
     exact = [x.to_numpy().astype(np.float64) for x in inputs]
-    want = references.attention(*exact, is_causal=is_causal)
+    want: Any = attention(*exact, is_causal=is_causal)
     theirs = _pytorch(torch, exact, dtype, is_causal)
     wanted = (want.out, want.grad_query, want.grad_key, want.grad_value)
     mine = (ours[0], *ours[2:5])
