@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from .approximate_cuda import exponential
 from .rows_cuda import RowShape, block_row, row_blocks, row_shape, tile_access
 from .runtime import NEGATIVE_INFINITY, Instance, cuda, kernel, launch, precision, types
 from .softmax_cuda import FORWARD_BYTES, exponentials, row_total
@@ -117,7 +118,7 @@ def backward(
 def backward_kernel(precision_name: str, target_name: str, shape: RowShape) -> Any:
     """One row to a team; a row whose logits are all -inf has softmax 0."""
     number, of_target = precision(precision_name), precision(target_name)
-    real, to_number = number.real, of_target.load
+    real, to_number, exp = number.real, of_target.load, exponential(precision_name)
     load, store = tile_access(precision_name, shape)
     count, width, rows_of_block = shape.values, shape.tile, shape.rows
     vector, step = shape.vector, shape.threads * shape.vector
@@ -138,7 +139,7 @@ def backward_kernel(precision_name: str, target_name: str, shape: RowShape) -> A
                 first = tile * width + cuda.threadIdx.x * vector
                 for i in range(count):
                     column = first + (i // vector) * step + i % vector
-                    share = real(math.exp(values[i] - shift))
+                    share = exp(values[i] - shift)
                     values[i] = grad * (share - real(1.0) if column == correct else share)
                 store(dlogits, row * classes, tile, classes, values)
 

@@ -30,7 +30,7 @@ from .vectors_cuda import BYTES, vector_access
 
 ERROR_BIT = 1  # of the device's word of errors: an id that is no row of the table
 WARPS = 2 if SIMULATED else 4  # of a block, one token or one row of the table each
-CHUNK = 32 if SIMULATED else 512  # tokens that a block counts at once
+CHUNK = 32 if SIMULATED else 256  # tokens that a block counts at once
 MOST_CHUNKS = 2 if SIMULATED else 64
 TILE = 4 if SIMULATED else 32  # tokens of the lists that a warp adds up
 SCAN_THREADS = 32 if SIMULATED else 1024
@@ -223,14 +223,14 @@ def count_kernel(id_name: str) -> Any:
                 row = to_id(ids[token], num_embeddings)
             if row >= 0:
                 earlier = work[counts + row]
-            of_round[own] = row
+            short = types.int32(row)
+            of_round[own] = short
             cuda.syncthreads()
             before, together = types.int32(0), types.int32(0)
             for other in range(CHUNK):
-                if of_round[other] == row:
-                    together += types.int32(1)
-                    if other < own:
-                        before += types.int32(1)
+                same = types.int32(1) if of_round[other] == short else types.int32(0)
+                together += same
+                before += same if other < own else types.int32(0)
             if row >= 0:
                 work[ranks + token] = earlier + before
                 if before == 0:  # one thread speaks for the id

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from .approximate_cuda import exponential, reciprocal
 from .flat_cuda import COUNT, THREADS, flat_access, flat_blocks, flat_first
 from .runtime import Instance, cuda, device_function, kernel, launch, precision, types
 
@@ -35,15 +36,17 @@ def backward(precision_name: str, dy: Any, x: Any, dx: Any, size: int) -> None:
 
 
 @cache
-def _logistic(real: Any) -> Any:
+def _logistic(precision_name: str) -> Any:
     """Device function x -> t, r, s: t = exp(-|2u|), r = 1 / (1 + t), s = r or t r."""
+    real = precision(precision_name).real
+    exp, invert = exponential(precision_name), reciprocal(precision_name)
     cubic, scale, one = real(CUBIC), real(TWO_SQRT_2_OVER_PI), real(1.0)
 
     @device_function
     def logistic(x):
         z = scale * (x + cubic * x * x * x)  # 2u
-        t = real(math.exp(-abs(z)))  # of a number <= 0: never overflows
-        r = one / (one + t)
+        t = exp(-abs(z))  # of a number <= 0: never overflows
+        r = invert(one + t)
         return t, r, t * r if z < real(0.0) else r
 
     return logistic
@@ -54,7 +57,7 @@ def forward_kernel(precision_name: str) -> Any:
     """Each element by itself."""
     real = precision(precision_name).real
     load, store = flat_access(precision_name)
-    logistic = _logistic(real)
+    logistic = _logistic(precision_name)
 
     @kernel(THREADS)
     def gelu_forward(x, y, size):
@@ -74,7 +77,7 @@ def backward_kernel(precision_name: str) -> Any:
     """Each element by itself."""
     real = precision(precision_name).real
     load, store = flat_access(precision_name)
-    logistic = _logistic(real)
+    logistic = _logistic(precision_name)
     scale, three_cubic, one = real(TWO_SQRT_2_OVER_PI), real(3 * CUBIC), real(1.0)
 
     @kernel(THREADS)

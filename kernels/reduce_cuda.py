@@ -30,6 +30,8 @@ FOLD_COLUMNS = WARP  # threads of a block along the columns
 FOLD_THREADS = 2 if SIMULATED else 16  # along the rows
 FOLD_SIZE = FOLD_COLUMNS * FOLD_THREADS
 THREADS = WARP if SIMULATED else 256
+AHEAD = 2 if SIMULATED else 4  # rows that a thread reads at once
+MOST_PARTS = 128  # of the rows: the second stage is by few blocks
 MOST_BLOCKS = 2 if SIMULATED else 1056  # 8 for each of 132 multiprocessors
 
 
@@ -65,7 +67,7 @@ def fold(real: Any, width: int) -> Any:
 def column_parts(precision_name: str, rows: int, columns: int) -> int:
     """How many parts of the rows `column_sums` adds up by themselves, at least 1."""
     across = ceil_div(columns, FOLD_COLUMNS * _vector(precision_name, columns))
-    return max(1, min(ceil_div(rows, 4 * FOLD_THREADS), MOST_BLOCKS // across, 65535))
+    return max(1, min(ceil_div(rows, AHEAD * FOLD_THREADS), MOST_BLOCKS // across, MOST_PARTS))
 
 
 def column_sums(
@@ -126,22 +128,33 @@ def column_sums_kernel(precision_name: str, out_name: str, vector: int) -> Any:
     to_storage = precision(out_name).store
     load_vector, _ = vector_access(vector)
     add = fold(real, vector)
-    shared_size = FOLD_SIZE * vector
+    shared_size, read_size = FOLD_SIZE * vector, AHEAD * vector
+    to_storage_of_x = number.store
 
     @kernel(FOLD_SIZE)
     def column_sums(x, out, rows, columns):
         shared = cuda.shared.array(shared_size, real)
         one = cuda.local.array(vector, storage)
+        read = cuda.local.array(read_size, storage)
         totals = cuda.local.array(vector, real)
         for k in range(vector):
             totals[k] = real(0.0)
         column = (types.int64(cuda.blockIdx.x) * FOLD_COLUMNS + cuda.threadIdx.x) * vector
         if column < columns:
             first = types.int64(cuda.blockIdx.y) * FOLD_THREADS + cuda.threadIdx.y
-            for row in range(first, rows, cuda.gridDim.y * FOLD_THREADS):
-                load_vector(x, row * columns + column, one)
-                for k in range(vector):
-                    totals[k] += to_real(one[k])
+            step = types.int64(cuda.gridDim.y) * FOLD_THREADS
+            for row in range(first, rows, step * AHEAD):
+                for n in range(AHEAD):  # all reads first: none waits for another
+                    if row + n * step < rows:
+                        load_vector(x, (row + n * step) * columns + column, one)
+                    else:
+                        for k in range(vector):
+                            one[k] = to_storage_of_x(real(0.0))
+                    for k in range(vector):
+                        read[n * vector + k] = one[k]
+                for n in range(AHEAD):
+                    for k in range(vector):
+                        totals[k] += to_real(read[n * vector + k])
         add(shared, totals)
         if cuda.threadIdx.y == 0 and column < columns:
             for k in range(vector):

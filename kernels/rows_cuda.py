@@ -30,6 +30,7 @@ from .runtime import (
 )
 from .vectors_cuda import BYTES, vector_access
 
+MOST_VECTORS = 16  # that a thread keeps
 TILED_THREADS = 512  # of the team of a row that is read in tiles
 
 
@@ -89,11 +90,11 @@ def row_shape(
     number = precision(precision_name)
     most_values = bytes_kept // (8 if precision_name == "float64" else 4)
     vector = _vector_size(columns, number.storage.itemsize)
-    most = max(1, most_values // vector)
+    most = max(1, min(most_values // vector, MOST_VECTORS))
     threads = WARP
-    while threads < most_threads and threads * most_values < columns:
+    while threads < most_threads and threads * vector * most < columns:
         threads *= 2
-    if ceil_div(columns, vector) > threads * most:
+    if threads * vector * most < columns:
         # Beside its values a thread then keeps its place in the row: more registers for each.
         return RowShape(min(threads, TILED_THREADS), 1, vector, most, True)
     vectors = ceil_div(ceil_div(columns, vector), threads)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from .approximate_cuda import exponential
 from .rows_cuda import (
     RowShape,
     block_row,
@@ -117,7 +118,7 @@ def exponentials(precision_name: str, count: int) -> Any:
     `top` is the largest value that the thread has seen, 0 instead of -inf; `total` the sum of its
     exponentials. Both take in the thread's `count` values.
     """
-    real = precision(precision_name).real
+    real, exp = precision(precision_name).real, exponential(precision_name)
     nothing = NEGATIVE_INFINITY
 
     @device_function
@@ -126,9 +127,9 @@ def exponentials(precision_name: str, count: int) -> Any:
         for i in range(count):
             largest = max(largest, values[i])
         shift = real(0.0) if largest == nothing else largest
-        total *= real(math.exp(top - shift))
+        total *= exp(top - shift)
         for i in range(count):
-            values[i] = math.exp(values[i] - shift)
+            values[i] = exp(values[i] - shift)
             total += values[i]
         return largest, total
 
@@ -142,7 +143,7 @@ def row_total(precision_name: str, threads: int) -> Any:
     The factor is exp(own top - row's top): what takes the thread's exponentials to the row's top.
     The row's top is 0 instead of -inf.
     """
-    real = precision(precision_name).real
+    real, exp = precision(precision_name).real, exponential(precision_name)
     maximum, add = team_max(precision_name, threads), team_sum(precision_name, threads)
     nothing = NEGATIVE_INFINITY
 
@@ -150,7 +151,7 @@ def row_total(precision_name: str, threads: int) -> Any:
     def combine(top, total):
         row_top = maximum(top)
         row_top = real(0.0) if row_top == nothing else row_top
-        factor = real(math.exp(top - row_top))
+        factor = exp(top - row_top)
         return row_top, add(total * factor), factor
 
     return combine
@@ -162,7 +163,7 @@ def row_total(precision_name: str, threads: int) -> Any:
 @cache
 def forward_kernel(precision_name: str, shape: RowShape, masked: bool) -> Any:
     """y = softmax(x + mask), one row to a team."""
-    real = precision(precision_name).real
+    real, exp = precision(precision_name).real, exponential(precision_name)
     load, store = tile_access(precision_name, shape)
     take = exponentials(precision_name, shape.values)
     combine = row_total(precision_name, shape.threads)
@@ -204,7 +205,7 @@ def forward_kernel(precision_name: str, shape: RowShape, masked: bool) -> Any:
                 for i in range(count):
                     if masked:
                         values[i] += added[i]
-                    values[i] = math.exp(values[i] - row_top) * scale
+                    values[i] = exp(values[i] - row_top) * scale
             else:
                 for i in range(count):
                     values[i] *= factor * scale
@@ -284,7 +285,7 @@ def logsumexp_kernel(precision_name: str, shape: RowShape) -> Any:
 def logsumexp_backward_kernel(precision_name: str, shape: RowShape) -> Any:
     """dx = dl exp(x - l), one row to a team; a row of l = -inf has gradient 0."""
     number = precision(precision_name)
-    real, to_real = number.real, number.load
+    real, to_real, exp = number.real, number.load, exponential(precision_name)
     load, store = tile_access(precision_name, shape)
     count, width, rows_of_block = shape.values, shape.tile, shape.rows
     nothing = NEGATIVE_INFINITY
@@ -299,7 +300,7 @@ def logsumexp_backward_kernel(precision_name: str, shape: RowShape) -> Any:
             for tile in range((columns + width - 1) // width):
                 load(x, row * columns, tile, columns, values, nothing)
                 for i in range(count):
-                    values[i] = grad * real(math.exp(values[i] - shift))
+                    values[i] = grad * exp(values[i] - shift)
                 store(dx, row * columns, tile, columns, values)
 
     return logsumexp_backward
