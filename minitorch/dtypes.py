@@ -26,15 +26,16 @@ def check_dtype(dtype: npt.DTypeLike, on_gpu: bool = False) -> np.dtype[Any]:
         TypeError: it is none of ours.
 
     """
-    given = BFLOAT16 if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
+    wanted = "float32, float64, float16 or bfloat16 on the GPU" if on_gpu else "float32 or float64"
+    try:
+        given = BFLOAT16 if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype must be {wanted}, got {dtype!r}") from None
     if given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES):
         return given
-    if on_gpu:
-        raise TypeError(
-            f"dtype must be float32, float64, float16 or bfloat16 on the GPU, got {given.name}"
-        )
     hint = " (only a tensor on the GPU can have that)" if given in HALF_DTYPES else ""
-    raise TypeError(f"dtype must be float32 or float64, got {given.name}{hint}")
+    name = repr(dtype) if given == np.dtype(object) else given.name  # numpy takes any class for it
+    raise TypeError(f"dtype must be {wanted}, got {name}{hint}")
 
 
 def promote(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:

@@ -201,11 +201,13 @@ class Tensor:
                 backend, where float16 and bfloat16 become float32 if that is one of the CPU.
 
         Raises:
-            TypeError: another dtype.
+            TypeError: another dtype, or no dtype and no backend, such as "cuda".
 
         """
         if isinstance(target, TensorBackend):
             return self if target is self.backend else Move.apply(self, target)
+        if target is None or str(target).split(":")[0] in ("cpu", "cuda", "gpu"):  # as in PyTorch
+            raise TypeError(f"to() takes a TensorBackend or a dtype, got {target!r}")
         wanted = dtypes.check_dtype(target, self.backend.cuda)
         return self if wanted == self.dtype else Cast.apply(self, wanted)
 
@@ -345,6 +347,8 @@ class Tensor:
         n = self.size if dim is None else self.shape[check_dim(dim, self.dims)]
         if n == 0:
             raise ValueError(f"mean() needs at least one element, got shape {self.shape}")
+        if self.dtype in dtypes.HALF_DTYPES:  # whose sum may be out of their range
+            return self.to("float32").mean(dim).to(self.dtype)
         return self.sum(dim) / float(n)
 
     def var(self, dim: int | None = None) -> Tensor:

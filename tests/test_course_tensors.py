@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,18 @@ def test_default_dtype() -> None:
         minitorch.set_default_dtype(np.float64)
     with pytest.raises(TypeError, match="float16"):
         minitorch.set_default_dtype(np.float16)
+
+
+@pytest.mark.parametrize("target", ["cuda", "cuda:0", "cpu", None])
+def test_to_says_that_it_takes_no_device(target: Any) -> None:
+    with pytest.raises(TypeError, match=f"TensorBackend or a dtype, got {target!r}"):
+        minitorch.ones((2,)).to(target)
+
+
+@pytest.mark.parametrize("target", ["float31", 3, minitorch.FastOps])
+def test_to_names_what_it_was_given(target: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"float32 or float64, got {target!r}")):
+        minitorch.ones((2,)).to(target)
 
 
 def test_rand_draws_in_row_major_order() -> None:

@@ -345,6 +345,14 @@ def test_half_precision_is_for_the_gpu() -> None:
         minitorch.tensor([1.0], backend=gpu).to(np.int64)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mean_of_half_precision_does_not_overflow(gpu: minitorch.TensorBackend, dtype: str) -> None:
+    x = minitorch.tensor(np.full((4, 32), 30000.0, np.float32), backend=gpu).to(dtype)
+    mean = x.mean()
+    assert mean.dtype.name == dtype and mean.item() == x[0, 0]
+    assert x.mean(1).shape == (4, 1) and x.mean(1)[3, 0] == x[0, 0]
+
+
 # ----- from one backend to the other -----
 
 
