@@ -40,6 +40,7 @@ from .cuda_tiles import (
     keep_maker,
     own_columns,
     own_keys,
+    own_place,
     own_rows,
     pair_loader,
     row_step,
@@ -176,13 +177,13 @@ def score_gradients(kind: Kind, blocks: Blocks, plan: BackwardMemory) -> Any:
     products = multiply(own_rows(blocks, v_step), own_keys(blocks, v_step), kind.value_dim, lanes)
     apply_mask = score_masker(kind, blocks, p_tile, p_step)
     factor_of = keep_factor(kind, blocks, plan.keep)
-    exp2 = exp2_function(real.name)
+    exp2, place_of = exp2_function(real.name), own_place(threads_n)
     always_masked, dropout = kind.mask != "none", kind.dropout
 
     @device_function
     def run(memory, sums, row0, key0, band, mask, mask_place, keep_scale):
         lower, upper, _, seqlen_k = band
-        my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
+        my_row, my_key = place_of()
         own = p_tile + my_row * p_step + my_key
         # S = Q K^T, P = exp(S - L)
         fill(sums, rows, keys, real(0.0))
@@ -225,11 +226,12 @@ def gradient_writer(kind: Kind, blocks: Blocks, rows: int, columns: int, width: 
     threads_d, count = blocks.threads_d, width // blocks.threads_d
     at_once = lanes if columns % lanes == 0 else 1
     _, write = vector_access(at_once)
+    place_of = own_place(threads_d)
 
     @device_function
     def write_row(target, start, values, row, factor):
         pieces = cuda.local.array(at_once, storage)
-        mine = cuda.threadIdx.x % threads_d
+        _, mine = place_of()
         for c in range(0, count, at_once):
             column = (c // lanes * threads_d + mine) * lanes + c % lanes
             if column < columns:
@@ -260,7 +262,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     to_ds, dropout = score_gradients(kind, blocks, plan), kind.dropout
     make_keep = keep_maker(kind, blocks, plan.keep)
     # A thread's keys and columns of dK and dV; the sums are over queries.
-    key_threads = blocks.threads // threads_d
+    key_threads, place_of = blocks.threads // threads_d, own_place(threads_d)
     p_keys = own_columns(block_n, key_threads, lanes, p_step)
     own = p_keys.count
     count, v_count = width // threads_d, v_width // threads_d
@@ -280,7 +282,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
         sums = cuda.local.array((rows, keys), real)
         dk_sums = cuda.local.array((own, count), real)
         dv_sums = cuda.local.array((own, v_count), real)
-        my_keys, my_columns = cuda.threadIdx.x // threads_d, cuda.threadIdx.x % threads_d
+        my_keys, my_columns = place_of()
         tiles = (seqlen_k + block_n - 1) // block_n
         slot = types.int64(cuda.blockIdx.x // tiles)  # of heads that share dK and dV
         key0 = cuda.blockIdx.x % tiles * block_n
@@ -356,7 +358,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
     load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
     to_ds, dropout = score_gradients(kind, blocks, plan), kind.dropout
     make_keep = keep_maker(kind, blocks, plan.keep)
-    count = width // threads_n
+    count, place_of = width // threads_n, own_place(threads_n)
     p_rows = Factor(rows, threads_m * p_step)
     add_dq = multiply(p_rows, own_columns(width, threads_n, lanes, step), block_n, lanes)
     write_dq = gradient_writer(kind, blocks, rows, head_dim, width)
@@ -370,7 +372,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         memory = cuda.shared.array(0, real)
         sums = cuda.local.array((rows, keys), real)
         dq_sums = cuda.local.array((rows, count), real)
-        my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
+        my_row, my_key = place_of()
         tiles = (seqlen_q + block_m - 1) // block_m
         batch_head = types.int64(cuda.blockIdx.x // tiles)
         row0 = (tiles - 1 - cuda.blockIdx.x % tiles) * block_m

@@ -41,6 +41,7 @@ from .cuda_tiles import (
     keep_maker,
     own_columns,
     own_keys,
+    own_place,
     own_rows,
     pair_loader,
     row_step,
@@ -89,8 +90,8 @@ def forward_memory(kind: Kind, blocks: Blocks) -> ForwardMemory:
 
 @cache
 def row_reductions(real_name: str, threads: int) -> Any:
-    """Device functions: the largest, and the sum, of a number of `threads` neighbouring threads."""
-    masks = tuple(1 << bit for bit in range(threads.bit_length() - 1))
+    """Device functions: the largest, and the sum, of a number over a row's threads."""
+    masks = (1, *(1 << bit for bit in range(2, threads.bit_length())))  # see `own_place`
 
     @device_function
     def row_max(x):
@@ -134,7 +135,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     apply_mask, (put, _) = score_masker(kind, blocks, p_tile, p_step), tile_access(blocks, p_step)
     make_keep, factor_of = keep_maker(kind, blocks, plan.keep), keep_factor(kind, blocks, plan.keep)
     row_max, row_sum = row_reductions(real.name, threads_n)
-    exp2 = exp2_function(real.name)
+    exp2, place_of = exp2_function(real.name), own_place(threads_n)
     at_once = lanes if value_dim % lanes == 0 else 1
     _, write = vector_access(at_once)
     always_masked, dropout = kind.mask != "none", kind.dropout
@@ -152,8 +153,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         m = cuda.local.array(rows, real)
         l = cuda.local.array(rows, real)
         pieces = cuda.local.array(at_once, storage)
-        my_row = cuda.threadIdx.x // threads_n
-        my_key = cuda.threadIdx.x % threads_n
+        my_row, my_key = place_of()
         tiles = (seqlen_q + block_m - 1) // block_m
         batch_head = cuda.blockIdx.x // tiles
         # The last rows, which see the most keys under a causal mask, come first.

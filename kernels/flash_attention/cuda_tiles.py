@@ -52,7 +52,7 @@ class Blocks:
         block_m: queries of a tile.
         block_n: keys of a tile.
         threads_m: threads along the queries of a tile of scores.
-        threads_n: threads along its keys; 2, 4, 8, 16 or 32.
+        threads_n: threads along its keys; 2, 4, 8 or 16.
         columns: threads along the columns of a tile of outputs or gradients; 0 for threads_n.
         at_once: blocks that a multiprocessor's registers are to be enough for.
 
@@ -77,12 +77,12 @@ class Blocks:
 
     @property
     def rows(self) -> int:
-        """Queries of a thread: number `thread // threads_n` and every threads_m-th from there."""
+        """Queries of a thread: the row of `own_place`, and every threads_m-th from there."""
         return self.block_m // self.threads_m
 
     @property
     def keys(self) -> int:
-        """Keys of a thread: number `thread % threads_n` and every threads_n-th from there."""
+        """Keys of a thread: the column of `own_place`, and every threads_n-th from there."""
         return self.block_n // self.threads_n
 
 
@@ -176,12 +176,12 @@ def score_masker(kind: Kind, blocks: Blocks, tile: int, step: int) -> Any:
     """
     score_of = masked_score(kind)
     threads_m, threads_n, keys = blocks.threads_m, blocks.threads_n, blocks.keys
-    count = blocks.rows * keys
+    count, place_of = blocks.rows * keys, own_place(threads_n)
     put, get = tile_access(blocks, step)
 
     @device_function
     def apply_mask(memory, sums, row0, key0, band, mask, mask_place):
-        my_row, my_key = cuda.threadIdx.x // threads_n, cuda.threadIdx.x % threads_n
+        my_row, my_key = place_of()
         put(memory, tile + my_row * step + my_key, sums)
         for number in range(count):
             r = my_row + number // keys * threads_m
@@ -426,6 +426,28 @@ def pair_loader(kind: Kind, copier: Copier, other: Copier) -> Any:
 
 
 # ----- parts of tiles -----
+
+
+@cache
+def own_place(threads: int) -> Any:
+    """Device function: a thread's row and column in a block of `threads` columns of threads.
+
+    Bit 1 of its number belongs to the row, the bits beside it to the column. The hardware serves a
+    warp's 16-byte reads of shared memory in four steps, and in two if threads n and n ^ 1, or n and
+    n ^ 2, read at one address: so it is here for the factor that is shared along rows, and for the
+    one that is shared along columns.
+    """
+    uint = types.uint32
+    one, two, high, above = uint(1), uint(2), uint(threads // 2 - 1), uint(threads.bit_length())
+
+    @device_function
+    def place():
+        thread = uint(cuda.threadIdx.x)
+        row = (thread >> one & one) | thread >> above << one
+        column = (thread & one) | (thread >> two & high) << one
+        return types.int64(uint(row)), types.int64(uint(column))
+
+    return place
 
 
 def own_rows(blocks: Blocks, step: int) -> Factor:
