@@ -66,7 +66,7 @@ def multiply(a: Factor, b: Factor, depth: int, lanes: int) -> Any:
 
     """
     steps = -(-depth // lanes)
-    repeats = next(n for n in range(min(AT_ONCE, steps), 0, -1) if steps % n == 0)
+    repeats = next((n for n in range(min(AT_ONCE, steps), 0, -1) if steps % n == 0), 1)
     make = _simulated_step if SIMULATED else _generated_step
     add_product, count = make(a, b, lanes, repeats), steps // repeats
     a_advance, b_advance = repeats * a.advance(lanes), repeats * b.advance(lanes)
