@@ -73,7 +73,7 @@ def flash_attention(
 
     Raises:
         ValueError: shapes, mask or options that do not fit together.
-        TypeError: not tensors, or dtypes that differ or are not float32 or float64.
+        TypeError: not tensors, or dtypes that differ, or a mask neither bool nor floating point.
 
     """
     problem = describe(

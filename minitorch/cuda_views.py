@@ -73,8 +73,3 @@ def gradient_memory(parameter: Tensor, dtype: np.dtype[Any]) -> TensorData:
         if claimed is not None:
             return claimed
     return contiguous_data(DeviceArray.empty(parameter.size, dtype), parameter.shape)
-
-
-def shapes(*tensors: Tensor) -> str:
-    """The shapes of tensors, for error messages."""
-    return " and ".join(str(t.shape) for t in tensors)

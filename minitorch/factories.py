@@ -31,7 +31,10 @@ __all__ = [
 
 
 def _shape(shape: UserShape | int) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
+    sizes = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"shape must have no negative size, got {sizes}")
+    return sizes
 
 
 def _leaf(data: TensorData, backend: TensorBackend, requires_grad: bool) -> Tensor:
@@ -42,6 +45,8 @@ def _leaf(data: TensorData, backend: TensorBackend, requires_grad: bool) -> Tens
 
 
 def _dtype(dtype: npt.DTypeLike | None, backend: TensorBackend) -> np.dtype[Any]:
+    if not isinstance(backend, TensorBackend):
+        raise TypeError(f"backend must be a TensorBackend, got {backend!r}")
     return get_default_dtype() if dtype is None else check_dtype(dtype, backend.cuda)
 
 
@@ -52,7 +57,8 @@ def zeros(
     dtype: npt.DTypeLike | None = None,
 ) -> Tensor:
     """Zeros of `shape`."""
-    data = backend.ops.full(_shape(shape), 0.0, _dtype(dtype, backend))
+    wanted = _dtype(dtype, backend)
+    data = backend.ops.full(_shape(shape), 0.0, wanted)
     return _leaf(data, backend, requires_grad)
 
 
@@ -63,7 +69,8 @@ def ones(
     dtype: npt.DTypeLike | None = None,
 ) -> Tensor:
     """Ones of `shape`."""
-    data = backend.ops.full(_shape(shape), 1.0, _dtype(dtype, backend))
+    wanted = _dtype(dtype, backend)
+    data = backend.ops.full(_shape(shape), 1.0, wanted)
     return _leaf(data, backend, requires_grad)
 
 
@@ -107,15 +114,16 @@ def tensor(
 
     Raises:
         ValueError: lists of different lengths.
-        TypeError: `dtype` is something else.
+        TypeError: `dtype` or `backend` is something else.
 
     """
+    wanted = _dtype(dtype, backend)
     try:
-        array = np.asarray(ls) if hasattr(ls, "__array__") else np.array(ls, _dtype(dtype, backend))
+        array = np.asarray(ls) if hasattr(ls, "__array__") else np.array(ls, wanted)
     except ValueError as error:
         raise ValueError(f"tensor: nested lists must all have the same length ({error})") from None
     if dtype is not None:
-        array = array.astype(check_dtype(dtype, backend.cuda))
+        array = array.astype(wanted)
     data = backend.ops.from_numpy(np.array(array, order="C"))
     return _leaf(data, backend, requires_grad is not False)
 

@@ -198,13 +198,15 @@ def import_array(x: Any, dtypes: tuple[np.dtype[Any], ...] | None = None) -> Ten
         data = data_from_cuda_array(x)
     else:
         raise TypeError(
-            f"x must have __dlpack__ or __cuda_array_interface__, got {type(x).__name__}"
+            f"x must be an array, with __dlpack__ or __cuda_array_interface__, got "
+            f"{type(x).__name__}: minitorch.tensor takes numbers and lists"
         )
     floats = (*FLOAT_DTYPES, *HALF_DTYPES) if data.on_device else FLOAT_DTYPES
     allowed = floats if dtypes is None else dtypes
     if data.dtype not in allowed:
         names = ", ".join(dtype.name for dtype in allowed)
-        raise TypeError(f"x must have one of the dtypes {names}, got {data.dtype.name}")
+        where = "GPU" if data.on_device else "CPU"
+        raise TypeError(f"x on the {where} must have a dtype of {names}, got {data.dtype.name}")
     return data
 
 

@@ -263,6 +263,8 @@ class TensorBackend:
     """
 
     def __init__(self, ops: type[TensorOps]) -> None:
+        if not (isinstance(ops, type) and issubclass(ops, TensorOps)):
+            raise TypeError(f"ops must be a subclass of TensorOps, such as FastOps, got {ops!r}")
         self._wanted = ops
         ops = ops.on_this_machine()
         self.ops = ops

@@ -136,6 +136,18 @@ def test_to_names_what_it_was_given(target: Any) -> None:
         minitorch.ones((2,)).to(target)
 
 
+def test_factories_check_backend_and_shape() -> None:
+    for make in (minitorch.rand, minitorch.zeros, minitorch.ones):
+        with pytest.raises(TypeError, match="backend must be a TensorBackend, got 'cuda'"):
+            make((2,), "cuda")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"no negative size, got \(2, -1\)"):
+            make((2, -1))
+    with pytest.raises(TypeError, match="backend must be a TensorBackend"):
+        minitorch.tensor(np.ones(2), "cuda")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="subclass of TensorOps"):
+        TensorBackend(int)  # type: ignore[arg-type]
+
+
 def test_rand_draws_in_row_major_order() -> None:
     random.seed(3)
     expected = [random.random() for _ in range(6)]
