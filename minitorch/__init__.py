@@ -23,7 +23,7 @@ from .autodiff import (
 )
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .cuda_kernel_ops import CudaKernelOps
-from .cuda_ops import CudaOps
+from .cuda_ops import CudaOps, mm_practice, sum_practice
 from .datasets import Graph, datasets, make_pts
 from .dtypes import get_default_dtype, set_default_dtype
 from .factories import (
@@ -237,6 +237,7 @@ __all__ = [
     "manual_seed",
     "max",
     "maxpool2d",
+    "mm_practice",
     "modules_transfomer",
     "no_grad",
     "one_hot",
@@ -253,6 +254,7 @@ __all__ = [
     "softmax",
     "softmax_loss",
     "strides_from_shape",
+    "sum_practice",
     "tensor",
     "tensor_conv1d",
     "tensor_conv2d",
