@@ -110,11 +110,11 @@ if SIMULATED:
 else:
     FORWARD = (
         Blocks(128, 32, 16, 8), Blocks(64, 32, 8, 8), Blocks(64, 32, 8, 16),
-        Blocks(32, 32, 8, 16), Blocks(32, 16, 8, 16), Blocks(16, 16, 8, 16),
+        Blocks(32, 32, 8, 16), Blocks(32, 16, 8, 16), Blocks(16, 16, 8, 16), Blocks(4, 8, 4, 8),
     )  # fmt: skip
     BACKWARD_KEY_VALUE = (
         Blocks(64, 64, 16, 8), Blocks(32, 32, 8, 8), Blocks(32, 32, 8, 16), Blocks(16, 16, 4, 16),
-        Blocks(8, 16, 4, 16), Blocks(8, 8, 2, 8), Blocks(4, 8, 2, 8),
+        Blocks(8, 16, 4, 16), Blocks(4, 16, 4, 16), Blocks(8, 8, 8, 8, 16), Blocks(8, 4, 8, 4, 16),
     )  # fmt: skip
     BACKWARD_QUERY = (
         Blocks(128, 32, 16, 8), Blocks(64, 32, 8, 8), Blocks(32, 32, 8, 8), Blocks(32, 32, 8, 16),
@@ -124,7 +124,7 @@ else:
 # them that lets several blocks run at once.
 LITTLE_MEMORY = 48 * 1024
 MEMORY = {(8, 0): 80 * 1024, (9, 0): 112 * 1024, (10, 0): 112 * 1024}
-REGISTERS = 144  # of 4 bytes, for a thread's sums
+REGISTERS = 136  # of 4 bytes, for a thread's sums
 
 
 def _itemsize(kind: Kind) -> int:
@@ -162,6 +162,8 @@ def _forward_sums(kind: Kind, blocks: Blocks) -> int:
 
 def _key_value_sums(kind: Kind, blocks: Blocks) -> int:
     own = blocks.block_n * blocks.threads_d // blocks.threads
+    if own % vector_lanes(kind.precision):
+        return 1 << 30  # these threads' keys are no whole vectors
     return blocks.rows * blocks.keys + own * sum(_columns(kind, blocks))
 
 

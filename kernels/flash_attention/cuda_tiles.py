@@ -154,15 +154,16 @@ def masked_score(kind: Kind) -> Any:
     @device_function
     def score_of(score, row, column, band, mask, mask_place):
         lower, upper, seqlen_q, seqlen_k = band
-        if column >= seqlen_k or column < row + lower or column >= row + upper:
-            return nothing
-        if no_mask or row >= seqlen_q:
-            return score
+        visible = (column < seqlen_k) & (column >= row + lower) & (column < row + upper)
+        if no_mask:
+            return score if visible else nothing
         start, row_step, column_step = mask_place
-        place = start + types.int64(row) * row_step + types.int64(column) * column_step
+        # Where there is no number of the mask the first is read, to no effect: no branch.
+        place = types.int64(row) * row_step + types.int64(column) * column_step
+        number = mask[start + (place if visible & (row < seqlen_q) else types.int64(0))]
         if is_bool:
-            return score if mask[place] != 0 else nothing
-        return score + real(load(mask[place])) * log2_e
+            return score if visible & (number != 0) else nothing
+        return score + real(load(number)) * log2_e if visible else nothing
 
     return score_of
 
