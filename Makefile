@@ -42,8 +42,9 @@ test: $(VENV)/dev.stamp
 unit: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --ignore tests/test_kernels_compile.py
 
+# Two processes, since it is the longest part.
 compile: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/test_kernels_compile.py
+	$(BIN)/python -m pytest tests/test_kernels_compile.py --numprocesses 2 --dist worksteal
 
 # The simulator is chosen before numba is imported: it needs a process of its own.
 simulator: $(VENV)/dev.stamp

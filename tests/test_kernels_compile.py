@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -68,6 +69,17 @@ def test_every_kernel_is_compiled_here() -> None:
     assert written - listed == set(), "give these modules a function instances()"
     names = [instance.name for instance in instances()]
     assert sorted(names) == sorted(set(names)), "two instances have one name"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rare_garbage_collection() -> Iterator[None]:
+    """numba makes so many objects that looking for garbage takes a third of its time."""
+    thresholds = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(1_000_000, 50, 1000)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("instance", instances(), ids=lambda instance: instance.name)
