@@ -308,8 +308,10 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
             mask_place = (
                 b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
             )  # fmt: skip
+            # From the last tile to the first: with a causal mask early queries have the largest P,
+            # and a long sum is most accurate when these come last.
             for number in range(first, end):
-                row0 = tile_start(number, block_m)
+                row0 = tile_start(first + end - 1 - number, block_m)
                 load_queries(
                     memory, (q_tile, q, q_start + row0 * q_steps[2], q_steps[2], q_steps[3]),
                     (
