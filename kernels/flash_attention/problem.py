@@ -162,12 +162,6 @@ class AttentionProblem:
             return self.seqlen_q + self.seqlen_k
         return self.offset + self.right + 1
 
-    def key_range(self, first_row: int, last_row: int) -> tuple[int, int]:
-        """Keys [start, stop) that the band lets any of the queries first_row ... last_row see."""
-        start = min(max(first_row + self.lower, 0), self.seqlen_k)
-        stop = min(max(last_row + self.upper, 0), self.seqlen_k)
-        return start, max(start, stop)
-
     def allowed_positions(self) -> NDArray[np.bool_]:
         """The band as a boolean mask (Nq, Nk), True where allowed: for tests and for teaching."""
         row = np.arange(self.seqlen_q)[:, None]
