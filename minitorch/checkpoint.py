@@ -170,6 +170,6 @@ def _safetensors() -> ModuleType:
         import safetensors
     except ImportError as error:
         raise CheckpointError(
-            "checkpoints need the package safetensors: pip install 'minitorch[train]'"
+            "checkpoints need the package safetensors: pip install -e '.[train]' in the checkout"
         ) from error
     return safetensors

@@ -81,7 +81,7 @@ def examine_versions() -> Finding:
     for extra, packages in EXTRAS.items():
         missing = [package for package in packages if version_of(package) is None]
         facts[f"extra [{extra}]"] = (
-            f"missing {', '.join(missing)} (pip install 'minitorch[{extra}]')"
+            f"missing {', '.join(missing)} ({_install(extra)})"
             if missing
             else ", ".join(f"{package} {version_of(package)}" for package in packages)
         )
@@ -324,11 +324,11 @@ def examine_gpu(environment: Mapping[str, str]) -> Finding:
         facts["matmul on the gpu"] = cublas.description()
         if not cublas.is_available():
             text = "matrix products on the GPU use our tiled kernel, for lack of cuBLAS"
-            problems.append(Problem(text, f"pip install '{_gpu_extra(seen)}'"))
+            problems.append(Problem(text, _install(_gpu_extra(seen))))
     else:
         facts["gpu"] += ", not usable"
         text = f"numba cannot use the GPU ({why_not})"
-        problems.append(Problem(text, f"pip install '{_gpu_extra(seen)}'"))
+        problems.append(Problem(text, _install(_gpu_extra(seen))))
     return Finding(facts, problems)
 
 
@@ -346,9 +346,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _gpu_extra(seen: str) -> str:
     """The extra that fits a driver: CUDA 13 needs version 580 or later."""
     driver = _numbers(seen.split(";")[0].rsplit(",", 1)[-1].strip())
-    return (
-        "minitorch[cuda12]" if driver and driver < (OLDEST_CUDA_13_DRIVER,) else "minitorch[cuda]"
-    )
+    return "cuda12" if driver and driver < (OLDEST_CUDA_13_DRIVER,) else "cuda"
+
+
+def _install(extra: str) -> str:
+    """The command for an extra. Not by name: a package index has another MiniTorch."""
+    return f"pip install -e '.[{extra}]' in the checkout"
 
 
 def _nvidia_smi() -> str | None:
