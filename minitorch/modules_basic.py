@@ -26,6 +26,10 @@ class Linear(Module):
 
     Parameters `weights` (in_size, out_size) and `bias` (out_size,) start uniform in
     +-1/sqrt(in_size).
+
+    Raises:
+        TypeError: `bias` is neither True nor False.
+
     """
 
     def __init__(
@@ -36,6 +40,9 @@ class Linear(Module):
         backend: TensorBackend = SimpleBackend,
     ) -> None:
         super().__init__()
+        if not isinstance(bias, bool | np.bool_):
+            hint = ": write backend=..." if isinstance(bias, TensorBackend) else ""
+            raise TypeError(f"Linear: bias must be True or False, got {bias!r}{hint}")
         self.in_size = in_size
         self.out_size = out_size
         bound = 1 / math.sqrt(in_size) if in_size else 0.0

@@ -164,6 +164,14 @@ def test_linear(bias: bool, rows: tuple[int, ...]) -> None:
         close(ours.bias.value.grad, theirs.bias.grad)
 
 
+def test_linear_wants_a_bias_that_is_true_or_false() -> None:
+    with pytest.raises(TypeError, match=r"bias must be True or False.*write backend="):
+        minitorch.Linear(7, 2, FAST)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"bias must be True or False, got 0\.5"):
+        minitorch.Linear(7, 2, 0.5)  # type: ignore[arg-type]
+    assert minitorch.Linear(7, 2, np.False_, FAST).bias is None  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dim", [3, 128])
 def test_layer_norm(dim: int) -> None:
     torch = pytest.importorskip("torch")
