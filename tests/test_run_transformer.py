@@ -292,6 +292,16 @@ def test_compare_shows_the_same_loss(text: Path, capsys: pytest.CaptureFixture[s
     assert float(printed.split("at any step: ")[1].split()[0]) < 1e-10
 
 
+def test_compare_misses_a_gpu_first(
+    text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minitorch.cuda, "is_available", lambda: False)
+    assert cli.main(["compare", "--data", str(text), "--device", "cuda"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: --device cuda needs a GPU")
+
+
 def test_measured_kinds_agree(text: Path) -> None:
     flash, standard = (
         measure(tiny(text, steps=3, attention=kind)) for kind in ("flash", "standard")

@@ -17,6 +17,7 @@ from rich.table import Table
 import minitorch
 
 from . import data
+from . import model as models
 from .memory import peak, restart_peak
 from .options import COMPARE_DEFAULTS, RunOptions
 from .report import Terminal
@@ -76,9 +77,13 @@ def compare_command(given: dict[str, object], terminal: Terminal) -> int:
     Returns:
         The exit code, 0.
 
+    Raises:
+        UserError: there is no GPU.
+
     """
     options = RunOptions().replaced({**COMPARE_DEFAULTS, **given})
     options.check()
+    models.backend(options.training.device)  # a GPU is missed before anything is printed
     model = options.model
     terminal.say(
         f"{options.training.steps} steps each: {model.layers} layers, d_model {model.d_model}, "
