@@ -79,6 +79,13 @@ class ParameterSlot:
         """The value in 16 bits."""
         return self.state.view(self.state.rounded(dtype), self.number)
 
+    def load(self, array: Array) -> None:
+        """Overwrite the value where it is: a graph that has been captured goes on with it."""
+        storage: DeviceArray = self.leaf._tensor._storage
+        storage.copy_from_host(array)
+        self.leaf.grad = None
+        self.state.round()
+
     def changed(self) -> None:
         """Elements of the value have been set by hand."""
         self.state.round()
@@ -126,7 +133,7 @@ class CapturableState:
         return contiguous_data(flat[start : start + value.size], value.shape)
 
     def adopt(self) -> None:
-        """Copy values that others have set (`load_state_dict` does) into the flat array."""
+        """Copy values that others have set (`Parameter.update` does) into the flat array."""
         for number, parameter in enumerate(self.parameters):
             value = parameter.value
             if value is self._leaves[number]:

@@ -27,12 +27,26 @@ class Parameter:
         self.update(x)
 
     def update(self, x: Any) -> None:
-        """Replace the value. Nobody who holds the old one sees a change."""
+        """Replace the value. Nobody who holds the old one sees a change, nor does a CUDA graph
+        that has been captured; `load` sets the value for one, too.
+        """
         self.value = x
         if hasattr(x, "requires_grad_"):
             x.requires_grad_(True)
             if self.name:
                 x.name = self.name
+
+    def load(self, array: Array) -> None:
+        """Set the value to that of an array of its shape, and forget the gradient.
+
+        The value is replaced; in place if it is optimised inside CUDA graphs
+        (`AdamW(capturable=True)`), which hold its address.
+        """
+        slot = getattr(getattr(self.value, "_tensor", None), "slot", None)
+        if slot is None:
+            self.update(_from_array(array, self.value))
+        else:
+            slot.load(array)
 
     def zero_grad(self) -> None:
         """Forget the gradient of a Tensor or the derivative of a Scalar."""
@@ -241,7 +255,7 @@ class Module:
         if problems:
             raise ValueError(f"state does not fit {type(self).__name__}: {'; '.join(problems)}")
         for name, array in arrays.items():
-            parameters[name].update(_from_array(array, parameters[name].value))
+            parameters[name].load(array)
 
 
 def _to_array(value: Any) -> Array:

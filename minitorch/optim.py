@@ -246,6 +246,7 @@ class Adam(Optimizer):
         capturable: keep everything on the GPU and change parameters in place, all by one kernel, so
             that a CUDA graph can capture the step. Every parameter must then be on the GPU and have
             a gradient at each step, and each gets a new value at once, a view of one flat array.
+            A graph goes on with what `load_state_dict` sets; `Parameter.update` it does not see.
 
     Raises:
         ValueError: an argument outside its range, or `capturable` with parameters on the CPU or
