@@ -11,18 +11,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch import TensorBackend
+from minitorch import TensorBackend, cuda_attention, cuda_attention_products, cuda_driver
 from minitorch.cuda_kernel_ops import CudaKernelOps
+from minitorch.device_array import DeviceArray
+from minitorch.kernels.flash_attention import cuda
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.philox import attention_dropout_mask
-from minitorch.kernels.runtime import SIMULATED
+from minitorch.kernels.runtime import SIMULATED, compute_capability
 from minitorch.tensor import Tensor
+from minitorch.tensor_data import TensorData
 from tests import references
 
 BACKEND = TensorBackend(CudaKernelOps)
 TOLERANCE = {"float32": 2e-5, "float64": 1e-11, "float16": 3e-3, "bfloat16": 2e-2}
 LONGEST = 20 if SIMULATED else 200
 MOST_COLUMNS = 12 if SIMULATED else 100
+HALF_DTYPES = ("float16", "bfloat16")
+IMPLEMENTATIONS = {"tiles": cuda, "rows": cuda_attention_products}
 NAMES = ("out", "logsumexp", "dq", "dk", "dv", "dmask")
 
 
@@ -57,6 +62,14 @@ attention: Any = references.attention
 def problem_of(tensors: Any, **arguments: Any) -> AttentionProblem:
     q, k, v = (t.shape for t in tensors[:3])
     return AttentionProblem.of(q, k, v, tensors[0].dtype, **arguments)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, implementation: str, problem: AttentionProblem) -> None:
+    """Let one implementation compute everything; skips the test where it cannot."""
+    module = IMPLEMENTATIONS[implementation]
+    if not module.supports(problem, compute_capability()):
+        pytest.skip(f"{implementation} need cuBLAS and tensor cores for {problem.dtype.name}")
+    monkeypatch.setattr(cuda_attention, "FLASH_ATTENTION", (module,))
 
 
 def run(
@@ -253,6 +266,37 @@ def test_more_heads_than_a_grid_has_rows() -> None:
     check([(heads, 1, 1), (heads, 2, 1), (heads, 2, 1)])
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_heads_more_than_two_to_the_31_elements_apart(
+    monkeypatch: pytest.MonkeyPatch, implementation: str
+) -> None:
+    """Of three heads in one array of NaNs the last begins beyond element 2**31: it gives the bits
+    that it gives in an array of its own. In the simulator the array is small.
+    """
+    apart, rows, columns = (256, 8, 8) if SIMULATED else (2**30 + 8, 160, 64)
+    count = rows * columns
+    if not SIMULATED and cuda_driver.memory_info()[0] < 5 * apart:
+        pytest.skip(f"needs {5 * apart >> 30} GiB of free GPU memory")
+    shape = (3, rows, columns)
+    near = [on_gpu(random(*shape, seed=n), "bfloat16") for n in range(4)]
+    array = DeviceArray.empty(2 * apart + 4 * count, near[0].dtype)
+    array.fill(math.nan)
+    far = []
+    for n, tensor in enumerate(near):
+        for head, matrix in enumerate(tensor.to_numpy()):
+            start = head * apart + n * count
+            array[start : start + count].copy_from_host(matrix)
+        data = TensorData._of(array[n * count :], shape, (apart, columns, 1))
+        far.append(Tensor(data, backend=BACKEND))
+    problem = problem_of(near, is_causal=True)
+    if SIMULATED:  # without cuBLAS: rows take the products of this project
+        monkeypatch.setattr(cuda_attention_products, "supports", lambda *_: True)
+    use(monkeypatch, implementation, problem)
+    there, here = (run(x[:3], None, (x[3], None), False, problem) for x in (far, near))
+    for name, got, want in zip(NAMES[:5], there[:5], here[:5], strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
 # ----- on hardware -----
 
 
@@ -265,12 +309,20 @@ def test_head_sizes(columns: int, dtype: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dropout_p", [0.0, 0.17])
-def test_250_runs_give_the_same_bits(dropout_p: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "dropout_p"),
+    [("float32", "tiles", 0.0), ("float32", "tiles", 0.17)]
+    + [(dtype, name, 0.0) for dtype in HALF_DTYPES for name in IMPLEMENTATIONS],
+)
+def test_250_runs_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, implementation: str, dropout_p: float
+) -> None:
     """After `test_flash_attn_race_condition` of Dao's FlashAttention."""
-    tensors = [on_gpu(random(60, 4, n, 64, seed=n)) for n in (239, 128, 128)]
-    grad_out = on_gpu(random(60, 4, 239, 64, seed=9))
+    nq, nk = (239, 128) if dtype == "float32" else (256, 256)
+    tensors = [on_gpu(random(60, 4, n, 64, seed=n), dtype) for n in (nq, nk, nk)]
+    grad_out = on_gpu(random(60, 4, nq, 64, seed=9), dtype)
     problem = problem_of(tensors, dropout_p=dropout_p, seed=3)
+    use(monkeypatch, implementation, problem)
     ops: Any = BACKEND.ops
     first = None
     for _ in range(250):
@@ -285,18 +337,49 @@ def test_250_runs_give_the_same_bits(dropout_p: float) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "length"),
+    [(dtype, "tiles", 257) for dtype in ("float32", *HALF_DTYPES)]
+    + [(dtype, name, 256) for dtype in HALF_DTYPES for name in IMPLEMENTATIONS],
+)
 @pytest.mark.parametrize("columns", [32, 64, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_error_within_twice_pytorchs(dtype: str, columns: int, is_causal: bool) -> None:
+def test_error_within_twice_pytorchs(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    implementation: str,
+    length: int,
+    columns: int,
+    is_causal: bool,
+) -> None:
+    check_error(monkeypatch, (2, 3, length, columns), dtype, implementation, is_causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_error_of_long_sums(monkeypatch: pytest.MonkeyPatch, is_causal: bool) -> None:
+    """dK and dV of the first keys are sums over 4096 queries, the early ones far the largest with a
+    causal mask. Begun with these, the sums' errors would be 4 times PyTorch's.
+    """
+    check_error(monkeypatch, (1, 1, 4096, 64), "float32", "tiles", is_causal)
+
+
+def check_error(
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    dtype: str,
+    implementation: str,
+    is_causal: bool,
+) -> None:
     """Dao's criterion: the error against float64 is at most twice (three times for gradients) that
     of PyTorch's attention in the same dtype.
     """
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU")
-    inputs = [on_gpu(random(2, 3, 257, columns, seed=n), dtype) for n in range(4)]
+    inputs = [on_gpu(random(*shape, seed=n), dtype) for n in range(4)]
     problem = problem_of(inputs, is_causal=is_causal)
+    use(monkeypatch, implementation, problem)
     ours = run(inputs[:3], None, (inputs[3], None), False, problem)
     exact = [x.to_numpy().astype(np.float64) for x in inputs]
     want: Any = attention(*exact, is_causal=is_causal)
