@@ -19,7 +19,7 @@ from ..runtime import NEGATIVE_INFINITY, SIMULATED, cuda, device_function, preci
 from ..vectors_cuda import vector_access
 from .cuda_registers import BYTES, Factor
 
-IN_FLIGHT = 8  # reads of a thread from global memory, before it uses the first
+IN_FLIGHT = 8  # reads of a thread from global memory before it uses the first; half for float64
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,8 @@ def tile_copier(
     pieces_of_row = -(-width // at_once)
     pieces = rows * pieces_of_row
     turns = -(-pieces // threads)
-    batch = next(n for n in range(min(turns, IN_FLIGHT), 0, -1) if turns % n == 0)
+    in_flight = IN_FLIGHT * 4 // (real.bitwidth // 8)
+    batch = next(n for n in range(min(turns, in_flight), 0, -1) if turns % n == 0)
     ragged, uint = pieces % threads != 0, types.uint32
     # Rows of a thread's pieces lie a constant apart, in one column, if rows divide the threads.
     regular, apart = threads % pieces_of_row == 0, threads // pieces_of_row
