@@ -146,7 +146,8 @@ def make_plan(out: View, *inputs: View) -> Plan:
 def _plan(shape: Ints, strides: tuple[Ints, ...], sizes: Ints, offsets: Ints) -> Plan:
     shape, merged = merge_dimensions(shape, *strides)
     strides = tuple(merged)
-    lanes = BYTES // max(sizes)
+    # An operand that repeats one number is not read as a vector: its size does not matter.
+    lanes = BYTES // max(n for n, steps in zip(sizes, strides, strict=True) if steps[-1] != 0)
     while lanes > 1 and not all(
         _allows(lanes, shape, *operand) for operand in zip(strides, sizes, offsets, strict=True)
     ):
@@ -419,8 +420,11 @@ def instances(
             yield _map_instance(fn, dtype, dims, lanes)
     for number, function in enumerate(zips):
         for dtype, dims, lanes in _layouts(every=number == 0):
-            for repeat in (False, True) if number == 0 and lanes > 1 else (False,):
-                yield _zip_instance(function, dtype, dims, lanes, repeat)
+            yield _zip_instance(function, dtype, dtype, dims, lanes, False)
+            if number == 0 and lanes > 1:
+                yield _zip_instance(function, dtype, dtype, dims, lanes, True)
+            if number == 0 and dtype in ("float16", "bfloat16"):  # beside a Python number
+                yield _zip_instance(function, dtype, "float32", dims, lanes, True)
 
 
 def _layouts(every: bool) -> Iterator[tuple[str, int, int]]:
@@ -441,11 +445,13 @@ def _map_instance(fn: Any, dtype: str, dims: int, lanes: int) -> Instance:
     )
 
 
-def _zip_instance(fn: Any, dtype: str, dims: int, lanes: int, repeat: bool) -> Instance:
+def _zip_instance(
+    fn: Any, dtype: str, y_dtype: str, dims: int, lanes: int, repeat: bool
+) -> Instance:
     array, ints = precision(dtype).array, types.UniTuple(types.int64, dims)
     return Instance(
-        f"zip[{fn.__name__}, {dtype}, dims={dims}, lanes={lanes}, repeat={repeat}]",
-        zip_kernel(fn, dtype, dtype, dtype, dims, lanes, (False, False, repeat)),
-        (array, array, array, ints, ints, ints, ints, types.int64),
+        f"zip[{fn.__name__}, {dtype}, {y_dtype}, dims={dims}, lanes={lanes}, repeat={repeat}]",
+        zip_kernel(fn, dtype, dtype, y_dtype, dims, lanes, (False, False, repeat)),
+        (array, array, precision(y_dtype).array, ints, ints, ints, ints, types.int64),
         most_registers=64,
     )

@@ -51,10 +51,12 @@ class CudaElementwiseOps(CudaMovementOps):
 
     @classmethod
     def zip(cls, fn: ZipFn) -> Callable[[Tensor, Tensor], Tensor]:
-        """See `TensorOps.zip`. Tensors of two dtypes are computed in the wider one."""
+        """See `TensorOps.zip`. Tensors of two dtypes are computed in the wider one; a number has no
+        say in that.
+        """
 
         def apply(a: Tensor, b: Tensor) -> Tensor:
-            out = cls.empty(shape_broadcast(a.shape, b.shape), promote(a.dtype, b.dtype))
+            out = cls.empty(shape_broadcast(a.shape, b.shape), _zip_dtype(a._tensor, b._tensor))
             zip_into(fn, view_of(out), view_of(a._tensor), view_of(b._tensor))
             return a._new(out)
 
@@ -70,6 +72,12 @@ class CudaElementwiseOps(CudaMovementOps):
             return a._new(fold(fn, start, a._tensor, dim))
 
         return apply
+
+
+def _zip_dtype(a: TensorData, b: TensorData) -> np.dtype[Any]:
+    if (a.number is None) == (b.number is None):
+        return promote(a.dtype, b.dtype)
+    return a.dtype if a.number is None else b.dtype
 
 
 def fold(fn: ZipFn, start: float, data: TensorData, dim: int) -> TensorData:

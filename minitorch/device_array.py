@@ -210,7 +210,8 @@ class DeviceArray:
 
 
 def _pattern(value: float, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    return np.array([value]).astype(dtype)
+    with np.errstate(over="ignore"):  # infinity, as in a kernel
+        return np.array([value]).astype(dtype)
 
 
 # ----- errors that kernels find -----

@@ -47,6 +47,13 @@ def promote(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
     return a if a.itemsize > b.itemsize else b
 
 
+def arithmetic_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype of a Python number beside elements of `dtype`, in which they are computed with:
+    float32 for 16 bits, as in PyTorch.
+    """
+    return FLOAT_DTYPES[0] if dtype.itemsize == 2 else dtype
+
+
 def get_default_dtype() -> np.dtype[Any]:
     """The dtype that Python numbers, lists and the factories get: float64 unless it was changed."""
     return _default_dtype

@@ -239,33 +239,39 @@ class Tensor:
 
     # ----- elementwise -----
 
-    def _ensure_tensor(self, b: TensorLike) -> Tensor:
-        """`b`, or a constant of shape (1,) in this tensor's dtype if it is a number."""
+    def _ensure_tensor(self, b: TensorLike, dtype: np.dtype[Any] | None = None) -> Tensor:
+        """`b`, or a constant of shape (1,) in this tensor's or another dtype if it is a number."""
         if isinstance(b, Tensor):
             return b
         if isinstance(b, int | float | np.number):
-            return self._new(self.backend.ops.constant(b, self.dtype))
+            return self._new(self.backend.ops.constant(b, self.dtype if dtype is None else dtype))
         raise TypeError(f"expected a number or a Tensor, got {type(b).__name__}")
 
+    def _operand(self, b: TensorLike) -> Tensor:
+        """`b` for arithmetic: a number is not rounded to 16 bits, in which 1e-6 would be 0."""
+        return self._ensure_tensor(b, dtypes.arithmetic_dtype(self.dtype))
+
     def __add__(self, b: TensorLike) -> Tensor:
-        return Add.apply(self, self._ensure_tensor(b))
+        return Add.apply(self, self._operand(b))
 
     def __sub__(self, b: TensorLike) -> Tensor:
-        return Add.apply(self, self._ensure_tensor(-b))
+        return Add.apply(self, self._operand(-b))
 
     def __mul__(self, b: TensorLike) -> Tensor:
-        return Mul.apply(self, self._ensure_tensor(b))
+        return Mul.apply(self, self._operand(b))
 
     def __truediv__(self, b: TensorLike) -> Tensor:
-        if isinstance(b, int | float | np.number) and b:
-            return self * (1.0 / float(self.dtype.type(b)))  # what Inv would give
+        if isinstance(b, int | float | np.number):
+            divisor = float(dtypes.arithmetic_dtype(self.dtype).type(b))
+            if divisor:
+                return self * (1.0 / divisor)  # what Inv would give
         return Mul.apply(self, Inv.apply(self._ensure_tensor(b)))
 
     def __rtruediv__(self, b: TensorLike) -> Tensor:
-        return Mul.apply(self._ensure_tensor(b), Inv.apply(self))
+        return Mul.apply(self._operand(b), Inv.apply(self))
 
     def __pow__(self, b: TensorLike) -> Tensor:
-        return PowerScalar.apply(self, self._ensure_tensor(b))
+        return PowerScalar.apply(self, self._operand(b))
 
     def __matmul__(self, b: Tensor) -> Tensor:
         return MatMul.apply(self, b)
@@ -300,7 +306,7 @@ class Tensor:
         return self * b
 
     def __rsub__(self, b: TensorLike) -> Tensor:
-        return self._ensure_tensor(b) - self
+        return self._operand(b) - self
 
     def is_close(self, y: Tensor) -> Tensor:
         """1.0 where the two differ by less than 0.01."""

@@ -92,7 +92,7 @@ class PowerScalar(Function):
         exponent = scalar.item()
         if exponent == 0:  # 0 * a**-1 is not 0 at a = 0
             return grad_output.zeros(), 0.0
-        power = a.f.pow_scalar_zip(a, scalar + -1.0)
+        power = a.f.pow_scalar_zip(a, scalar._ensure_tensor(exponent - 1.0))
         return grad_output.f.mul_zip(grad_output, power * exponent), 0.0
 
 

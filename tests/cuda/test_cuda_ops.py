@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -357,6 +358,62 @@ def test_gradients_of_movement_sums_and_products() -> None:
     minitorch.grad_check(lambda x: x.sum(0) * x.sum(1).sum(), a)
     minitorch.grad_check(lambda x: x @ x.permute(1, 0), a)
     minitorch.grad_check(lambda x: x.permute(1, 0).contiguous().view(6), a)
+
+
+# ----- Python numbers beside 16 bits -----
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_number_is_not_rounded_to_sixteen_bits(dtype: str) -> None:
+    """The result is rounded once, as in PyTorch."""
+    expressions: list[Callable[[Any], Any]] = [
+        lambda x: x / 1e-6,
+        lambda x: x * 70000.0,
+        lambda x: x + 1e-5,
+        lambda x: x - 0.1,
+        lambda x: 0.1 - x,
+        lambda x: 0.001 * x,
+        lambda x: x**1.1,
+        lambda x: x / 3,
+        lambda x: x + 1e6,
+    ]
+    array = np.array([[1e-3, 2e-5, 6e-3], [0.25, 1e-2, 3e-4]]).astype(dtype_of(dtype))
+    for number, expression in enumerate(expressions):
+        x = minitorch.tensor_from_numpy(array, backend=backend)
+        y = expression(x)
+        with np.errstate(over="ignore"):
+            wanted = expression(array.astype(np.float32)).astype(dtype_of(dtype))
+        assert y.dtype == dtype_of(dtype)
+        np.testing.assert_array_equal(y.to_numpy(), wanted, err_msg=f"number {number}")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_nor_is_it_in_the_gradient(dtype: str) -> None:
+    given = np.array([1e-4, 3e-4, 2e-5]).astype(dtype_of(dtype))
+    cases: list[tuple[Callable[[Tensor], Tensor], float]] = [
+        (lambda x: x / 1e-6, 1e6),
+        (lambda x: x * 70000.0, 70000.0),
+        (lambda x: 0.1 - x, -1.0),
+        (lambda x: x**1.0001, 1.0001),
+    ]
+    for expression, factor in cases:
+        ones = np.ones(3, dtype_of(dtype))
+        x = minitorch.tensor_from_numpy(ones, backend=backend, requires_grad=True)
+        expression(x).backward(minitorch.tensor_from_numpy(given, backend=backend))
+        wanted = (given.astype(np.float32) * np.float32(factor)).astype(dtype_of(dtype))
+        assert x.grad is not None and x.grad.dtype == dtype_of(dtype)
+        np.testing.assert_array_equal(x.grad.to_numpy(), wanted)
+
+
+def test_comparisons_are_in_sixteen_bits() -> None:
+    """As in PyTorch: 0.1 is equal to the number that it became."""
+    x = minitorch.tensor_from_numpy(np.full(3, 0.1, np.float16), backend=backend)
+    assert (x == 0.1).to_numpy().tolist() == [1, 1, 1]
+    assert (x < 1e6).to_numpy().tolist() == [1, 1, 1]
+    assert (x / 0.0).to_numpy().tolist() == [np.inf] * 3
+    assert (x == 0.1).dtype == (x / 0.0).dtype == np.float16
 
 
 # ----- on the hardware: sizes and layouts that the simulator is too slow for -----
