@@ -39,17 +39,32 @@ LARGEST_SCALE = 2.0**127  # the largest power of 2 in float32
 
 
 @cache
-def _update(real: Any) -> Any:
-    """Device function: new values of p, m and v in place, of `COUNT` elements."""
+def _update(precision_name: str) -> Any:
+    """Device function: new values of p, m and v in place, of the `COUNT` elements from `first`."""
+    real = precision(precision_name).real
+    load, store = flat_access(precision_name)
     one = real(1.0)
 
     @device_function
-    def update(p, g, m, v, factor, keep, rate, eps, beta1, beta2):
+    def update(
+        param, grad, exp_avg, exp_avg_sq, first, size, factor, keep, rate, eps, beta1, beta2
+    ):
+        p = cuda.local.array(COUNT, real)
+        g = cuda.local.array(COUNT, real)
+        m = cuda.local.array(COUNT, real)
+        v = cuda.local.array(COUNT, real)
+        load(param, first, size, p)
+        load(grad, first, size, g)
+        load(exp_avg, first, size, m)
+        load(exp_avg_sq, first, size, v)
         for k in range(COUNT):
-            grad = g[k] * factor
-            m[k] = beta1 * m[k] + (one - beta1) * grad
-            v[k] = beta2 * v[k] + (one - beta2) * grad * grad
+            d = g[k] * factor
+            m[k] = beta1 * m[k] + (one - beta1) * d
+            v[k] = beta2 * v[k] + (one - beta2) * d * d
             p[k] = keep * p[k] - rate * m[k] / (real(math.sqrt(v[k])) + eps)
+        store(param, first, size, p)
+        store(exp_avg, first, size, m)
+        store(exp_avg_sq, first, size, v)
 
     return update
 
@@ -86,27 +101,17 @@ def step(
 @cache
 def step_kernel(precision_name: str) -> Any:
     """Each element by itself; rate and eps carry the corrections: both are times sqrt(1 - b2^t)."""
-    real = precision(precision_name).real
-    load, store = flat_access(precision_name)
-    update = _update(real)
+    real, update = precision(precision_name).real, _update(precision_name)
     one = real(1.0)
 
     @kernel(THREADS)
     def adamw(param, grad, exp_avg, exp_avg_sq, size, keep, rate, eps, beta1, beta2):
-        p = cuda.local.array(COUNT, real)
-        g = cuda.local.array(COUNT, real)
-        m = cuda.local.array(COUNT, real)
-        v = cuda.local.array(COUNT, real)
         first = flat_first()
         if first < size:
-            load(param, first, size, p)
-            load(grad, first, size, g)
-            load(exp_avg, first, size, m)
-            load(exp_avg_sq, first, size, v)
-            update(p, g, m, v, one, keep, rate, eps, beta1, beta2)
-            store(param, first, size, p)
-            store(exp_avg, first, size, m)
-            store(exp_avg_sq, first, size, v)
+            update(
+                param, grad, exp_avg, exp_avg_sq, first, size,
+                one, keep, rate, eps, beta1, beta2,
+            )  # fmt: skip
 
     return adamw
 
@@ -141,28 +146,18 @@ def captured_step(
 @cache
 def captured_step_kernel(precision_name: str) -> Any:
     """Each element by itself."""
-    real = precision(precision_name).real
-    load, store = flat_access(precision_name)
-    update = _update(real)
+    real, update = precision(precision_name).real, _update(precision_name)
 
     @kernel(THREADS)
     def captured_adamw(param, grad, exp_avg, exp_avg_sq, size, scalars, beta1, beta2):
-        p = cuda.local.array(COUNT, real)
-        g = cuda.local.array(COUNT, real)
-        m = cuda.local.array(COUNT, real)
-        v = cuda.local.array(COUNT, real)
         first = flat_first()
         if first < size and scalars[STEP_SKIP] == 0.0:
             factor = real(scalars[STEP_FACTOR])
             keep, rate, eps = real(scalars[KEEP]), real(scalars[RATE]), real(scalars[EPS])
-            load(param, first, size, p)
-            load(grad, first, size, g)
-            load(exp_avg, first, size, m)
-            load(exp_avg_sq, first, size, v)
-            update(p, g, m, v, factor, keep, rate, eps, beta1, beta2)
-            store(param, first, size, p)
-            store(exp_avg, first, size, m)
-            store(exp_avg_sq, first, size, v)
+            update(
+                param, grad, exp_avg, exp_avg_sq, first, size,
+                factor, keep, rate, eps, beta1, beta2,
+            )  # fmt: skip
 
     return captured_adamw
 
