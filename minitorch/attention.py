@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .cuda_precision import fp32_precision
 from .fused_functions import LogSumExp, Softmax
 from .kernels.flash_attention.problem import AttentionProblem, Causal, Window
 from .kernels.philox import attention_dropout_mask as philox_mask
@@ -159,6 +160,7 @@ def describe(
         window=window,
         enable_gqa=enable_gqa,
         seed=0 if seed is None else seed,
+        fp32_precision=fp32_precision(),
     )
     if seed is None and problem.dropout_p > 0:
         return replace(problem, seed=next_seed())

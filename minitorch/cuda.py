@@ -18,6 +18,7 @@ from . import cuda_driver as driver
 from .allocator import OutOfMemoryError
 from .cublas import get_float32_matmul_precision, set_float32_matmul_precision
 from .cuda_graph import Graph
+from .cuda_precision import fp32_precision
 from .device_array import raise_deferred_errors
 from .kernels import runtime
 
@@ -27,6 +28,7 @@ __all__ = [
     "config",
     "device_name",
     "empty_cache",
+    "fp32_precision",
     "get_float32_matmul_precision",
     "is_available",
     "max_memory_allocated",

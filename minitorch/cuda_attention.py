@@ -6,7 +6,7 @@ No mathematics here, but for the sums of gradients of what was broadcast.
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,25 +27,72 @@ from .tensor_data import TensorData, strides_from_shape
 if TYPE_CHECKING:
     from .tensor import Tensor
 
-# Implementations, the fastest first: modules with supports, forward and backward like `cuda`.
-FLASH_ATTENTION = (cuda_attention_products, cuda)
+# Implementations, the fastest first; the last takes whatever any of them takes. A module has
+#   NAME                               for people
+#   why_not(problem, architecture)     None if it computes the problem, else why not, in words
+#   forward, backward                  like those of `cuda`; without `backward` it is forward only
+# and if need be
+#   why_not_backward                   where the backward pass takes less than the forward pass
+#   ROW_ALIGNMENT                      bytes at whose multiples the rows it reads must begin
+#   forward_workspace, backward_workspace    (problem, heads, architecture) -> bytes of device
+#                                      memory, which the pass gets as `workspace`, in float32
+#   tiles(problem, architecture, backward)   says the sizes of its tiles, for people
+FLASH_ATTENTION: tuple[Any, ...] = (cuda_attention_products, cuda)
 
 
-def _implementation(problem: AttentionProblem) -> Any:
-    """The first that supports the problem on this GPU.
+class Choice(NamedTuple):
+    """Which implementation computes a pass, and why each one before it does not: (name, reason)."""
+
+    module: Any
+    passed_over: tuple[tuple[str, str], ...]
+
+
+def choose(
+    problem: AttentionProblem, architecture: tuple[int, int], backward: bool = False
+) -> Choice:
+    """The first of `FLASH_ATTENTION` that computes the forward (or backward) pass of the problem.
+
+    A pure function: it asks no GPU anything.
 
     Raises:
         ValueError: none does.
 
     """
-    architecture = compute_capability()
+    passed_over: list[tuple[str, str]] = []
     for module in FLASH_ATTENTION:
-        if module.supports(problem, architecture):
-            return module
+        reason = _why_not(module, problem, architecture, backward)
+        if reason is None:
+            return Choice(module, tuple(passed_over))
+        passed_over.append((module.NAME, reason))
+    name, reason = passed_over[-1]
     raise ValueError(
-        f"flash attention on a GPU takes head sizes up to {cuda.MOST_COLUMNS}, got query "
-        f"{problem.query_shape} and value {problem.value_shape}"
+        f"flash attention on a GPU: {reason} ({name}), got query {problem.query_shape} and value "
+        f"{problem.value_shape}"
     )
+
+
+def _why_not(
+    module: Any, problem: AttentionProblem, architecture: tuple[int, int], backward: bool
+) -> str | None:
+    reason: str | None = None
+    if backward:
+        if not hasattr(module, "backward"):
+            return "it has a forward pass alone"
+        reason = getattr(module, "why_not_backward", module.why_not)(problem, architecture)
+        return reason
+    reason = module.why_not(problem, architecture)
+    return reason
+
+
+def _workspace(
+    module: Any, which: str, problem: AttentionProblem, architecture: tuple[int, int]
+) -> dict[str, Any]:
+    """The argument `workspace` of a module that wants one for a pass."""
+    size_of = getattr(module, f"{which}_workspace", None)
+    if size_of is None:
+        return {}
+    size = -(-size_of(problem, _heads(problem), architecture) // 4)
+    return {"workspace": DeviceArray.empty(size, np.float32).array}
 
 
 # ----- from tensors of any leading dimensions to (batch, heads, rows, columns) -----
@@ -88,20 +135,53 @@ def _merged_stride(shape: Shape, strides: Shape) -> int | None:
     return merged
 
 
-def _matrices(data: TensorData, leading: Shape) -> Matrices:
+def _matrices(data: TensorData, leading: Shape, alignment: int = 1) -> Matrices:
     """`data` (..., rows, columns), broadcast to the leading dimensions, as (batch, heads, rows,
-    columns); copied only if its batch has no single stride.
+    columns); copied only if its batch has no single stride, or its rows do not begin at multiples
+    of `alignment` bytes.
     """
+    if alignment > 1:
+        data = _aligned(data, alignment)
     wide = data.broadcast_to((*leading, *data.shape[-2:]))
     batch = _merged_stride(wide.shape[:-3], wide.strides[:-3])
     if batch is None:
-        return _matrices(_contiguous(wide), leading)
+        return _matrices(_contiguous(wide), leading, alignment)
     storage = device_storage(wide)
     if storage.dtype.kind == "b":
         storage = storage.view(np.uint8)
     heads = wide.strides[-3] if len(wide.shape) > 2 else 0
     strides = (batch, heads, *wide.strides[-2:])
     return Matrices(storage.array, storage.pointer, tuple(int(s) for s in strides), storage)
+
+
+def _aligned(data: TensorData, alignment: int) -> TensorData:
+    """`data` if its rows are contiguous and begin at multiples of `alignment` bytes; else a copy in
+    rows that do, with zeros between a row's end and the next multiple. The stride of a dimension
+    of size 1 says nothing, and becomes such a multiple.
+    """
+    itemsize = data.dtype.itemsize
+    multiple = max(1, alignment // itemsize)
+    columns = data.shape[-1]
+    width = -(-columns // multiple) * multiple
+    if data.size == 0:
+        return data
+    *steps, last = (
+        width if n == 1 else step for n, step in zip(data.shape, data.strides, strict=True)
+    )
+    storage = device_storage(data)
+    if (
+        (last == 1 or columns == 1)
+        and storage.pointer % alignment == 0
+        and not any(step % multiple for step in steps)
+    ):
+        return TensorData._of(storage, data.shape, (*steps, 1))
+    padded = strides_from_shape((*data.shape[:-1], width))
+    copy = DeviceArray.empty(width * prod(data.shape[:-1]), data.dtype)
+    if width != columns:
+        copy.fill(0)
+    out = TensorData._of(copy, data.shape, padded)
+    copy_into(view_of(out), view_of(data))
+    return out
 
 
 def _mask_matrices(problem: AttentionProblem, mask: TensorData) -> tuple[Matrices, str]:
@@ -112,16 +192,21 @@ def _mask_matrices(problem: AttentionProblem, mask: TensorData) -> tuple[Matrice
 
 
 def _inputs(
-    problem: AttentionProblem, query: Tensor, key: Tensor, value: Tensor, mask: TensorData | None
+    problem: AttentionProblem,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: TensorData | None,
+    alignment: int,
 ) -> Inputs:
     heads = _heads(problem)
     mask_matrices, mask_kind = None, "none"
     if mask is not None and problem.seqlen_q and problem.seqlen_k:
         mask_matrices, mask_kind = _mask_matrices(problem, mask)
     return Inputs(
-        _matrices(query._tensor, problem.leading),
-        _matrices(key._tensor, _leading(problem, heads.k_group)),
-        _matrices(value._tensor, _leading(problem, heads.v_group)),
+        _matrices(query._tensor, problem.leading, alignment),
+        _matrices(key._tensor, _leading(problem, heads.k_group), alignment),
+        _matrices(value._tensor, _leading(problem, heads.v_group), alignment),
         mask_matrices,
         mask_kind,
         device_offset().array,
@@ -173,7 +258,7 @@ def _summed_to_heads(data: TensorData, shape: Shape) -> TensorData:
 
 
 class CudaAttentionOps(StorageOps):
-    """Flash attention by the first kernel in `FLASH_ATTENTION` that supports it."""
+    """Flash attention by the first kernels in `FLASH_ATTENTION` that compute it."""
 
     @staticmethod
     def flash_attention_forward(
@@ -186,14 +271,16 @@ class CudaAttentionOps(StorageOps):
         """See `FusedOps.flash_attention_forward`. The logsumexp of 16-bit tensors is float32; the
         output lies in memory in the order of the query's dimensions.
         """
-        module = _implementation(problem)
+        architecture = compute_capability()
+        module = choose(problem, architecture).module
+        alignment = getattr(module, "ROW_ALIGNMENT", 1)
         out = _like_layout(problem.out_shape, problem.dtype, query._tensor)
         exact = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
         rows = DeviceArray.empty(prod(problem.logsumexp_shape), exact)
-        inputs = _inputs(problem, query, key, value, attn_mask)
+        inputs = _inputs(problem, query, key, value, attn_mask, alignment)
         module.forward(
             problem, _heads(problem), inputs, _matrices(out, problem.leading), rows.array,
-            compute_capability(),
+            architecture, **_workspace(module, "forward", problem, architecture),
         )  # fmt: skip
         return query._new(out), query._new(contiguous_data(rows, problem.logsumexp_shape))
 
@@ -211,7 +298,9 @@ class CudaAttentionOps(StorageOps):
         needs_mask_grad: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `FusedOps.flash_attention_backward`."""
-        module, heads = _implementation(problem), _heads(problem)
+        architecture, heads = compute_capability(), _heads(problem)
+        module = choose(problem, architecture, backward=True).module
+        alignment = getattr(module, "ROW_ALIGNMENT", 1)
         leading, kept = problem.leading, _leading(problem, heads.group)
         lengths = problem.seqlen_q, problem.seqlen_k
         dq = _like_layout((*leading, lengths[0], problem.head_dim), problem.dtype, query._tensor)
@@ -228,17 +317,17 @@ class CudaAttentionOps(StorageOps):
         grad_rows = None
         if grad_logsumexp is not None:
             grad_rows = device_storage(_contiguous(grad_logsumexp._tensor))
-        inputs = _inputs(problem, query, key, value, attn_mask)
+        inputs = _inputs(problem, query, key, value, attn_mask, alignment)
         do = grad_out._tensor.broadcast_to(problem.out_shape)
         targets = _matrices(dq, leading), _matrices(dk, kept), _matrices(dv, kept)
         module.backward(
             problem, heads, inputs, _matrices(out._tensor, leading), device_storage(rows).array,
-            _matrices(do, leading), None if grad_rows is None else grad_rows.array,
+            _matrices(do, leading, alignment), None if grad_rows is None else grad_rows.array,
             Gradients(
                 *targets, None if ds is None else device_storage(ds).array,
                 (workspace[0].array, workspace[1].array),
             ),
-            compute_capability(),
+            architecture, **_workspace(module, "backward", problem, architecture),
         )  # fmt: skip
         dmask = None
         if ds is not None and attn_mask is not None:
@@ -253,4 +342,4 @@ class CudaAttentionOps(StorageOps):
         )
 
 
-__all__ = ["CudaAttentionOps"]
+__all__ = ["FLASH_ATTENTION", "Choice", "CudaAttentionOps", "choose"]

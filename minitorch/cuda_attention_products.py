@@ -25,27 +25,32 @@ from .kernels.flash_attention.cuda import Gradients, Heads, Inputs, Matrices
 from .kernels.flash_attention.problem import AttentionProblem
 from .tensor_data import TensorData
 
+NAME = "rows"
 SCORES_BYTES = 32 << 20  # of float32 scores in memory at once; two thirds of an H200's L2 cache
 MOST_SCORES = 2048 * 2048  # of one head
 MULTIPLE = 8  # of head sizes and keys: 16 bytes, what tensor cores read
 
 
-def supports(problem: AttentionProblem, architecture: tuple[int, int]) -> bool:
-    """Whether this computes it, on a GPU of this compute capability, and is the faster way."""
+def why_not(problem: AttentionProblem, architecture: tuple[int, int]) -> str | None:
+    """None if this computes it, on a GPU of this compute capability, and is the faster way; else
+    why not.
+    """
     tensor_cores = (8, 0) if problem.dtype.name == "bfloat16" else (7, 0)
     sizes = problem.head_dim, problem.value_dim, problem.seqlen_k
-    return (
-        problem.dtype in HALF_DTYPES
-        and architecture >= tensor_cores
-        and cublas.is_available()
-        and problem.mask_kind == "none"
-        and problem.dropout_p == 0
-        and not problem.enable_gqa
-        and all(size and size % MULTIPLE == 0 for size in sizes)
-        and 0 < problem.seqlen_q * problem.seqlen_k <= MOST_SCORES
-        and problem.seqlen_k <= cuda_score_rows.MOST_COLUMNS
-        and problem.seqlen_q > 1  # one query reads each key once: no work for tensor cores
-    )
+    scores = problem.seqlen_q * problem.seqlen_k
+    reasons = {
+        "it is for float16 and bfloat16": problem.dtype not in HALF_DTYPES,
+        "this GPU has no tensor cores for the dtype": architecture < tensor_cores,
+        "there is no cuBLAS": not cublas.is_available(),
+        "it has no mask": problem.mask_kind != "none",
+        "it has no dropout": problem.dropout_p > 0,
+        "it has no shared key heads": problem.enable_gqa,
+        f"sizes must be multiples of {MULTIPLE}": not all(n and n % MULTIPLE == 0 for n in sizes),
+        "a head's scores are too many": scores > MOST_SCORES
+        or problem.seqlen_k > cuda_score_rows.MOST_COLUMNS,
+        "one query reads each key once: no work for tensor cores": problem.seqlen_q <= 1,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def forward(

@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         {
             "allocator",
             "cuda_driver",
+            "cuda_precision",
             "device_array",
             "dlpack",
             "dtypes",

@@ -30,6 +30,7 @@ from .problem import AttentionProblem
 Architecture = tuple[int, int]
 Ints = tuple[int, ...]
 
+NAME = "simt"
 PRECISIONS = ("float32", "float64", "float16", "bfloat16")
 MOST_COLUMNS = 256  # of a query, a key or a value
 
@@ -89,10 +90,11 @@ class Inputs(NamedTuple):
     offset: Any
 
 
-def supports(problem: AttentionProblem, architecture: Architecture) -> bool:
-    """Whether these kernels compute it, on a GPU of this compute capability."""
-    sizes = problem.head_dim, problem.value_dim
-    return problem.dtype.name in PRECISIONS and max(sizes) <= MOST_COLUMNS
+def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
+    """None if these kernels compute it, on a GPU of this compute capability; else why not."""
+    if max(problem.head_dim, problem.value_dim) > MOST_COLUMNS:
+        return f"it takes head sizes up to {MOST_COLUMNS}"
+    return None
 
 
 # ----- sizes of tiles -----
@@ -437,4 +439,4 @@ def _name(kind: Kind) -> str:
     return f"{kind.precision}, {kind.head_dim}, {kind.value_dim}, {kind.mask}{flags}"
 
 
-__all__ = ["Gradients", "Heads", "Inputs", "Matrices", "backward", "forward", "supports"]
+__all__ = ["Gradients", "Heads", "Inputs", "Matrices", "backward", "forward", "why_not"]

@@ -16,8 +16,10 @@ from numpy.typing import DTypeLike, NDArray
 Shape = tuple[int, ...]
 Causal = bool | Literal["top-left", "bottom-right"]
 Window = tuple[int | None, int | None]
+Float32Precision = Literal["ieee", "tf32", "tf32x3"]
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
+FLOAT32_PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class AttentionProblem:
     dropout_p: float
     seed: int
     enable_gqa: bool
+    fp32_precision: Float32Precision = "ieee"
 
     @staticmethod
     def of(
@@ -74,6 +77,7 @@ class AttentionProblem:
         window: Window | None = None,
         enable_gqa: bool = False,
         seed: int = 0,
+        fp32_precision: Float32Precision = "ieee",
     ) -> AttentionProblem:
         """Check every argument; ValueError or TypeError says which is wrong, and what is wanted.
 
@@ -88,6 +92,8 @@ class AttentionProblem:
             window: (left, right), each None or -1 (unbounded) or a number of keys >= 0.
             enable_gqa: query's third-last dimension (heads) may be a multiple of key's and value's.
             seed: 64-bit key of the dropout mask.
+            fp32_precision: how a GPU may multiply float32 numbers: "ieee", "tf32" or "tf32x3" (see
+                `minitorch.cuda.fp32_precision`).
         """
         kind = np.dtype(dtype)
         if kind.name not in DTYPES:
@@ -111,6 +117,7 @@ class AttentionProblem:
             dropout_p=_dropout_p(dropout_p),
             seed=_seed(seed),
             enable_gqa=bool(enable_gqa),
+            fp32_precision=checked_fp32_precision(fp32_precision),
         )
 
     @property
@@ -280,3 +287,11 @@ def _seed(seed: int) -> int:
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}; wanted an integer in [0, 2**64).")
     return int(seed)
+
+
+def checked_fp32_precision(name: str) -> Float32Precision:
+    """`name` itself; ValueError if it is none of `FLOAT32_PRECISIONS`."""
+    if name not in FLOAT32_PRECISIONS:
+        names = ", ".join(map(repr, FLOAT32_PRECISIONS))
+        raise ValueError(f"fp32_precision is {name!r}; wanted one of {names}.")
+    return name  # type: ignore[return-value]

@@ -46,7 +46,7 @@ def test_like_the_reference(
     q, k, v, do = arrays(dtype, batch, heads, queries, keys, size)
     monkeypatch.setattr(cuda_attention_products, "SCORES_BYTES", 3 * 4 * queries * keys)
     monkeypatch.setattr(dispatch, "FLASH_ATTENTION", (cuda_attention_products,))
-    monkeypatch.setattr(dispatch, "_implementation", lambda problem: cuda_attention_products)
+    monkeypatch.setattr(cuda_attention_products, "why_not", lambda *_: None)
     problem = AttentionProblem.of(q.shape, k.shape, v.shape, np.float64, **settings)
     q64, k64, v64, do64 = (x.to_numpy().astype(np.float64) for x in (q, k, v, do))
     wanted, logsumexp = standard_attention(problem, q64, k64, v64, None)
@@ -77,7 +77,7 @@ def test_what_is_left_to_the_other_kernels() -> None:
     def supported(dtype: str = "float16", **settings: Any) -> bool:
         given = np.dtype(dtype)
         problem = AttentionProblem.of(shape, shape, shape, given, **settings)
-        return cuda_attention_products.supports(problem, (9, 0))
+        return cuda_attention_products.why_not(problem, (9, 0)) is None
 
     assert supported(is_causal=True) is not runtime.SIMULATED
     for settings in ({"dropout_p": 0.1}, {"dtype": "float32"}, {"attn_mask": np.ones((64, 64))}):

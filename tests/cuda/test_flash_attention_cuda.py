@@ -67,8 +67,9 @@ def problem_of(tensors: Any, **arguments: Any) -> AttentionProblem:
 def use(monkeypatch: pytest.MonkeyPatch, implementation: str, problem: AttentionProblem) -> None:
     """Let one implementation compute everything; skips the test where it cannot."""
     module = IMPLEMENTATIONS[implementation]
-    if not module.supports(problem, compute_capability()):
-        pytest.skip(f"{implementation} need cuBLAS and tensor cores for {problem.dtype.name}")
+    reason = module.why_not(problem, compute_capability())
+    if reason is not None:
+        pytest.skip(f"{implementation}: {reason}")
     monkeypatch.setattr(cuda_attention, "FLASH_ATTENTION", (module,))
 
 
@@ -290,7 +291,7 @@ def test_heads_more_than_two_to_the_31_elements_apart(
         far.append(Tensor(data, backend=BACKEND))
     problem = problem_of(near, is_causal=True)
     if SIMULATED:  # without cuBLAS: rows take the products of this project
-        monkeypatch.setattr(cuda_attention_products, "supports", lambda *_: True)
+        monkeypatch.setattr(cuda_attention_products, "why_not", lambda *_: None)
     use(monkeypatch, implementation, problem)
     there, here = (run(x[:3], None, (x[3], None), False, problem) for x in (far, near))
     for name, got, want in zip(NAMES[:5], there[:5], here[:5], strict=True):
