@@ -22,6 +22,8 @@ import numba
 import numba.cuda
 import numpy as np
 
+from . import compile_cache
+
 # numba publishes no types for its CUDA target: it is named Any once, here, and the checkers stay
 # strict elsewhere.
 cuda: Any = numba.cuda
@@ -43,6 +45,13 @@ def compute_capability() -> tuple[int, int]:
     """Of the current device, (9, 0) for a Hopper GPU; the simulator says (5, 2)."""
     major, minor = cuda.get_current_device().compute_capability
     return int(major), int(minor)
+
+
+@cache
+def architecture() -> str:
+    """That the compiler makes code for on the current device: "sm_80", "sm_90a"."""
+    major, minor = compute_capability()
+    return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
 # ----- compiling -----
@@ -131,8 +140,9 @@ def launch(
 ) -> None:
     """Launch a kernel on the current stream.
 
-    numba takes 20 to 60 us for that. It compiles and launches the first time; later calls with
-    arguments of the same types go to the driver directly, in about 8 us.
+    numba takes 20 to 60 us for that. The first time it compiles, if no process has before
+    (`compile_cache.py`); calls with arguments of the usual types go to the driver directly, in
+    about 8 us.
 
     Args:
         kernel: compiled by `kernel`.
@@ -143,20 +153,16 @@ def launch(
 
     """
     packed = None if SIMULATED else _pack(arguments)
-    if packed is not None:
-        values, kinds = packed
-        function = _functions.get((kernel, kinds))
-        if function is not None:
-            _launch_directly(function, grid, threads, shared_bytes, values)
-            return
-    if shared_bytes > SHARED_BYTES and not SIMULATED:
-        _allow_shared_memory(kernel, arguments, shared_bytes)
-    kernel[grid, threads, current_stream(), shared_bytes](*arguments)
-    if packed is not None:
-        signature = tuple(kernel.typeof_pyval(x) for x in arguments)
-        compiled = kernel.overloads.get(signature)
-        if compiled is not None:
-            _functions[kernel, kinds] = int(compiled._codelibrary.get_cufunc().handle)
+    if packed is None:
+        kernel[grid, threads, current_stream(), shared_bytes](*arguments)
+        return
+    values, kinds = packed
+    function = _functions.get((kernel, kinds))
+    if function is None:
+        function = _functions[kernel, kinds] = _Function(_machine_code(kernel, arguments))
+    if shared_bytes > function.shared_bytes:
+        function.allow(shared_bytes)
+    _launch_directly(function.handle, grid, threads, shared_bytes, values)
 
 
 # ----- launching without numba -----
@@ -164,7 +170,32 @@ def launch(
 SHARED_BYTES = 48 * 1024  # of a block, on any GPU
 MOST_VALUES = 256  # of a kernel's arguments, an array being seven
 
-_functions: dict[tuple[Any, tuple[Any, ...]], int] = {}
+
+class _Function:
+    """A compiled kernel in the driver's hands.
+
+    Args:
+        handle: the driver's (CUkernel).
+
+    """
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.shared_bytes = SHARED_BYTES  # of dynamic shared memory that a block may have
+
+    def allow(self, shared_bytes: int) -> None:
+        """Let a block have more than `SHARED_BYTES`: it must be asked for."""
+        driver = _driver()
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        device = int(cuda.get_current_device().id)
+        handle = driver.CUkernel(self.handle)
+        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, device)
+        if int(status) != 0:
+            raise RuntimeError(f"the GPU gives no block {shared_bytes} bytes of shared memory")
+        self.shared_bytes = shared_bytes
+
+
+_functions: dict[tuple[Any, tuple[Any, ...]], _Function] = {}
 _parameters = threading.local()
 _WHOLE_NUMBERS = (np.int32, np.uint32, np.int64)
 
@@ -214,16 +245,17 @@ def _words_of(array: Any) -> tuple[int, ...] | None:
     return array._words  # type: ignore[no-any-return]
 
 
-def _allow_shared_memory(kernel: Any, arguments: tuple[Any, ...], shared_bytes: int) -> None:
-    """Let a block of the kernel have more than `SHARED_BYTES`: it must be asked for."""
-    compiled = kernel.compile(tuple(kernel.typeof_pyval(x) for x in arguments))
-    driver = _driver()
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    function = driver.CUkernel(int(compiled._codelibrary.get_cufunc().handle))
-    device = int(cuda.get_current_device().id)
-    (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, function, device)
-    if int(status) != 0:
-        raise RuntimeError(f"the GPU gives no block {shared_bytes} bytes of shared memory")
+def _machine_code(kernel: Any, arguments: tuple[Any, ...]) -> int:
+    """The handle of the kernel for arguments of these types: from the disk, or compiled now."""
+    signature = tuple(kernel.typeof_pyval(x) for x in arguments)
+    name = compile_cache.key(kernel, signature, architecture())
+    code = compile_cache.read(name)
+    handle = None if code is None else compile_cache.loaded(code)
+    if handle is None:
+        compiled = kernel.compile(signature)._codelibrary
+        compile_cache.write(name, bytes(compiled.get_cubin().code))
+        handle = int(compiled.get_cufunc().handle)
+    return handle
 
 
 @cache

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import linecache
 import textwrap
+import zlib
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
@@ -72,7 +74,11 @@ def with_constants_of_type(fn: Any, real: Any) -> Any:
     floats = {name for name, value in fn.__globals__.items() if isinstance(value, float)}
     tree = ast.fix_missing_locations(_Convert(floats).visit(tree))
     scope = {**fn.__globals__, CONVERT: real}
-    exec(compile(tree, f"<{fn.__module__}.{fn.__qualname__} in {real}>", "exec"), scope)
+    text = ast.unparse(tree)
+    file = f"<{fn.__module__}.{fn.__qualname__} in {real}, {zlib.crc32(text.encode()):08x}>"
+    # Where `inspect.getsource` looks, for error messages and for `compile_cache`.
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    exec(compile(text, file, "exec"), scope)
     return scope[definition.name]
 
 

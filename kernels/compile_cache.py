@@ -1,0 +1,235 @@
+"""Machine code of GPU kernels on disk, so that a process compiles none that another has compiled.
+
+A kernel is known by what it was made of: the source text of its function and of all functions that
+it calls, the values that they take from around them, its options, the types of its arguments, the
+architecture and the compiler's version. Nothing has to be thrown away when a kernel is edited, and
+what cannot be described for certain is not kept.
+
+The folder is `$MINITORCH_CUDA_CACHE`, or `minitorch/cuda` in the user's cache folder; it may be
+deleted at any time, and an empty value turns the cache off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import os
+import sys
+import tempfile
+import time
+from functools import cache, partial
+from pathlib import Path
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+
+FOLDER_VARIABLE = "MINITORCH_CUDA_CACHE"
+PACKAGE = __name__.split(".", maxsplit=1)[0]
+DAYS_KEPT = 60  # after a file's last use
+
+
+class Unknown(Exception):
+    """Something that a kernel depends on has no description that is the same in every process."""
+
+
+# ----- what a kernel is made of -----
+
+
+def key(kernel: Any, signature: tuple[Any, ...], architecture: str) -> str | None:
+    """The name under which a kernel's machine code is kept; None if it has none.
+
+    Args:
+        kernel: compiled by `runtime.kernel`.
+        signature: numba types of its arguments.
+        architecture: "sm_80", "sm_90a".
+
+    """
+    description = _Description()
+    try:
+        description.add(kernel)
+    except Unknown:
+        return None
+    description.text([_compiler(), architecture, *map(str, signature)])
+    name = kernel.py_func.__name__
+    return f"{name}-{architecture}-{description.hash.hexdigest()[:32]}"
+
+
+@cache
+def _compiler() -> str:
+    return f"numba-cuda {importlib.metadata.version('numba-cuda')}"
+
+
+class _Description:
+    """A hash of everything that is reached from a function; each thing once."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+        self.seen: dict[int, Any] = {}  # what it refers to is kept, so that no id comes twice
+
+    def text(self, words: list[str]) -> None:
+        self.hash.update("\0".join(words).encode() + b"\1")
+
+    def add(self, value: Any) -> None:
+        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
+            self.text([type(value).__name__, repr(value)])
+        elif id(value) in self.seen:
+            self.text([f"again {list(self.seen).index(id(value))}"])
+        else:
+            self.seen[id(value)] = value
+            self._add_object(value)
+
+    def _add_object(self, value: Any) -> None:
+        wrapped = getattr(value, "py_func", None) or getattr(value, "_defn", None)
+        if wrapped is not None:  # a kernel, a device function; an intrinsic
+            options = getattr(value, "targetoptions", {})
+            self.text(["numba", *(f"{k}={options[k]}" for k in sorted(options))])
+            self.add(wrapped)
+        elif isinstance(value, FunctionType):
+            self._add_function(value)
+        elif isinstance(value, type):
+            self._add_class(value)
+        elif isinstance(value, ModuleType):
+            if _is_ours(value.__name__):
+                raise Unknown(value)
+            self.text(["module", value.__name__])
+        elif isinstance(value, BuiltinFunctionType):
+            self.text(["builtin", str(value.__module__), value.__qualname__])
+        elif dataclasses.is_dataclass(value):
+            self.add(type(value))
+            self._add_all([getattr(value, f.name) for f in dataclasses.fields(value)])
+        elif isinstance(value, (tuple, list)):
+            self._add_all(value)
+        elif isinstance(value, dict):
+            self._add_all([x for item in value.items() for x in item])
+        elif isinstance(value, partial):
+            self._add_all([value.func, value.args, value.keywords])
+        elif isinstance(value, (enum.Enum, np.dtype)) or _is_compilers(value):
+            self.text([type(value).__qualname__, str(value)])
+        elif hasattr(value, "__wrapped__"):  # functools.cache
+            self.add(value.__wrapped__)
+        else:
+            raise Unknown(value)
+
+    def _add_all(self, values: Any) -> None:
+        self.text([type(values).__name__, str(len(values))])
+        for value in values:
+            self.add(value)
+
+    def _add_function(self, function: FunctionType) -> None:
+        if not _is_ours(function.__module__) and _is_installed(function):
+            self.text(["function", function.__module__, function.__qualname__])
+            return
+        self.text(["function", _source(function.__code__)])
+        self._add_all(list(function.__defaults__ or ()))
+        for cell in function.__closure__ or ():
+            try:
+                self.add(cell.cell_contents)
+            except ValueError as error:  # not assigned yet
+                raise Unknown(function) from error
+        for name in sorted(_names(function.__code__)):
+            if name in function.__globals__:
+                self.text([name])
+                self.add(function.__globals__[name])
+
+    def _add_class(self, value: type) -> None:
+        self.text(["class", value.__module__, value.__qualname__])
+        if _is_ours(value.__module__):
+            self.text([inspect.getsource(value)])
+
+
+def _is_ours(module: str | None) -> bool:
+    return module is None or module.split(".", maxsplit=1)[0] == PACKAGE
+
+
+def _is_installed(function: FunctionType) -> bool:
+    """Whether it comes with Python or with a package, and changes with their versions alone."""
+    return any(x in function.__code__.co_filename for x in ("site-packages", sys.base_prefix))
+
+
+def _is_compilers(value: Any) -> bool:
+    """A type of numba's or llvmlite's, whose name says all; numba's own things in its modules."""
+    return type(value).__module__.split(".", maxsplit=1)[0] in ("numba", "llvmlite")
+
+
+@cache
+def _source(code: CodeType) -> str:
+    try:
+        return inspect.getsource(code)
+    except OSError as error:  # typed at a prompt
+        raise Unknown(code) from error
+
+
+@cache
+def _names(code: CodeType) -> set[str]:
+    inner = [_names(c) for c in code.co_consts if isinstance(c, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+# ----- the folder -----
+
+
+@cache
+def folder() -> Path | None:
+    """Where machine code is kept; None if it is not."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    if chosen == "":
+        return None
+    if chosen is not None:
+        return Path(chosen)
+    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
+    return (Path(home) if home else Path.home() / ".cache") / "minitorch" / "cuda"
+
+
+def read(name: str | None) -> bytes | None:
+    """A kernel's machine code; None if there is none."""
+    if name is None or folder() is None:
+        return None
+    path = folder() / name  # type: ignore[operator]
+    try:
+        code = path.read_bytes()
+        os.utime(path)  # it was used: see `_forget_old`
+    except OSError:
+        return None
+    return code
+
+
+def write(name: str | None, code: bytes) -> None:
+    """Keep a kernel's machine code. A folder that cannot be written to is no error."""
+    where = folder()
+    if name is None or where is None:
+        return
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=where, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, where / name)  # whole or not at all, for processes beside this one
+        _forget_old(where)
+    except OSError:
+        return
+
+
+@cache
+def _forget_old(where: Path) -> None:
+    """Once in a process that writes."""
+    oldest = time.time() - DAYS_KEPT * 24 * 3600
+    for path in where.iterdir():
+        if path.stat().st_mtime < oldest:
+            path.unlink()
+
+
+# ----- loading -----
+
+
+def loaded(code: bytes) -> int | None:
+    """The handle (CUkernel) of the one kernel in machine code; None if the driver refuses it."""
+    driver = importlib.import_module("cuda.bindings.driver")
+    status, library = driver.cuLibraryLoadData(code, None, None, 0, None, None, 0)
+    if int(status) != 0:
+        return None
+    status, kernels = driver.cuLibraryEnumerateKernels(1, library)
+    return int(kernels[0]) if int(status) == 0 else None
