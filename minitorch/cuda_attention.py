@@ -15,8 +15,8 @@ from .cuda_elementwise import fold
 from .cuda_views import contiguous_data, device_storage, view_of
 from .device_array import DeviceArray
 from .kernels.copy_cuda import copy_into
-from .kernels.flash_attention import cuda
-from .kernels.flash_attention.cuda import Gradients, Heads, Inputs, Matrices
+from .kernels.flash_attention import cuda, decode
+from .kernels.flash_attention.cuda import Gradients, Inputs, Matrices, heads_of
 from .kernels.flash_attention.problem import AttentionProblem, Shape
 from .kernels.runtime import compute_capability
 from .operators import add
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
 #   why_not_backward                   where the backward pass takes less than the forward pass
 #   ROW_ALIGNMENT                      bytes at whose multiples the rows it reads must begin
 #   forward_workspace, backward_workspace    (problem, heads, architecture) -> bytes of device
-#                                      memory, which the pass gets as `workspace`, in float32
+#                                      memory, which the pass gets as `workspace`, flat, in
+#                                      float32 (float64 if the problem is in float64)
 #   tiles(problem, architecture, backward)   says the sizes of its tiles, for people
-FLASH_ATTENTION: tuple[Any, ...] = (cuda_attention_products, cuda)
+FLASH_ATTENTION: tuple[Any, ...] = (decode, cuda_attention_products, cuda)
 
 
 class Choice(NamedTuple):
@@ -91,21 +92,17 @@ def _workspace(
     size_of = getattr(module, f"{which}_workspace", None)
     if size_of is None:
         return {}
-    size = -(-size_of(problem, _heads(problem), architecture) // 4)
-    return {"workspace": DeviceArray.empty(size, np.float32).array}
+    dtype = _exact(problem)
+    size = -(-size_of(problem, heads_of(problem), architecture) // dtype.itemsize)
+    return {"workspace": DeviceArray.empty(max(size, 1), dtype).array}
+
+
+def _exact(problem: AttentionProblem) -> np.dtype[Any]:
+    """The dtype of the logsumexp and of workspaces."""
+    return np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
 
 
 # ----- from tensors of any leading dimensions to (batch, heads, rows, columns) -----
-
-
-def _heads(problem: AttentionProblem) -> Heads:
-    """All leading dimensions but the last are the batch."""
-    heads = problem.leading[-1] if problem.leading else 1
-    batch = prod(problem.leading[:-1])
-    k_group = v_group = 1
-    if problem.enable_gqa:
-        k_group, v_group = (heads // s[-3] for s in (problem.key_shape, problem.value_shape))
-    return Heads(batch, heads, k_group, v_group, k_group if k_group == v_group else 1)
 
 
 def _leading(problem: AttentionProblem, group: int) -> Shape:
@@ -199,7 +196,7 @@ def _inputs(
     mask: TensorData | None,
     alignment: int,
 ) -> Inputs:
-    heads = _heads(problem)
+    heads = heads_of(problem)
     mask_matrices, mask_kind = None, "none"
     if mask is not None and problem.seqlen_q and problem.seqlen_k:
         mask_matrices, mask_kind = _mask_matrices(problem, mask)
@@ -275,11 +272,10 @@ class CudaAttentionOps(StorageOps):
         module = choose(problem, architecture).module
         alignment = getattr(module, "ROW_ALIGNMENT", 1)
         out = _like_layout(problem.out_shape, problem.dtype, query._tensor)
-        exact = np.dtype(np.float64 if problem.dtype == np.float64 else np.float32)
-        rows = DeviceArray.empty(prod(problem.logsumexp_shape), exact)
+        rows = DeviceArray.empty(prod(problem.logsumexp_shape), _exact(problem))
         inputs = _inputs(problem, query, key, value, attn_mask, alignment)
         module.forward(
-            problem, _heads(problem), inputs, _matrices(out, problem.leading), rows.array,
+            problem, heads_of(problem), inputs, _matrices(out, problem.leading), rows.array,
             architecture, **_workspace(module, "forward", problem, architecture),
         )  # fmt: skip
         return query._new(out), query._new(contiguous_data(rows, problem.logsumexp_shape))
@@ -298,7 +294,7 @@ class CudaAttentionOps(StorageOps):
         needs_mask_grad: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `FusedOps.flash_attention_backward`."""
-        architecture, heads = compute_capability(), _heads(problem)
+        architecture, heads = compute_capability(), heads_of(problem)
         module = choose(problem, architecture, backward=True).module
         alignment = getattr(module, "ROW_ALIGNMENT", 1)
         leading, kept = problem.leading, _leading(problem, heads.group)

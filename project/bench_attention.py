@@ -11,7 +11,8 @@ own, since what sets the instruction set and the waiting of threads is read when
     spin        the same with OMP_WAIT_POLICY unset: PyTorch's waiting threads spin for a while
     avx2        both held to AVX2, as on most laptops
 
-Writes a JSON file and a Markdown table beside it.
+Writes a JSON file and a Markdown table beside it. With `--device cuda` it is another program,
+`bench_attention_cuda.py`, with other options: `--device cuda --help`.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--device", choices=["cpu"], default="cpu", help="default: %(default)s")
+    what.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     what.add_argument("--batch", type=int, default=2, help="default: %(default)s")
     what.add_argument("--heads", type=int, default=8, help="default: %(default)s")
     what.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], metavar="D")
@@ -406,6 +407,15 @@ def own_arguments() -> list[str]:
 
 
 def main() -> None:
+    device = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    device.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    chosen, others = device.parse_known_args()
+    if chosen.device == "cuda":
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+        from project import bench_attention_cuda
+
+        bench_attention_cuda.main(others)
+        return
     arguments = parse_arguments()
     if arguments.child:
         job = json.loads(arguments.child)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,16 @@ class Heads(NamedTuple):
     k_group: int
     v_group: int
     group: int
+
+
+def heads_of(problem: AttentionProblem) -> Heads:
+    """All leading dimensions but the last are the batch."""
+    heads = problem.leading[-1] if problem.leading else 1
+    k_group = v_group = 1
+    if problem.enable_gqa:
+        k_group, v_group = (heads // s[-3] for s in (problem.key_shape, problem.value_shape))
+    group = k_group if k_group == v_group else 1
+    return Heads(prod(problem.leading[:-1]), heads, k_group, v_group, group)
 
 
 class Inputs(NamedTuple):
@@ -194,7 +205,7 @@ def backward_blocks(kind: Kind, architecture: Architecture) -> tuple[Blocks, Blo
 # ----- launches -----
 
 
-def _has_vectors(problem: AttentionProblem, *matrices: Matrices) -> bool:
+def has_vectors(problem: AttentionProblem, *matrices: Matrices) -> bool:
     """Whether all rows begin at multiples of 16 bytes and are a multiple of 16 bytes long."""
     itemsize = precision(problem.dtype.name).storage.itemsize
     count = 16 // itemsize
@@ -213,11 +224,11 @@ def _has_vectors(problem: AttentionProblem, *matrices: Matrices) -> bool:
 def _kind(problem: AttentionProblem, inputs: Inputs, *more: Matrices) -> Kind:
     return Kind(
         problem.dtype.name, problem.head_dim, problem.value_dim, inputs.mask_kind,
-        problem.dropout_p > 0, _has_vectors(problem, inputs.q, inputs.k, inputs.v, *more),
+        problem.dropout_p > 0, has_vectors(problem, inputs.q, inputs.k, inputs.v, *more),
     )  # fmt: skip
 
 
-def _arguments(problem: AttentionProblem, heads: Heads) -> tuple[Ints, tuple[Any, ...]]:
+def arguments_of(problem: AttentionProblem, heads: Heads) -> tuple[Ints, tuple[Any, ...]]:
     """The kernels' sizes, and scale, seed, threshold and factor of weights that are kept."""
     far = problem.seqlen_q + problem.seqlen_k  # sees everything, and stays within 32 bits
     lower, upper = (min(max(x, -far), far) for x in (problem.lower, problem.upper))
@@ -230,7 +241,7 @@ def _arguments(problem: AttentionProblem, heads: Heads) -> tuple[Ints, tuple[Any
     return sizes, (float(problem.scale), np.uint64(problem.seed), dropout_threshold(p), keep)
 
 
-def _mask(inputs: Inputs) -> tuple[Any, Ints]:
+def mask_of(inputs: Inputs) -> tuple[Any, Ints]:
     """The mask's array, some array if there is none, and its strides."""
     if inputs.mask is None:
         return inputs.q.array, (0, 0, 0, 0)
@@ -267,8 +278,8 @@ def forward(
         return
     kind = _kind(problem, inputs)
     blocks = blocks or forward_blocks(kind, architecture)
-    mask, mask_strides = _mask(inputs)
-    sizes, numbers = _arguments(problem, heads)
+    mask, mask_strides = mask_of(inputs)
+    sizes, numbers = arguments_of(problem, heads)
     q, k, v = inputs.q, inputs.k, inputs.v
     grid = ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads
     launch(
@@ -330,8 +341,8 @@ def backward(
         return
     kind = _kind(problem, inputs, grad_out)
     for_keys, for_queries = blocks or backward_blocks(kind, architecture)
-    mask, mask_strides = _mask(inputs)
-    sizes, numbers = _arguments(problem, heads)
+    mask, mask_strides = mask_of(inputs)
+    sizes, numbers = arguments_of(problem, heads)
     q, k, v = inputs.q, inputs.k, inputs.v
     delta, logsumexp2 = gradients.workspace
     rows = problem.batch_heads * problem.seqlen_q

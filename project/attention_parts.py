@@ -1,0 +1,319 @@
+"""The parts of the attention benchmark on a GPU: what each of them measures."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from project import attention_contestants as contestants
+from project.attention_contestants import Case, Contestant
+from project.gpu_timing import Recorder, Work
+
+COMMAND = Path(__file__).with_name("bench_attention_cuda.py")
+HIDDEN, TOKENS = 2048, 16384
+DECODE_KEYS, DECODE_HEADS = 65536, 32
+FLOAT32_LENGTHS = [1024, 4096, 16384]
+MEMORY_LENGTHS = [4096, 16384, 65536]
+MEMORY_HEADS, MEMORY_HEAD_DIM = 8, 64
+MATMUL = 8192
+COPY_BYTES = 2 << 30
+
+
+# ----- one cell -----
+
+
+def measure(
+    recorder: Recorder, case: Case, entrants: dict[str, Callable[..., Contestant | None]],
+    rounds: int, backward: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Times and errors of a case: {"forward": {name: figure}, "backward": ...} and the case."""
+    import torch
+
+    inputs = case.inputs()
+    torch.cuda.synchronize()
+    running = {
+        name: made
+        for name, enter in entrants.items()
+        if (made := enter(recorder, case, inputs, backward)) is not None
+    }
+    cell: dict[str, Any] = asdict(case)
+    forward = {name: made.forward for name, made in running.items()}
+    cell["forward"] = recorder.medians(forward, rounds)
+    backwards = {name: work for name, made in running.items() if (work := made.backward)}
+    cell["backward"] = recorder.medians(backwards, rounds)
+    if not case.dropout_p:
+        wanted = contestants.reference(case, inputs)
+        for name, made in running.items():
+            found = contestants.errors(made, wanted)
+            for what, error in zip(("forward", "backward"), found, strict=True):
+                if error is not None:
+                    cell[what][name]["error"] = error
+        del wanted
+    for made in running.values():
+        made.close()
+    del running, inputs, forward, backwards
+    gc.collect()
+    return cell
+
+
+def entrants_of(ours: list[str], pytorchs: list[str]) -> dict[str, Callable[..., Any]]:
+    """Functions that let each contestant enter, by name."""
+
+    def enter(maker: Any, name: str) -> Callable[..., Any]:
+        return lambda recorder, case, inputs, backward: maker(
+            recorder, name, case, inputs, backward
+        )
+
+    return {
+        **{name: enter(contestants.ours, name) for name in ours},
+        **{name: enter(contestants.pytorchs, name) for name in pytorchs},
+    }
+
+
+def cases(lengths: list[int], head_dims: list[int], **more: Any) -> list[Case]:
+    """The grid: hidden size and number of tokens are the same everywhere."""
+    return [
+        Case(TOKENS // n, HIDDEN // d, n, n, d, causal, **more)
+        for d in head_dims
+        for causal in (False, True)
+        for n in lengths
+        if n <= TOKENS
+    ]
+
+
+def show(cell: dict[str, Any]) -> None:
+    """A line of output for a cell."""
+    tflop = Case(**{name: cell[name] for name in Case.__dataclass_fields__}).tflop
+    for what, factor in (("forward", 1.0), ("backward", 2.5)):
+        if cell[what]:
+            rates = (f"{n} {1e3 * factor * tflop / f['ms']:.0f}" for n, f in cell[what].items())
+            print(
+                f"D {cell['head_dim']} N {cell['seqlen_k']} {cell['dtype']} "
+                f"{'causal' if cell['causal'] else 'full'} {what}: {', '.join(rates)} TFLOP/s",
+                flush=True,
+            )
+
+
+# ----- parts -----
+
+
+def measure_ceilings(recorder: Recorder, arguments: argparse.Namespace) -> dict[str, float]:
+    """What the GPU does at best: a large 16-bit matrix product, and a large copy."""
+    import torch
+
+    dtype = getattr(torch, arguments.dtype)
+    a, b = (torch.randn(MATMUL, MATMUL, device="cuda", dtype=dtype) for _ in range(2))
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    works = {
+        "matmul": recorder.torch_graph(lambda: a @ b),
+        "copy": recorder.torch_graph(lambda: target.copy_(source)),
+    }
+    times = recorder.medians(works, arguments.rounds)
+    found = {
+        "matmul_tflops": 2 * MATMUL**3 / times["matmul"]["ms"] / 1e9,
+        "copy_tb_per_s": 2 * COPY_BYTES / times["copy"]["ms"] / 1e9,
+    }
+    print(found, flush=True)
+    return found
+
+
+def measure_grid(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Forward and backward passes alone."""
+    cells = []
+    entrants = entrants_of(arguments.ours, ["flash", "cudnn"])
+    for case in cases(
+        arguments.lengths, arguments.head_dims, dtype=arguments.dtype, seed=arguments.seed
+    ):
+        cells.append(measure(recorder, case, entrants, arguments.rounds, backward=True))
+        show(cells[-1])
+    return cells
+
+
+def measure_dropout(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The grid's cells with dropout, which cuDNN does not take in PyTorch."""
+    cells = []
+    entrants = entrants_of([n for n in arguments.ours if n != "simt"], ["flash"])
+    head_dims = [d for d in arguments.head_dims if d <= 128]
+    for case in cases(
+        arguments.lengths, head_dims, dtype=arguments.dtype, seed=arguments.seed, dropout_p=0.2
+    ):
+        cells.append(measure(recorder, case, entrants, arguments.rounds, backward=True))
+        show(cells[-1])
+    return cells
+
+
+def measure_published(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The experiment published for a T4: 1.0446 s by standard attention, 0.3437 s by flash."""
+    case = Case(32, 8, 2048, 2048, 64, dtype="float16", dropout_p=0.2, seed=arguments.seed)
+    entrants = entrants_of(["ours"], ["flash"])
+    entrants["standard"] = contestants.standard
+    cells = [measure(recorder, case, entrants, arguments.rounds, backward=False)]
+    show(cells[0])
+    return cells
+
+
+def measure_decode(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One query of each head against a long cache of keys and values."""
+    cells = []
+    entrants = entrants_of(["ours"], ["flash", "cudnn", "efficient"])
+    for head_dim in (64, 128):
+        for dtype in ("float16", "bfloat16"):
+            case = Case(1, DECODE_HEADS, 1, DECODE_KEYS, head_dim, dtype=dtype, seed=arguments.seed)
+            cells.append(measure(recorder, case, entrants, arguments.rounds, backward=False))
+            show(cells[-1])
+    return cells
+
+
+def measure_float32(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """In float32: exactly, and by tensor cores; PyTorch's memory-efficient and standard ones."""
+    import minitorch
+
+    def enter(precision: Any) -> Callable[..., Any]:
+        def made(recorder: Recorder, case: Case, inputs: list[Any], backward: bool) -> Any:
+            with minitorch.cuda.fp32_precision(precision):
+                return contestants.ours(recorder, "ours", case, inputs, backward)
+
+        return made
+
+    cells = []
+    entrants = {name: enter(name) for name in ("ieee", "tf32", "tf32x3")}
+    entrants |= entrants_of([], ["efficient"])
+    for causal in (False, True):
+        for n in FLOAT32_LENGTHS:
+            case = Case(TOKENS // n, 16, n, n, 64, causal, "float32", seed=arguments.seed)
+            more = {} if causal or n > 4096 else {"standard": contestants.standard}
+            cells.append(
+                measure(recorder, case, entrants | more, arguments.rounds // 3, backward=True)
+            )
+            show(cells[-1])
+    return cells
+
+
+def measure_memory(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Peak of forward + backward beyond the inputs, MiB, flash and standard, in float32."""
+    import torch
+
+    import minitorch
+
+    rows = []
+    for length in MEMORY_LENGTHS:
+        row: dict[str, Any] = {"length": length, "heads": MEMORY_HEADS}
+        shape = (1, MEMORY_HEADS, length, MEMORY_HEAD_DIM)
+        for name in ("flash_attention", "attention"):
+            arrays = [torch.randn(shape, device="cuda") for _ in range(3)]
+            q, k, v = (minitorch.as_tensor(x) for x in arrays)
+            for x in (q, k, v):
+                x.requires_grad_(True)
+            before = minitorch.cuda.memory_allocated()
+            minitorch.cuda.reset_peak_memory_stats()
+            row[name] = None
+            try:
+                getattr(q, name)(k, v).sum().backward()
+                row[name] = (minitorch.cuda.max_memory_allocated() - before) / 2**20
+            except minitorch.cuda.OutOfMemoryError as error:
+                print(str(error).splitlines()[0], flush=True)
+            del arrays, q, k, v, x
+            minitorch.cuda.empty_cache()
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def measure_compile(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """First calls of a new process, with an empty cache and then with the one it has filled."""
+    rows = []
+    for name in [n for n in arguments.ours if n != "simt"]:
+        with tempfile.TemporaryDirectory() as folder:
+            row: dict[str, Any] = {"kernel": name}
+            for state in ("cold", "warm"):
+                command = [sys.executable, str(COMMAND), "--first-call", name]
+                environment = {**os.environ, "MINITORCH_CUDA_CACHE": folder}
+                run = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if run.returncode:
+                    print(run.stderr[-300:], flush=True)
+                    break
+                row[state] = json.loads(run.stdout.splitlines()[-1])
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def first_call(name: str) -> None:
+    """In a process of its own: seconds of the first forward and backward call of a module."""
+    import minitorch
+    from minitorch import attention
+
+    backend = minitorch.TensorBackend(minitorch.CudaKernelOps)
+    length = 1 if name == "decode" else 256
+    q, k = (
+        minitorch.tensor_from_numpy(np.ones((1, 2, n, 128), np.float16), backend)
+        for n in (length, 256)
+    )
+    problem = attention.describe(q, k, k, is_causal=True)
+    ops: Any = q.f.ops
+    minitorch.cuda.synchronize()
+    seconds: dict[str, float] = {}
+    with contestants.only(name):
+        begun = time.perf_counter()
+        out, logsumexp = ops.flash_attention_forward(q, k, k, None, problem)
+        minitorch.cuda.synchronize()
+        seconds["forward"] = time.perf_counter() - begun
+        if name != "decode":
+            begun = time.perf_counter()
+            ops.flash_attention_backward(out, None, q, k, k, None, out, logsumexp, problem)
+            minitorch.cuda.synchronize()
+            seconds["backward"] = time.perf_counter() - begun
+    print(json.dumps(seconds))
+
+
+def measure_triton(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """PyTorch's flex_attention: a FlashAttention that Triton compiles, after Triton's tutorial."""
+    import torch
+    from torch.nn.attention import flex_attention as flex
+
+    compiled = torch.compile(flex.flex_attention)
+
+    def enter(recorder: Recorder, case: Case, inputs: list[Any], backward: bool) -> Any:
+        q, k, v = inputs[:3]
+        mask = None
+        if case.causal:
+            shape = (None, None, case.seqlen_q, case.seqlen_k)
+            mask = flex.create_block_mask(lambda b, h, i, j: i >= j, *shape)
+        try:
+            work: Work = recorder.torch_graph(lambda: compiled(q, k, v, block_mask=mask))
+        except Exception as error:  # Triton, or the compiler that it needs, is not there
+            print("  " + str(error).splitlines()[0][:120], flush=True)
+            return None
+        return Contestant(work, None)
+
+    cells = []
+    entrants = {"triton": enter, **entrants_of(["ours"], [])}
+    for case in cases([4096], [64, 128], dtype=arguments.dtype, seed=arguments.seed):
+        cells.append(measure(recorder, case, entrants, arguments.rounds, backward=False))
+        show(cells[-1])
+    return cells
+
+
+PARTS: dict[str, Callable[[Recorder, argparse.Namespace], list[dict[str, Any]]]] = {
+    "grid": measure_grid,
+    "dropout": measure_dropout,
+    "published": measure_published,
+    "decode": measure_decode,
+    "float32": measure_float32,
+    "memory": measure_memory,
+    "compile": measure_compile,
+    "triton": measure_triton,
+}

@@ -1,0 +1,121 @@
+"""Time of work on a GPU: recorded in CUDA graphs, repeated in turn, between events, L2 flushed.
+
+A graph holds the launches of one call, so that what Python takes is not in the figure. Ours and
+PyTorch's are recorded on one stream, and take turns, so that clocks and heat are the same for all.
+Before each repeat the cache (L2) is overwritten, which also gives the host a head start.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
+WARM_UP = 3
+FEWEST_ROUNDS = 5
+MOST_MILLISECONDS = 1500.0  # of one contestant; one that takes longer has fewer rounds
+
+
+@dataclass
+class Work:
+    """What a graph repeats.
+
+    Args:
+        replay: starts it.
+        results: what the recorded call returned; each replay writes new values into it.
+        close: gives its memory back.
+
+    """
+
+    replay: Callable[[], None]
+    results: Any
+    close: Callable[[], None]
+
+
+class Recorder:
+    """Makes graphs of calls, all on one stream of its own."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch = torch
+        self.stream = torch.cuda.Stream()
+        self.scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def torch_graph(self, function: Callable[[], Any]) -> Work:
+        """A call of PyTorch's functions; it is made once before, for what happens only then.
+
+        Args:
+            function: returns tensors.
+
+        """
+        torch = self.torch
+        with torch.cuda.stream(self.stream):
+            function()
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            results = function()
+        self._run(graph.replay)
+        return Work(graph.replay, results, graph.reset)
+
+    def our_graph(self, function: Callable[[], Any]) -> Work:
+        """The same for a function that returns tensors of minitorch."""
+        import minitorch
+        from minitorch.kernels import runtime
+
+        stream = runtime.cuda.external_stream(self.stream.cuda_stream)
+        with runtime.on_stream(stream):
+            function()
+        self.stream.synchronize()
+        graph = minitorch.cuda.Graph(stream)
+        with graph.capture():
+            results = function()
+        self._run(graph.replay)
+        return Work(graph.replay, results, graph.close)
+
+    def _run(self, replay: Callable[[], None]) -> None:
+        with self.torch.cuda.stream(self.stream):
+            replay()
+        self.stream.synchronize()
+
+    def time_once(self, replay: Callable[[], None]) -> float:
+        """Milliseconds of one repeat with a cold cache."""
+        torch = self.torch
+        with torch.cuda.stream(self.stream):
+            self.scratch.zero_()
+            self.scratch.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay()
+            end.record()
+        end.synchronize()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds
+
+    def medians(self, works: dict[str, Work], rounds: int) -> dict[str, dict[str, Any]]:
+        """Each contestant's median in milliseconds, and the number of rounds behind it.
+
+        Args:
+            works: by name.
+            rounds: fewer, down to `FEWEST_ROUNDS`, for those that take long.
+
+        """
+        turns = {}
+        for name, work in works.items():
+            once = min(self.time_once(work.replay) for _ in range(WARM_UP))
+            turns[name] = min(rounds, max(FEWEST_ROUNDS, int(MOST_MILLISECONDS / once)))
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for number in range(rounds):
+            for name, work in works.items():
+                if number < turns[name]:
+                    times[name].append(self.time_once(work.replay))
+        return {
+            name: {"ms": statistics.median(record), "rounds": len(record)}
+            for name, record in times.items()
+        }
+
+
+__all__ = ["Recorder", "Work"]
