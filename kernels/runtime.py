@@ -167,7 +167,6 @@ def launch(
 
 # ----- launching without numba -----
 
-SHARED_BYTES = 48 * 1024  # of a block, on any GPU
 MOST_VALUES = 256  # of a kernel's arguments, an array being seven
 
 
@@ -181,10 +180,10 @@ class _Function:
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
-        self.shared_bytes = SHARED_BYTES  # of dynamic shared memory that a block may have
+        self.shared_bytes = 0  # of dynamic shared memory that was asked for
 
     def allow(self, shared_bytes: int) -> None:
-        """Let a block have more than `SHARED_BYTES`: it must be asked for."""
+        """Let a block have so many: more than 48 KiB, static ones included, must be asked for."""
         driver = _driver()
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device = int(cuda.get_current_device().id)

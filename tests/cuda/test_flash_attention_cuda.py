@@ -338,6 +338,7 @@ def test_250_runs_give_the_same_bits(
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # PyTorch's, in its first thread
 @pytest.mark.parametrize(
     ("dtype", "implementation", "length"),
     [(dtype, "tiles", 257) for dtype in ("float32", *HALF_DTYPES)]
