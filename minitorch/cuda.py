@@ -17,17 +17,20 @@ from . import allocator, cublas
 from . import cuda_driver as driver
 from .allocator import OutOfMemoryError
 from .cublas import get_float32_matmul_precision, set_float32_matmul_precision
+from .cuda_explain import Explanation, explain
 from .cuda_graph import Graph
 from .cuda_precision import fp32_precision
 from .device_array import raise_deferred_errors
 from .kernels import runtime
 
 __all__ = [
+    "Explanation",
     "Graph",
     "OutOfMemoryError",
     "config",
     "device_name",
     "empty_cache",
+    "explain",
     "fp32_precision",
     "get_float32_matmul_precision",
     "is_available",

@@ -47,6 +47,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "cuda_attention",
             "cuda_attention_products",
             "cuda_elementwise",
+            "cuda_explain",
             "cuda_fallback",
             "cuda_graph",
             "cuda_kernel_ops",

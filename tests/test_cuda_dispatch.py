@@ -1,0 +1,186 @@
+"""Which kernel computes which attention problem: data, which no GPU is needed for."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minitorch
+from minitorch import attention, cuda_attention
+from minitorch.dtypes import BFLOAT16
+from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.runtime import is_available
+
+ARCHITECTURES = ((7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+NAMES = [module.NAME for module in cuda_attention.FLASH_ATTENTION]
+MASK = np.zeros((64, 64), np.float32)
+
+
+def problem(
+    dtype: str = "float16", columns: int = 64, rows: int = 64, **arguments: Any
+) -> AttentionProblem:
+    shape = (2, 4, rows, columns)
+    kind = BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype)
+    return AttentionProblem.of(shape, (2, 4, 64, columns), (2, 4, 64, columns), kind, **arguments)
+
+
+ARGUMENTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"is_causal": True},
+    {"window": (8, 8)},
+    {"dropout_p": 0.2},
+    {"attn_mask": MASK},
+    {"attn_mask": MASK > 0},
+    {"columns": 59},
+    {"columns": 256},
+    {"rows": 1},
+    {"fp32_precision": "tf32"},
+    {"fp32_precision": "tf32x3"},
+)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_problem_has_a_kernel_on_every_gpu(dtype: str, architecture: Any) -> None:
+    """Both passes; each one before the chosen one says why not, in words."""
+    for arguments, backward in itertools.product(ARGUMENTS, (False, True)):
+        described = problem(dtype, **{"rows": 64, **arguments}) if arguments else problem(dtype)
+        if arguments.get("rows") == 1 and "attn_mask" in arguments:
+            continue
+        choice = cuda_attention.choose(described, architecture, backward)
+        assert hasattr(choice.module, "backward") or not backward
+        assert [name for name, _ in choice.passed_over] == NAMES[: len(choice.passed_over)]
+        assert all(reason for _, reason in choice.passed_over)
+
+
+def chosen(architecture: Any, backward: bool = False, **arguments: Any) -> str:
+    found: str = cuda_attention.choose(problem(**arguments), architecture, backward).module.NAME
+    return found
+
+
+def test_choices() -> None:
+    """The kernels that are meant for a problem get it."""
+    assert chosen((9, 0), rows=1) == "decode"
+    assert chosen((9, 0), backward=True, rows=1) != "decode"
+    assert chosen((9, 0), rows=1, dropout_p=0.1) != "decode"
+    for architecture in ARCHITECTURES:
+        assert chosen(architecture, dtype="float64") == "simt"
+        assert chosen(architecture, dtype="float32") == "simt"
+    assert chosen((7, 0)) in ("rows", "simt")
+
+
+def test_the_first_that_can_is_taken_for_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module may compute forward passes alone, or fewer backward ones."""
+
+    def module(name: str, reason: str | None, **more: Any) -> Any:
+        return SimpleNamespace(NAME=name, why_not=lambda *_: reason, **more)
+
+    passes: dict[str, Any] = {"forward": print, "backward": print}
+    tuple_of_four = (
+        module("a", "a is too old", **passes),
+        module("b", None, forward=print),
+        module("c", None, **passes, why_not_backward=lambda *_: "c is slow"),
+        module("d", None, **passes),
+    )
+    monkeypatch.setattr(cuda_attention, "FLASH_ATTENTION", tuple_of_four)
+    assert chosen((9, 0)) == "b"
+    choice = cuda_attention.choose(problem(), (9, 0), backward=True)
+    assert choice.module.NAME == "d"
+    assert choice.passed_over == (
+        ("a", "a is too old"),
+        ("b", "it has a forward pass alone"),
+        ("c", "c is slow"),
+    )
+
+
+def test_no_kernel_for_larger_heads() -> None:
+    with pytest.raises(ValueError, match=r"head sizes up to 256 \(simt\), got query.*257"):
+        chosen((9, 0), columns=257)
+
+
+# ----- explain -----
+
+
+def test_explain_without_a_gpu() -> None:
+    q, k = np.zeros((2, 4, 1, 64), np.float16), np.zeros((2, 4, 4096, 64), np.float16)
+    found = minitorch.cuda.explain(q, k, k, is_causal="bottom-right", architecture="sm_90a")
+    assert found.architecture == (9, 0)
+    assert found.forward.kernel == "decode"
+    assert ("decode", "it has a forward pass alone") in found.backward.passed_over
+    text = str(found)
+    assert "keys i" in text
+    assert "query (2, 4, 1, 64)" in text
+    assert "compute capability 9.0" in text
+    assert "not decode: it has a forward pass alone" in text
+    assert "splits of" in found.forward.tiles
+
+
+def test_explain_takes_tensors_and_arrays_of_other_libraries() -> None:
+    a = minitorch.rand((2, 4, 16, 8), minitorch.TensorBackend(minitorch.FastOps))
+    with minitorch.cuda.fp32_precision("tf32"):
+        found = minitorch.cuda.explain(a, a, a, architecture=(8, 0), dropout_p=0.5)
+    assert found.problem.dropout_p == 0.5
+    torch = pytest.importorskip("torch")
+    b = torch.zeros(2, 4, 16, 8, dtype=torch.bfloat16)
+    mask = torch.zeros(16, 16, dtype=torch.bfloat16)
+    found = minitorch.cuda.explain(b, b, b, mask, architecture="sm_89")
+    assert found.problem.mask_kind == "additive"
+    assert found.problem.dtype == BFLOAT16
+    assert "additive mask" in str(found)
+
+
+def test_explain_names_inputs_that_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(NAME="x", why_not=lambda *_: None, ROW_ALIGNMENT=16, backward=print)
+    monkeypatch.setattr(cuda_attention, "FLASH_ATTENTION", (module,))
+    q = np.zeros((2, 8, 4, 64), np.float16)
+    k, v = np.zeros((2, 4, 8, 68), np.float16)[..., :64], np.zeros((2, 4, 64, 8), np.float16)
+    found = minitorch.cuda.explain(q.transpose(0, 2, 1, 3), k, v.mT, architecture="sm_80")
+    assert found.forward.copied == ("key", "value")
+    assert "key and value will be copied" in str(found)
+
+
+def test_explain_refuses_what_attention_refuses() -> None:
+    q, k = np.zeros((4, 64), np.float16), np.zeros((4, 32), np.float16)
+    with pytest.raises(ValueError, match="head size"):
+        minitorch.cuda.explain(q, k, k, architecture="sm_80")
+    with pytest.raises(TypeError, match="one dtype"):
+        minitorch.cuda.explain(q, q.astype(np.float32), q, architecture="sm_80")
+    with pytest.raises(TypeError, match="key must be"):
+        minitorch.cuda.explain(q, [1.0], q, architecture="sm_80")
+    with pytest.raises(ValueError, match="sm_80"):
+        minitorch.cuda.explain(q, q, q, architecture="ampere")
+    if not is_available():
+        with pytest.raises(RuntimeError, match="architecture="):
+            minitorch.cuda.explain(q, q, q)
+
+
+# ----- precision of float32 -----
+
+
+def test_fp32_precision() -> None:
+    """It is asked for, set, and put back; a problem remembers it."""
+    a = minitorch.rand((2, 4), minitorch.TensorBackend(minitorch.FastOps))
+    assert minitorch.cuda.fp32_precision() == "ieee"
+    with minitorch.cuda.fp32_precision("tf32"):
+        assert minitorch.cuda.fp32_precision() == "tf32"
+        with minitorch.cuda.fp32_precision("tf32x3"):
+            assert attention.describe(a, a, a).fp32_precision == "tf32x3"
+        assert attention.describe(a, a, a).fp32_precision == "tf32"
+    assert attention.describe(a, a, a).fp32_precision == "ieee"
+    minitorch.cuda.fp32_precision("tf32x3")
+    assert minitorch.cuda.fp32_precision() == "tf32x3"
+    minitorch.cuda.fp32_precision("ieee")
+
+
+@pytest.mark.parametrize("name", ["tf16", "", "TF32", 32])
+def test_fp32_precision_refuses(name: Any) -> None:
+    with pytest.raises(ValueError, match="wanted one of 'ieee', 'tf32', 'tf32x3'"):
+        minitorch.cuda.fp32_precision(name)
+    with pytest.raises(ValueError, match="fp32_precision"):
+        problem(fp32_precision=name)
+    assert minitorch.cuda.fp32_precision() == "ieee"
