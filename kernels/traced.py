@@ -63,7 +63,7 @@ if SIMULATED:
         return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
 
     def exp2(x: Any) -> Any:
-        """2**x in one instruction, right to 2 ulp; 0 where the result is below the normal numbers."""
+        """2**x, one instruction, right to 2 ulp; 0 where the result is no normal number."""
         return np.exp2(np.float32(x))
 
     def float_of(word: Any) -> Any:
@@ -115,6 +115,12 @@ else:
         def __mul__(self, other: Any) -> Value:
             return self._apply(other, "fmul", "mul")
 
+        def __truediv__(self, other: Any) -> Value:
+            return self._apply(other, "fdiv", "")
+
+        def __neg__(self) -> Value:
+            return self.make(self.kind, self.builder.fsub(_constant(self, -0.0), self.code))
+
         def __and__(self, other: Any) -> Value:
             return self._apply(other, "", "and_")
 
@@ -141,6 +147,9 @@ else:
 
         def __lt__(self, other: Any) -> Value:
             return self._compare("<", other)
+
+        def __gt__(self, other: Any) -> Value:
+            return self._compare(">", other)
 
         def __ge__(self, other: Any) -> Value:
             return self._compare(">=", other)
@@ -186,6 +195,8 @@ else:
         if isinstance(kind, types.BaseTuple):
             parts = [_unwrapped(context, builder, *pair) for pair in zip(kind, value, strict=True)]
             return context.make_tuple(builder, kind, parts)
+        if not isinstance(value, Value):  # a constant
+            return context.get_constant(kind, value)
         assert value.kind == kind, f"{value.kind} where {kind} is declared"
         return value.code
 
@@ -226,16 +237,16 @@ else:
 
     def maximum(a: Any, b: Any) -> Any:
         """The larger; the other one if one is NaN."""
-        kind = a.code.type
-        function = a.builder.module.declare_intrinsic("llvm.maxnum", [kind])
-        return a.make(a.kind, a.builder.call(function, [a.code, a.like(b).code]))
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()] * 2)
+        code = ir.InlineAsm(kind, "max.f32 $0, $1, $2;", "=f,f,f")
+        return a.make(a.kind, a.builder.call(code, [a.code, a.like(b).code]))
 
     def fma(a: Any, b: Any, c: Any) -> Any:
         """A * b + c, rounded once."""
         return a.make(a.kind, a.builder.fma(a.code, a.like(b).code, a.like(c).code))
 
     def exp2(x: Any) -> Any:
-        """2**x in one instruction, right to 2 ulp; 0 where the result is below the normal numbers."""
+        """2**x, one instruction, right to 2 ulp; 0 where the result is no normal number."""
         kind = ir.FunctionType(ir.FloatType(), [ir.FloatType()])
         code = ir.InlineAsm(kind, "ex2.approx.ftz.f32 $0, $1;", "=f,f")
         return x.make(x.kind, x.builder.call(code, [x.code]))

@@ -1,0 +1,288 @@
+# mypy: disable-error-code="empty-body, valid-type"
+"""Instructions that only Hopper GPUs have (compute capability 9.0 and 9.0a), as in `ptx.py`.
+
+The simulator has none of them. What is a pure function of their operands, descriptors, swizzles,
+tensor maps, is in `shared_layout.py` and `tensor_map.py` and is tested without a GPU.
+
+Barriers in shared memory (mbarrier) say when a tile has come, the copy engine (TMA) brings it, and
+`wgmma` multiplies it, four warps at once, without the threads' registers having held it.
+"""
+
+from functools import cache
+from typing import Any
+
+from .inline_ptx import f32, i32, instruction, lines, ptx, u32, u64
+from .ptx import SHORT
+
+# ----- barriers that count arrivals and bytes: 9.7.13.15, compute capability 9.0 -----
+
+
+@ptx("mbarrier.init.shared::cta.b64 [{barrier}], {count};")
+def mbarrier_init(barrier: u32, count: u32) -> None:
+    """Make the 8 bytes at `barrier` one whose phase ends when `count` threads have arrived, and all
+    bytes that they expect. Its first phase has parity 0.
+    """
+
+
+@ptx("fence.mbarrier_init.release.cluster;")
+def fence_mbarrier_init_release_cluster() -> None:
+    """9.7.13.4: barriers that are initialised so far are so for the copy engine as well."""
+
+
+@ptx("mbarrier.arrive.shared::cta.b64 _, [{barrier}];")
+def mbarrier_arrive(barrier: u32) -> None:
+    """Arrive."""
+
+
+@ptx("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {size};")
+def mbarrier_arrive_expect_tx(barrier: u32, size: u32) -> None:
+    """Arrive, and let the phase last until `size` more bytes have been copied."""
+
+
+@ptx(
+    "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{barrier}], {parity};"
+    " selp.u32 {out}, 1, 0, p; }"
+)
+def mbarrier_try_wait_parity(barrier: u32, parity: u32) -> u32:
+    """1 if the phase of that parity has ended, 0 if it has not within a time of the system's."""
+
+
+@ptx(
+    "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [{barrier}], {parity};"
+    " @!p bra again; }"
+)
+def mbarrier_wait_parity(barrier: u32, parity: u32) -> None:
+    """Wait for the end of the phase of that parity: `try_wait` until it succeeds. A new barrier's
+    phase before the first one has parity 1, and has ended.
+    """
+
+
+@ptx("bar.sync {barrier}, {threads};")
+def bar_sync(barrier: u32, threads: u32) -> None:
+    """9.7.13.1: wait at one of the 16 named barriers until `threads` threads, a multiple of 32,
+    have arrived at it. `cuda.syncthreads` is number 0.
+    """
+
+
+@ptx("bar.arrive {barrier}, {threads};")
+def bar_arrive(barrier: u32, threads: u32) -> None:
+    """9.7.13.1: arrive at a named barrier, and go on."""
+
+
+# ----- the copy engine (TMA): 9.7.9.25.4 and .5, compute capability 9.0 -----
+
+
+@ptx("prefetch.tensormap [{tensor_map}];")
+def prefetch_tensormap(tensor_map: u64) -> None:
+    """9.7.9.15: bring a tensor map, at a multiple of 64, into the cache."""
+
+
+_AXES = ("x", "y", "z", "w", "v")
+
+
+def _copy(rank: int, store: bool) -> Any:
+    """One box of a tensor of `rank` dimensions, between global and shared memory.
+
+    The load is called as (target, tensor_map, barrier, x, y, ...), the store as (tensor_map,
+    source, x, y, ...): addresses, and the box's first element along each dimension, the innermost
+    first. One thread calls it. A load counts its bytes at the barrier and gives zeros for what is
+    outside of the tensor; a store leaves that out.
+    """
+    axes = _AXES[:rank]
+    box = f"[{{tensor_map}}, {{{', '.join(f'{{{x}}}' for x in axes)}}}]"
+    places = dict.fromkeys(axes, i32)
+    name = f"cp_async_bulk_tensor_{rank}d"
+    if store:
+        return instruction(
+            f"{name}_store",
+            f"cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group {box}, [{{source}}];",
+            {"tensor_map": u64, "source": u32} | places, doc=_copy.__doc__ or "",
+        )  # fmt: skip
+    return instruction(
+        name,
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        f" [{{target}}], {box}, [{{barrier}}];",
+        {"target": u32, "tensor_map": u64, "barrier": u32} | places, doc=_copy.__doc__ or "",
+    )  # fmt: skip
+
+
+cp_async_bulk_tensor_2d, cp_async_bulk_tensor_3d, cp_async_bulk_tensor_4d = (
+    _copy(rank, store=False) for rank in (2, 3, 4)
+)
+cp_async_bulk_tensor_2d_store, cp_async_bulk_tensor_3d_store, cp_async_bulk_tensor_4d_store = (
+    _copy(rank, store=True) for rank in (2, 3, 4)
+)
+
+
+@ptx(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    " [{target}], [{source}], {size}, [{barrier}];"
+)
+def cp_async_bulk(target: u32, source: u64, size: u32, barrier: u32) -> None:
+    """Copy `size` bytes, a multiple of 16, from global to shared memory; both addresses are
+    multiples of 16. The bytes count at the barrier.
+    """
+
+
+@ptx("cp.async.bulk.commit_group;")
+def cp_async_bulk_commit_group() -> None:
+    """The thread's stores since the last commit are a group."""
+
+
+@cache
+def cp_async_bulk_wait_group_read(pending: int) -> Any:
+    """A function that waits until all but the last `pending` groups have read shared memory."""
+    return instruction(
+        "cp_async_bulk_wait_group_read", f"cp.async.bulk.wait_group.read {pending};", {}
+    )
+
+
+@ptx("fence.proxy.async.shared::cta;")
+def fence_proxy_async_shared() -> None:
+    """9.7.13.4: what this thread has written to shared memory is there for the copy engine and for
+    wgmma, once the threads have met at a barrier.
+    """
+
+
+# ----- a warpgroup's matrices: 9.7.15, compute capability 9.0a -----
+
+
+@cache
+def wgmma_fence(*counts: int) -> Any:
+    """`wgmma.fence.sync.aligned`, 9.7.15.7: before the first product, and wherever registers of one
+    have been changed. It takes and returns accumulators of `counts` registers, so that no such
+    change can be moved behind it.
+    """
+    return _through("wgmma_fence", "wgmma.fence.sync.aligned;", counts)
+
+
+@ptx("wgmma.commit_group.sync.aligned;")
+def wgmma_commit_group() -> None:
+    """The products since the last commit are a group."""
+
+
+@cache
+def wgmma_wait_group(pending: int, *counts: int) -> Any:
+    """`wgmma.wait_group.sync.aligned`: wait until at most `pending` of the last groups run.
+
+    It takes and returns the accumulators that are complete then, of `counts` registers: whatever
+    uses them has to use the result. `wgmma_wait_group(1, 64)(scores)`, or of several
+    `dk, dv = wgmma_wait_group(0, 64, 64)(dk, dv)`.
+    """
+    return _through("wgmma_wait_group", f"wgmma.wait_group.sync.aligned {pending};", counts)
+
+
+def _through(name: str, text: str, counts: tuple[int, ...]) -> Any:
+    accumulators = {f"acc{n}": f32[count] for n, count in enumerate(counts)}
+    return instruction(
+        name, text, accumulators, tuple(accumulators.values()), tied=tuple(accumulators)
+    )
+
+
+def _products(n: int, dtype: str, offsets: list[tuple[int, ...]], a: str, trans: str, first: int):
+    """The text of the products of all steps along k: descriptors begin at their offsets.
+
+    Opaque to LLVM, which would keep the sums of descriptors and offsets in registers.
+    """
+    names = ("a", "b") if a == "descriptor" else ("b",)
+    text = [".reg .pred p;", f".reg .b64 {', '.join(f'd{x}' for x in names)};"]
+    short = SHORT[dtype]
+    for step, places in enumerate(zip(*offsets, strict=True)):
+        for name, offset in zip(names, places, strict=True):
+            text.append(f"add.s64 d{name}, {{{name}}}, {offset >> 4};")
+        left = "da" if a == "descriptor" else f"{{a[{4 * step}:{4 * step + 4}]}}"
+        text.append(f"setp.ne.b32 p, {int(step > 0) | first}, 0;")
+        text.append(
+            f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{short}.{short} {{acc}}, {left}, db, p,"
+            f" 1, 1, {trans};"
+        )
+    return lines(text)
+
+
+@cache
+def wgmma_ss(
+    n: int,
+    dtype: str,
+    a_offsets: tuple[int, ...] = (0,),
+    b_offsets: tuple[int, ...] = (0,),
+    trans_a: bool = False,
+    trans_b: bool = False,
+    accumulate: bool = True,
+) -> Any:
+    """`wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype}`, 9.7.15.5, A and B in shared
+    memory: `acc = f(acc, a, b)` begins acc + A B, or with accumulate=False `acc = f(a, b)` A B.
+
+    Args:
+        n: columns of B and of the sums, a multiple of 8 up to 256.
+        dtype: "float16" or "bfloat16".
+        a_offsets: where in bytes A's part of each step of 16 along k begins, from the place in
+            descriptor `a`; multiples of 16 (`shared_layout.k_offsets`).
+        b_offsets: likewise of B, as many.
+        trans_a: A lies with its rows (m) along shared memory's rows of 128 bytes, not k.
+        trans_b: B lies with its columns (n) along them: the values V in P V, stored (keys, D).
+        accumulate: whether there are sums to add to.
+
+    Of the sums, (64, n) float32, warp w of the warpgroup has rows 16 w ... 16 w + 15, and lane t of
+    it, g = t // 4, q = t % 4, in register 4 j + 2 r + c element (g + 8 r, 8 j + 2 q + c).
+    They are valid after `wgmma_wait_group`.
+    """
+    acc = f32[n // 2]
+    text = _products(
+        n, dtype, [a_offsets, b_offsets], "descriptor", f"{int(trans_a)}, {int(trans_b)}",
+        int(accumulate),
+    )  # fmt: skip
+    name = f"wgmma_m64n{n}k16_ss"
+    if accumulate:
+        return instruction(name, text, {"acc": acc, "a": u64, "b": u64}, acc, tied="acc")
+    return instruction(name, text.replace("{acc}", "{out}"), {"a": u64, "b": u64}, acc)
+
+
+@cache
+def wgmma_rs(
+    n: int,
+    dtype: str,
+    b_offsets: tuple[int, ...] = (0,),
+    trans_b: bool = False,
+    accumulate: bool = True,
+) -> Any:
+    """As `wgmma_ss`, with A in registers: `acc = f(acc, a, b)`.
+
+    `a` is a tuple of 4 * len(b_offsets) words, for each step along k those of mma's m16n8k16: the
+    sums of another product, packed (`register_tile`).
+    """
+    acc, words = f32[n // 2], u32[4 * len(b_offsets)]
+    text = _products(n, dtype, [b_offsets], "registers", str(int(trans_b)), int(accumulate))
+    name = f"wgmma_m64n{n}k16_rs"
+    if accumulate:
+        return instruction(name, text, {"acc": acc, "a": words, "b": u64}, acc, tied="acc")
+    return instruction(name, text.replace("{acc}", "{out}"), {"a": words, "b": u64}, acc)
+
+
+@cache
+def setmaxnreg(direction: str, count: int) -> Any:
+    """`setmaxnreg.{inc,dec}.sync.aligned.u32`, 9.7.19.5: let each thread of the warpgroup have
+    `count` registers from here on, 24 to 256 in steps of 8. The kernel is compiled with launch
+    bounds, and all threads together keep within the 65536 of a multiprocessor.
+    """
+    return instruction(
+        f"setmaxnreg_{direction}", f"setmaxnreg.{direction}.sync.aligned.u32 {count};", {}
+    )
+
+
+# ----- matrices to shared memory: 9.7.14 -----
+
+
+@cache
+def stmatrix(count: int = 4, trans: bool = False) -> Any:
+    """`stmatrix.sync.aligned.m8n8.x{count}{.trans}.shared.b16`, 9.7.14.5.16: what `ldmatrix` loads,
+    in the same registers, stored. Compute capability 9.0.
+    """
+    suffix = f"x{count}" + ".trans" * trans
+    return instruction(
+        f"stmatrix_{suffix.replace('.', '_')}",
+        f"stmatrix.sync.aligned.m8n8.{suffix}.shared.b16 [{{address}}], {{x}};",
+        {"address": u32, "x": u32[count]},
+    )  # fmt: skip
+
+
+stmatrix_x4, stmatrix_x4_trans = stmatrix(), stmatrix(trans=True)
