@@ -179,8 +179,11 @@ def _through(name: str, text: str, counts: tuple[int, ...]) -> Any:
     )
 
 
-def _products(n: int, dtype: str, offsets: list[tuple[int, ...]], a: str, trans: str, first: int):
-    """The text of the products of all steps along k: descriptors begin at their offsets.
+def _products(
+    n: int, dtype: str, offsets: list[tuple[int, ...]], a: str, trans: str, first: int | str
+) -> str:
+    """The text of the products of all steps along k: descriptors begin at their offsets. The first
+    one adds to the sums if `first`, a number or an operand, is not 0.
 
     Opaque to LLVM, which would keep the sums of descriptors and offsets in registers.
     """
@@ -191,7 +194,7 @@ def _products(n: int, dtype: str, offsets: list[tuple[int, ...]], a: str, trans:
         for name, offset in zip(names, places, strict=True):
             text.append(f"add.s64 d{name}, {{{name}}}, {offset >> 4};")
         left = "da" if a == "descriptor" else f"{{a[{4 * step}:{4 * step + 4}]}}"
-        text.append(f"setp.ne.b32 p, {int(step > 0) | first}, 0;")
+        text.append(f"setp.ne.b32 p, {1 if step else first}, 0;")
         text.append(
             f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{short}.{short} {{acc}}, {left}, db, p,"
             f" 1, 1, {trans};"
@@ -243,16 +246,21 @@ def wgmma_rs(
     dtype: str,
     b_offsets: tuple[int, ...] = (0,),
     trans_b: bool = False,
-    accumulate: bool = True,
+    accumulate: bool | None = True,
 ) -> Any:
-    """As `wgmma_ss`, with A in registers: `acc = f(acc, a, b)`.
+    """As `wgmma_ss`, with A in registers: `acc = f(acc, a, b)`; with accumulate=None
+    `acc = f(acc, a, b, keep)`, which begins A B alone where `keep` is 0.
 
     `a` is a tuple of 4 * len(b_offsets) words, for each step along k those of mma's m16n8k16: the
     sums of another product, packed (`register_tile`).
     """
     acc, words = f32[n // 2], u32[4 * len(b_offsets)]
-    text = _products(n, dtype, [b_offsets], "registers", str(int(trans_b)), int(accumulate))
+    first = "{keep}" if accumulate is None else int(accumulate)
+    text = _products(n, dtype, [b_offsets], "registers", str(int(trans_b)), first)
     name = f"wgmma_m64n{n}k16_rs"
+    if accumulate is None:
+        arguments = {"acc": acc, "a": words, "b": u64, "keep": u32}
+        return instruction(name, text, arguments, acc, tied="acc")
     if accumulate:
         return instruction(name, text, {"acc": acc, "a": words, "b": u64}, acc, tied="acc")
     return instruction(name, text.replace("{acc}", "{out}"), {"a": words, "b": u64}, acc)
