@@ -127,6 +127,9 @@ def check(
             continue
         assert got.shape == want.shape, name
         scale = max(1.0, np.abs(want[np.isfinite(want)]).max(initial=0))
+        if name == "dmask" and want.size:  # a sum of so many rounded numbers
+            scores = problem.batch_heads * problem.seqlen_q * problem.seqlen_k
+            scale *= max(1.0, scores / want.size) ** 0.5
         np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE[dtype] * scale, err_msg=name)
 
 
