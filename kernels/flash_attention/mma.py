@@ -1,0 +1,176 @@
+"""FlashAttention on tensor cores by `mma.sync`, from Turing on: what to launch, and how.
+
+The algorithm is in `mma_forward.py` and `mma_backward.py`; here are the sizes of their tiles, and
+the host's side of a call. Nothing is allocated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from ..runtime import SIMULATED, Instance, ceil_div, launch, precision, types
+from . import cuda
+from .cuda import Architecture, Heads, Inputs, Matrices
+from .mma_forward import forward_kernel, forward_memory
+from .mma_tiles import Kind, Tiles
+from .problem import AttentionProblem
+
+NAME = "mma"
+ROW_ALIGNMENT = 16  # bytes: where rows of queries, keys, values and dO begin
+MOST_COLUMNS = 256  # of a query, a key or a value
+FIRST, FIRST_WITH_ALL = (7, 5), (8, 0)  # with tensor cores for this; with bfloat16 and cp.async
+
+# Bytes of shared memory that a block can get.
+MEMORY = {
+    (7, 5): 64 * 1024, (8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 7): 163 * 1024,
+    (8, 9): 99 * 1024, (9, 0): 227 * 1024,
+}  # fmt: skip
+LITTLE_MEMORY = 99 * 1024
+
+
+def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
+    """Why these kernels cannot compute it on a GPU of this compute capability; None if they can."""
+    name = problem.dtype.name
+    if architecture < FIRST and not SIMULATED:
+        return f"{_text(architecture)} has no tensor cores that these kernels know, 7.5 has"
+    if name == "float64":
+        return "tensor cores compute with 16-bit numbers and float32"
+    if name == "float32" and problem.fp32_precision == "ieee":
+        return "float32 takes no tensor cores but with fp32_precision 'tf32' or 'tf32x3'"
+    if name != "float16" and architecture < FIRST_WITH_ALL and not SIMULATED:
+        return f"{_text(architecture)} has tensor cores for float16 alone, 8.0 for {name}"
+    if max(problem.head_dim, problem.value_dim) > MOST_COLUMNS:
+        return f"head sizes are {problem.head_dim} and {problem.value_dim}, at most {MOST_COLUMNS}"
+    return None
+
+
+def _text(architecture: Architecture) -> str:
+    return "compute capability {}.{}".format(*architecture)
+
+
+def _kind(problem: AttentionProblem, inputs: Inputs, architecture: Architecture) -> Kind:
+    name = problem.dtype.name
+    return Kind(
+        problem.fp32_precision if name == "float32" else name,
+        problem.head_dim, problem.value_dim, inputs.mask_kind, problem.dropout_p > 0,
+        problem.scale <= 0 or inputs.mask_kind not in ("none", "bool"),
+        architecture < FIRST_WITH_ALL and not SIMULATED,
+    )  # fmt: skip
+
+
+# ----- sizes of tiles: the first in a list that fits -----
+
+
+def _forward_choices(kind: Kind) -> tuple[Tiles, ...]:
+    if SIMULATED:
+        return (Tiles(16, 16, 1, 2),)
+    return (
+        Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1),
+        Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(32, 16, 2, 1),
+    )  # fmt: skip
+
+
+@cache
+def forward_tiles(kind: Kind, architecture: Architecture) -> Tiles:
+    """The forward kernel's tiles."""
+    most = MEMORY.get(architecture, LITTLE_MEMORY)
+    for tiles in _forward_choices(kind):
+        sums = tiles.row_blocks * (kind.value_width + tiles.columns) // 2
+        if forward_memory(kind, tiles).size <= most and sums <= 200:
+            return tiles
+    raise AssertionError(f"no tiles fit {kind}")
+
+
+# ----- launches -----
+
+
+def forward(
+    problem: AttentionProblem,
+    heads: Heads,
+    inputs: Inputs,
+    out: Matrices,
+    logsumexp: Any,
+    architecture: Architecture,
+    blocks: Tiles | None = None,
+) -> None:
+    """Write the output (Nq, Dv) of each head, and the logsumexp: see `cuda.forward`.
+
+    Rows of queries, keys and values begin at multiples of `ROW_ALIGNMENT` bytes, and the last
+    stride is 1.
+    """
+    if not problem.batch_heads * problem.seqlen_q:
+        return
+    kind = _kind(problem, inputs, architecture)
+    tiles = blocks or forward_tiles(kind, architecture)
+    mask, mask_strides = cuda.mask_of(inputs)
+    sizes, numbers = cuda.arguments_of(problem, heads)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    launch(
+        forward_kernel(kind, tiles),
+        ceil_div(problem.seqlen_q, tiles.rows) * problem.batch_heads, tiles.threads,
+        q.array, k.array, v.array, mask, inputs.offset, out.array, logsumexp,
+        q.strides, k.strides, v.strides, mask_strides, out.strides, sizes, *numbers,
+        shared_bytes=forward_memory(kind, tiles).size,
+    )  # fmt: skip
+
+
+# ----- for the compile tests -----
+
+
+def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
+    """numba types of the kernels' arguments, by their names."""
+    array, rows = precision(kind.precision).array, types.Array(types.float32, 1, "C")
+    masks = {"none": array, "bool": types.Array(types.uint8, 1, "C")}
+    mask = masks.get(kind.mask) or precision(kind.mask).array
+    word, strides = types.Array(types.uint64, 1, "C"), types.UniTuple(types.int64, 4)
+    sizes = types.UniTuple(types.int64, 7)
+    scalars = (types.float64, types.uint64, types.int64, types.float64)
+    read = (array, array, array, mask, word)
+    return {"forward": (*read, array, rows, *[strides] * 5, sizes, *scalars)}
+
+
+ARCHITECTURES = {
+    "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0),
+}  # fmt: skip
+
+
+def instances() -> Iterator[Instance]:
+    """Numbers, head sizes, masks and dropout; every shape of tiles for the GPUs that pick it."""
+    for turing in (False, True):
+        for kind in (
+            Kind("float16", 64, 64, "none", False, False, turing),
+            Kind("float16", 128, 128, "none", True, False, turing),
+            Kind("float16", 256, 256, "float32", False, True, turing),
+            Kind("float16", 40, 72, "bool", True, False, turing),
+            Kind("bfloat16", 128, 128, "none", False, False, False),
+            Kind("tf32", 64, 64, "none", False, False, False),
+            Kind("tf32x3", 64, 64, "none", True, False, False),
+            Kind("tf32x3", 256, 256, "bool", False, False, False),
+        ):
+            if kind.turing == turing:
+                yield from _instances_of(kind)
+
+
+def _instances_of(kind: Kind) -> Iterator[Instance]:
+    picked: dict[tuple[str, Any], tuple[str, ...]] = {}
+    for name, capability in ARCHITECTURES.items():
+        if (capability < FIRST_WITH_ALL) == kind.turing:
+            for what, kernel in (
+                ("forward", forward_kernel(kind, forward_tiles(kind, capability))),
+            ):
+                picked[what, kernel] = (*picked.get((what, kernel), ()), name)
+    for (what, kernel), architectures in picked.items():
+        yield Instance(
+            f"mma_{what}[{_name(kind)}, {', '.join(architectures)}]", kernel,
+            _signatures(kind)[what], architectures=architectures,
+        )  # fmt: skip
+
+
+def _name(kind: Kind) -> str:
+    flags = ", dropout" * kind.dropout + ", scaled first" * kind.scaled_first
+    return f"{kind.numbers}, {kind.head_dim}, {kind.value_dim}, {kind.mask}{flags}"
+
+
+__all__ = ["NAME", "ROW_ALIGNMENT", "Tiles", "forward", "forward_tiles", "instances", "why_not"]

@@ -1,0 +1,224 @@
+"""Tiles between global and shared memory, and from registers back.
+
+Rows of keys stand in a tile in an order that gives each lane neighbours (`key_of_row`): one call of
+the random generator makes the four numbers of four neighbouring keys, and no lane needs another's.
+A sum over keys does not care for their order.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from ..ptx import (
+    cp_async_cg_16,
+    cp_async_commit_group,
+    cp_async_wait_group,
+    global_address,
+    pack_pair,
+    st_shared_b32,
+)  # fmt: skip
+from ..runtime import cuda, device_function, precision, types
+from ..traced import traced, word_of
+from ..vectors_cuda import vector_access
+from .cuda_tiles import warp_barrier
+from .mma_tiles import Kind, Tiles, sums_type
+
+PLAIN, COLUMNS = 0, -1  # orders of a tile's rows; a positive one: see `key_of_row`
+
+
+@cache
+def key_of_row(order: int) -> Any:
+    """Device function: which row of the matrix, counted from the tile's first, the row of a tile is.
+
+    PLAIN: the same. COLUMNS: the rows are the columns of tiles of scores, of which a lane q has the
+    columns 2q, 2q + 1, 2q + 8, 2q + 9 of 16: they are the keys 4q ... 4q + 3. Otherwise `order` is a
+    number of row blocks: the rows are those of tiles of scores, of which a lane g has every eighth:
+    they are 2 * order neighbours.
+    """
+    if order == PLAIN:
+
+        @device_function
+        def key(row):
+            return row
+
+    elif order == COLUMNS:
+
+        @device_function
+        def key(row):
+            return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
+
+    else:
+        group = 16 * order
+
+        @device_function
+        def key(row):
+            return row // group * group + row % 8 * (2 * order) + row % group // 8
+
+    return key
+
+
+@cache
+def tile_copier(
+    kind: Kind, threads: int, rows: int, columns: int, width: int, order: int = PLAIN
+) -> Any:
+    """Device function `(memory, base, place, x, start, row_step, count)` that begins to copy rows of
+    a matrix to a tile, filled up with zeros.
+
+    The tile is `place` bytes from the beginning `base` of `memory`; the matrix begins at x[start],
+    has `count` rows and `columns` columns, in rows that begin at multiples of 16 bytes.
+
+    Args:
+        kind: says the dtype, and whether the copy goes on while the threads do (`cp.async`).
+        threads: of the block.
+        rows: of the tile.
+        columns: of the matrix; what stands in a row's last 16 bytes behind them is not read.
+        width: columns of the tile.
+        order: of the tile's rows.
+
+    """
+    step, lanes, itemsize, turing = kind.step(width), kind.lanes, kind.itemsize, kind.turing
+    of_row = width // lanes
+    pieces = rows * of_row
+    turns, ragged = -(-pieces // threads), pieces % threads != 0
+    exact = columns == width
+    storage = getattr(types, precision(kind.precision).storage.name)
+    key_of, (read, _), (_, write) = key_of_row(order), vector_access(lanes), vector_access(lanes)
+    uint = types.uint32
+
+    @device_function
+    def copy(memory, base, place, x, start, row_step, count):
+        for turn in range(turns):
+            piece = uint(cuda.threadIdx.x + turn * threads)
+            if not ragged or piece < uint(pieces):
+                row = types.int32(piece // uint(of_row))
+                column = types.int32(piece % uint(of_row)) * lanes
+                key = key_of(row)
+                inside = key < count
+                size = 16
+                if not exact:
+                    size = min(max((columns - column) * itemsize, 0), 16)
+                index = start + types.int64(key) * row_step + column
+                if not inside or size == 0:
+                    index, size = start, 0
+                target = place + row * step + column * itemsize
+                if turing:
+                    found = cuda.local.array(lanes, storage)
+                    if size == 16:
+                        read(x, index, found)
+                    else:
+                        for n in range(lanes):
+                            found[n] = x[index + n] if n * itemsize < size else storage(0)
+                    write(memory, target // itemsize, found)
+                else:
+                    source = global_address(x) + types.uint64(index * itemsize)
+                    cp_async_cg_16(uint(base + target), source, uint(size))
+
+    return copy
+
+
+@cache
+def copy_barriers(kind: Kind) -> Any:
+    """Device functions: `commit()` closes a group of copies, `wait()` waits for all of them."""
+
+    @device_function
+    def commit():
+        if not turing:
+            cp_async_commit_group()
+
+    @device_function
+    def wait():
+        if not turing:
+            wait_group()
+
+    turing, wait_group = kind.turing, cp_async_wait_group(0)
+    return commit, wait
+
+
+@cache
+def pair_copier(kind: Kind, tiles: Tiles, rows: int, places: tuple[int, int], order: int) -> Any:
+    """Device function `(memory, base, at, first, second, row, length)` that begins to copy two tiles
+    of the same rows, `row` and on, of matrices of `length` rows, D and Dv columns, each given as
+    (array, start, row_step). They go `at` bytes behind their places.
+    """
+    place, place_2 = places
+    copy = tile_copier(kind, tiles.threads, rows, kind.head_dim, kind.width, order)
+    copy_2 = tile_copier(kind, tiles.threads, rows, kind.value_dim, kind.value_width, order)
+
+    @device_function
+    def copy_pair(memory, base, at, first, second, row, length):
+        x, start, row_step = first
+        copy(memory, base, place + at, x, start + row * row_step, row_step, length - row)
+        y, start_2, row_step_2 = second
+        copy_2(memory, base, place_2 + at, y, start_2 + row * row_step_2, row_step_2, length - row)
+
+    return copy_pair
+
+
+@cache
+def put_rows(kind: Kind, row_blocks: int, width: int, step: int) -> Any:
+    """Traced `(tile, place)`: a tile of sums to shared memory, rounded to the kind's dtype.
+    `place` is that of the lane's first two numbers.
+    """
+    blocks, pack = (
+        width // 8,
+        pack_pair(kind.precision, kind.turing) if kind.itemsize == 2 else None,
+    )
+
+    @traced(types.void, sums_type(row_blocks, width), types.uint32)
+    def put(tile, place):
+        for i in range(row_blocks):
+            for r in range(2):
+                for j in range(blocks):
+                    pair = tile[4 * (i * blocks + j) + 2 * r : 4 * (i * blocks + j) + 2 * r + 2]
+                    to = place + ((16 * i + 8 * r) * step + 8 * j * kind.itemsize)
+                    if kind.itemsize == 2:
+                        st_shared_b32(to, pack(*pair))
+                    else:
+                        st_shared_b32(to, word_of(pair[0]))
+                        st_shared_b32(to + 4, word_of(pair[1]))
+
+    return put
+
+
+@cache
+def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int = PLAIN) -> Any:
+    """Device function `(memory, base, place, tile, out, start, row_step, count)` that writes a
+    warp's tile of sums to the rows of a matrix, by way of its own part of shared memory.
+
+    That part is `place` bytes from `base`, (16 * row_blocks) rows of `kind.step(width)` bytes; the
+    matrix's first row of this warp is at out[start], and `count` are left of it.
+    """
+    step, itemsize, rows = kind.step(width), kind.itemsize, 16 * row_blocks
+    at_once = kind.lanes if columns % kind.lanes == 0 else 1
+    pieces = rows * (columns // at_once)
+    of_row = max(columns // at_once, 1)
+    storage = getattr(types, precision(kind.precision).storage.name)
+    (read, write), key_of = vector_access(at_once), key_of_row(order)
+    put, uint = put_rows(kind, row_blocks, width, step), types.uint32
+
+    @device_function
+    def write_rows(memory, base, place, tile, out, start, row_step, count):
+        lane = cuda.threadIdx.x % 32
+        put(tile, uint(base + place + lane // 4 * step + lane % 4 * 2 * itemsize))
+        warp_barrier()
+        found = cuda.local.array(at_once, storage)
+        for piece in range(lane, pieces, 32):
+            row, column = piece // of_row, piece % of_row * at_once
+            key = key_of(row)
+            if key < count:
+                read(memory, (place + row * step) // itemsize + column, found)
+                write(out, start + types.int64(key) * row_step + column, found)
+
+    return write_rows
+
+
+__all__ = [
+    "COLUMNS",
+    "PLAIN",
+    "copy_barriers",
+    "key_of_row",
+    "pair_copier",
+    "row_writer",
+    "tile_copier",
+]

@@ -1,0 +1,270 @@
+"""What FlashAttention does with a tile of scores in a warp's registers: masks, softmax, dropout.
+
+How a tile of sums lies is told in mma_tiles.py. A lane has two rows of a row block, 8 apart, whose
+other columns are with its three neighbours. Which key or query a row or a column of a tile is, is
+told in mma_memory.py: of each 16 columns the lane q = t % 4 has the four neighbours 4q ... 4q + 3.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from ..ptx import shfl_sync_bfly_f32
+from ..runtime import NEGATIVE_INFINITY, device_function, types
+from ..traced import exp2, f32, float_of, fma, i64, maximum, select, traced, u32, u64
+from .mma_tiles import Kind, rows_type, sums_type
+
+LOG2_E = 1.4426950408889634
+NEIGHBOURS = (1, 2)  # of a lane in its row: exclusive or of their numbers
+
+
+def _places(row_blocks: int, columns: int) -> list[tuple[int, int, int, int]]:
+    """For each sum of a tile: its place, which of the lane's rows it is in, its column among the
+    lane's neighbours, and the number of these four.
+    """
+    blocks = columns // 8
+    return [
+        (4 * (i * blocks + j) + 2 * r + c, 2 * i + r, 2 * (j % 2) + c, j // 2)
+        for i in range(row_blocks)
+        for r in range(2)
+        for j in range(blocks)
+        for c in range(2)
+    ]
+
+
+# ----- rows -----
+
+
+@cache
+def constant_rows(row_blocks: int, columns: int) -> Any:
+    """Traced `(x)`: a tile of sums full of x. With 0 columns one number for each of a lane's rows."""
+    kind = sums_type(row_blocks, columns) if columns else rows_type(row_blocks)
+
+    @traced(kind, types.float32)
+    def fill(x):
+        return [x] * len(kind)
+
+    return fill
+
+
+@cache
+def row_max(row_blocks: int, columns: int) -> Any:
+    """Traced `(tile, m)`: the largest of each row and of m."""
+    kind = rows_type(row_blocks)
+
+    @traced(kind, sums_type(row_blocks, columns), kind)
+    def largest(tile, m):
+        out = list(m)
+        for place, row, *_ in _places(row_blocks, columns):
+            out[row] = maximum(out[row], tile[place])
+        for lane in NEIGHBOURS:
+            out = [maximum(x, shfl_sync_bfly_f32(x, lane)) for x in out]
+        return out
+
+    return largest
+
+
+@cache
+def row_total(row_blocks: int) -> Any:
+    """Traced `(l)`: the sum over the lanes of a row."""
+
+    @traced(rows_type(row_blocks), rows_type(row_blocks))
+    def total(l):
+        for lane in NEIGHBOURS:
+            l = [x + shfl_sync_bfly_f32(x, lane) for x in l]
+        return l
+
+    return total
+
+
+@cache
+def reciprocal_rows(row_blocks: int) -> Any:
+    """Traced `(l, numerator)`: numerator / l, or 0 for a row that saw no key."""
+
+    @traced(rows_type(row_blocks), rows_type(row_blocks), types.float32)
+    def run(l, numerator):
+        return [select(x == 0.0, 0.0, numerator / x) for x in l]
+
+    return run
+
+
+@cache
+def pick_row(row_blocks: int) -> Any:
+    """Traced `(rows, n)`: the n-th of a lane's rows; the last one if there are not so many."""
+
+    @traced(types.float32, rows_type(row_blocks), types.int32)
+    def run(rows, n):
+        out = rows[-1]
+        for number, x in enumerate(rows[:-1]):
+            out = select(n == number, x, out)
+        return out
+
+    return run
+
+
+@cache
+def softmax_rows(row_blocks: int, columns: int) -> Any:
+    """Traced `(scores, m, m_new, l, scale)`: P = exp2(scale * (S - m_new)), the lane's part of
+    l = alpha l + rowsum(P), and alpha = exp2(scale * (m - m_new)).
+    """
+    tile, rows = sums_type(row_blocks, columns), rows_type(row_blocks)
+
+    @traced(types.Tuple((tile, rows, rows)), tile, rows, rows, rows, types.float32)
+    def run(scores, m, m_new, l, scale):
+        # No key yet: 2**(-inf - 0) = 0, not NaN.
+        shift = [select(x == NEGATIVE_INFINITY, 0.0, x * scale) for x in m_new]
+        alpha = [exp2(fma(x, scale, -s)) for x, s in zip(m, shift, strict=True)]
+        weights, sums = list(scores), [x * a for x, a in zip(l, alpha, strict=True)]
+        for place, row, *_ in _places(row_blocks, columns):
+            weights[place] = exp2(fma(scores[place], scale, -shift[row]))
+            sums[row] = sums[row] + weights[place]
+        return weights, sums, alpha
+
+    return run
+
+
+@cache
+def scale_rows(row_blocks: int, columns: int) -> Any:
+    """Traced `(tile, factor)`: each row times its factor."""
+    tile = sums_type(row_blocks, columns)
+
+    @traced(tile, tile, rows_type(row_blocks))
+    def run(sums, factor):
+        out = list(sums)
+        for place, row, *_ in _places(row_blocks, columns):
+            out[place] = sums[place] * factor[row]
+        return out
+
+    return run
+
+
+# ----- masks -----
+
+
+@cache
+def mask_scores(kind: Kind, row_blocks: int, columns: int) -> Any:
+    """Traced `(scores, row, key, band, mask, mask_place, scale)`: scores as the mask leaves them, in
+    units of log 2 if the kind says so. -inf where the query may not see the key.
+
+    `row` and `key` are the lane's first ones; the row r of a lane is row + 8 r, and its neighbours
+    of every 16 columns are 16 keys apart. `band` is (lower, upper, seqlen_q, seqlen_k), and
+    `mask_place` where the head's mask begins, and its strides.
+    """
+    tile, whole = sums_type(row_blocks, columns), types.int32
+    arguments = (tile, whole, whole, types.UniTuple(whole, 4), None)
+    no_mask, is_bool = kind.mask == "none", kind.mask == "bool"
+    scaled = kind.scaled_first
+
+    @traced(tile, *arguments, types.UniTuple(types.int64, 3), types.float32)
+    def run(scores, row, key, band, mask, mask_place, scale):
+        lower, upper, seqlen_q, seqlen_k = band
+        start, row_step, column_step = mask_place
+        rows = [row + 8 * n for n in range(2 * row_blocks)]
+        first = [x + lower - key for x in rows]
+        end = [_least(x + upper, seqlen_k) - key for x in rows]
+        out = list(scores)
+        if not no_mask:
+            # Where there is no number of the mask another is read, to no effect: no branch.
+            starts = [start + i64(_least(x, seqlen_q - 1)) * row_step for x in rows]
+            keys = {
+                16 * four + n: i64(_least(key + (16 * four + n), seqlen_k - 1)) * column_step
+                for four in range(columns // 16)
+                for n in range(4)
+            }
+        for place, r, n, four in _places(row_blocks, columns):
+            column = 16 * four + n
+            visible = (first[r] < column + 1) & (end[r] > column)
+            score = scores[place] * scale if scaled else scores[place]
+            if not no_mask:
+                number = mask[starts[r] + keys[column]]
+                if is_bool:
+                    visible = visible & (number != 0)
+                else:
+                    score = fma(_loaded(kind.mask, number), LOG2_E, score)
+            out[place] = select(visible, score, NEGATIVE_INFINITY)
+        return out
+
+    return run
+
+
+def _least(a: Any, b: Any) -> Any:
+    return select(a < b, a, b)
+
+
+def _loaded(name: str, number: Any) -> Any:
+    """An additive mask's number as float32."""
+    if name == "bfloat16":
+        return float_of(u32(number) << 16)
+    return f32(number)
+
+
+# ----- dropout -----
+
+MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+
+
+def philox_words(column: Any, row: Any, batch_head: Any, low: Any, high: Any) -> list[Any]:
+    """Four words of the generator that philox.py explains, in 32-bit arithmetic."""
+    c0, c1, c2, c3 = column, row, batch_head, 0
+    keys = [low, high]
+    for _ in range(10):
+        products = [u64(c) * m for c, m in zip((c0, c2), MULTIPLIERS, strict=True)]
+        c0 = u32(products[1] >> 32) ^ c1 ^ keys[0]
+        c2 = u32(products[0] >> 32) ^ c3 ^ keys[1]
+        c1, c3 = u32(products[1]), u32(products[0])
+        keys = [k + step for k, step in zip(keys, KEY_STEPS, strict=True)]
+    return [c0, c1, c2, c3]
+
+
+def dropout_type() -> Any:
+    """numba type of what `drop` needs: the seed's two words, the head's number, the threshold."""
+    return types.UniTuple(types.uint32, 4)
+
+
+@device_function
+def dropout_words(seed, batch_head, threshold):
+    """What `drop` needs. A threshold of 2**32 wraps around to 0: there the factor is 0 for all."""
+    return (
+        types.uint32(seed & types.uint64(0xFFFFFFFF)), types.uint32(seed >> types.uint64(32)),
+        types.uint32(batch_head), types.uint32(threshold & 0xFFFFFFFF),
+    )  # fmt: skip
+
+
+@cache
+def drop(row_blocks: int, columns: int) -> Any:
+    """Traced `(tile, row, key, dropout)`: a tile with 0 where the weight is dropped.
+
+    `row` and `key` are as for `mask_scores`; `dropout` is (low and high word of the seed, number of
+    the head, threshold).
+    """
+    tile = sums_type(row_blocks, columns)
+
+    @traced(tile, tile, types.uint32, types.uint32, dropout_type())
+    def run(weights, row, key, dropout):
+        low, high, batch_head, threshold = dropout
+        out, group, words = list(weights), key >> 2, {}
+        for place, r, n, four in _places(row_blocks, columns):
+            if (r, four) not in words:
+                words[r, four] = philox_words(group + 4 * four, row + 8 * r, batch_head, low, high)
+            out[place] = select(words[r, four][n] >= threshold, weights[place], 0.0)
+        return out
+
+    return run
+
+
+__all__ = [
+    "constant_rows",
+    "drop",
+    "dropout_type",
+    "dropout_words",
+    "mask_scores",
+    "philox_words",
+    "pick_row",
+    "reciprocal_rows",
+    "row_max",
+    "row_total",
+    "scale_rows",
+    "softmax_rows",
+]
