@@ -86,6 +86,14 @@ def shfl_sync_bfly_b32(x: u32, lane_mask: u32) -> u32:
     """9.7.9.6: the x of the lane whose number differs in the bits of `lane_mask`."""
 
 
+@ptx(
+    "shfl.sync.idx.b32 {out}, {x}, {lane}, 0x1f, 0xffffffff;",
+    simulated=simulated.shuffle_index,
+)
+def shfl_sync_idx_b32(x: u32, lane: u32) -> u32:
+    """9.7.9.6: the x of that lane."""
+
+
 # ----- addresses, and single words: 9.7.9 -----
 
 
@@ -128,6 +136,14 @@ def st_global_b32_if(valid: u32, address: u64, x: u32) -> None:
 )
 def st_global_b16_if(valid: u32, address: u64, x: b16) -> None:
     """Two bytes to an even address of global memory, where `valid`."""
+
+
+@ptx(
+    "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.f32 [{address}], {x}; }",
+    simulated=simulated.store_global_if,
+)
+def st_global_f32_if(valid: u32, address: u64, x: f32) -> None:
+    """A float32 to an address of global memory, a multiple of 4, where `valid`."""
 
 
 @ptx(
