@@ -21,7 +21,7 @@ from .cuda_explain import Explanation, explain
 from .cuda_graph import Graph
 from .cuda_precision import fp32_precision
 from .device_array import raise_deferred_errors
-from .kernels import runtime
+from .kernels import compile_cache, runtime
 
 __all__ = [
     "Explanation",
@@ -110,8 +110,8 @@ def config() -> dict[str, Any]:
 
     Returns:
         "available"; and if it is: "simulator" (bool), "gpu", "compute_capability", "driver" (the
-        CUDA version it supports), "numba-cuda", and "matmul": cuBLAS with its version, or our tiled
-        kernel.
+        CUDA version it supports), "numba-cuda", "matmul" (cuBLAS with its version, or our tiled
+        kernel) and "compiled kernels" (the folder that keeps their machine code).
 
     """
     if not is_available():
@@ -124,6 +124,7 @@ def config() -> dict[str, Any]:
         "driver": _driver_version(),
         "numba-cuda": _version("numba-cuda"),
         "matmul": cublas.description(),
+        "compiled kernels": str(compile_cache.folder() or "not kept"),
     }
 
 
