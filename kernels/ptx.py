@@ -112,6 +112,11 @@ def st_shared_b32(address: u32, x: u32) -> None:
     """A word to an address of shared memory, a multiple of 4."""
 
 
+@ptx("st.shared.f32 [{address}], {x};", simulated=simulated.store_shared)
+def st_shared_f32(address: u32, x: f32) -> None:
+    """A float32 to an address of shared memory, a multiple of 4."""
+
+
 @ptx("st.shared.v4.b32 [{address}], {x};", simulated=simulated.store_shared)
 def st_shared_v4_b32(address: u32, x: u32[4]) -> None:
     """16 bytes to an address of shared memory, a multiple of 16."""
@@ -152,6 +157,11 @@ def st_global_f32_if(valid: u32, address: u64, x: f32) -> None:
 )
 def st_global_v2_f32_if(valid: u32, address: u64, x: f32[2]) -> None:
     """Two float32 to an address of global memory, a multiple of 8, where `valid`."""
+
+
+@ptx("atom.global.add.u32 {out}, [{address}], {x};")
+def atom_global_add_u32(address: u64, x: u32) -> u32:
+    """9.7.13.5: add x to a word of global memory; what was there before."""
 
 
 @ptx("mov.b32 {out}, {x};", pure=True, simulated=simulated.halves)
