@@ -57,7 +57,9 @@ def architecture() -> str:
 # ----- compiling -----
 
 
-def kernel(threads: int, *, fastmath: bool = False, blocks: int = 1) -> Callable[[Any], Any]:
+def kernel(
+    threads: int, *, fastmath: bool = False, blocks: int | None = None
+) -> Callable[[Any], Any]:
     """Decorator: a kernel that is launched with `threads` threads to a block.
 
     Knowing the number, the compiler can give each thread as many registers as fit.
@@ -65,12 +67,13 @@ def kernel(threads: int, *, fastmath: bool = False, blocks: int = 1) -> Callable
     Args:
         threads: number of threads of a block, the product of its dimensions.
         fastmath: let the compiler assume that no value is NaN or infinite, and approximate.
-        blocks: that a multiprocessor's registers are to be enough for at once.
+        blocks: that a multiprocessor's registers are to be enough for at once; `setmaxnreg` works
+            only where it is given, be it 1.
 
     """
     options: dict[str, Any] = {"fastmath": fastmath}
     if not SIMULATED:
-        options["launch_bounds"] = threads if blocks == 1 else (threads, blocks)
+        options["launch_bounds"] = threads if blocks is None else (threads, blocks)
     return cuda.jit(**options)  # type: ignore[no-any-return]
 
 

@@ -29,6 +29,8 @@ class Usage:
         stack: bytes of local memory, spills included.
         spills: bytes that are stored to local memory and loaded again for lack of registers.
         shared: bytes of static shared memory, of a block.
+        remarks: the assembler's, on wgmma products that it makes wait for one another, and on
+            `setmaxnreg` that it leaves out.
 
     """
 
@@ -36,6 +38,7 @@ class Usage:
     stack: int
     spills: int
     shared: int
+    remarks: tuple[str, ...] = ()
 
 
 def intermediate(instance: Instance, capability: tuple[int | str, ...] = OLDEST) -> bytes:
@@ -103,6 +106,7 @@ def parsed(log: str) -> Usage:
         stack=largest(r"(\d+) bytes stack frame"),
         spills=max(largest(r"(\d+) bytes spill stores"), largest(r"(\d+) bytes spill loads")),
         shared=largest(r"(\d+) bytes smem", missing=0),
+        remarks=tuple(re.findall(r".*(?:serialized|setmaxnreg.*ignored).*", log)),
     )
 
 
@@ -115,4 +119,5 @@ def complaint(instance: Instance, usage: Usage) -> str:
         wrong.append(f"{usage.spills} bytes spilled")
     elif usage.stack:
         wrong.append(f"{usage.stack} bytes of local memory: index local arrays by constants alone")
+    wrong += usage.remarks
     return "; ".join(wrong)
