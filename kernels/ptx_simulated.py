@@ -60,6 +60,11 @@ def shuffle_xor(x: Any, lane_mask: Any) -> Any:
     return exchange(x)[lane() ^ int(lane_mask)]
 
 
+def shuffle_index(x: Any, source: Any) -> Any:
+    """shfl.sync.idx."""
+    return exchange(x)[int(source) % WARP]
+
+
 # ----- numbers -----
 
 

@@ -112,8 +112,13 @@ else:
         def __sub__(self, other: Any) -> Value:
             return self._apply(other, "fsub", "sub")
 
+        def __rsub__(self, other: Any) -> Value:
+            return self.like(other) - self
+
         def __mul__(self, other: Any) -> Value:
             return self._apply(other, "fmul", "mul")
+
+        __radd__, __rmul__ = __add__, __mul__
 
         def __truediv__(self, other: Any) -> Value:
             return self._apply(other, "fdiv", "")
@@ -150,6 +155,9 @@ else:
 
         def __gt__(self, other: Any) -> Value:
             return self._compare(">", other)
+
+        def __le__(self, other: Any) -> Value:
+            return self._compare("<=", other)
 
         def __ge__(self, other: Any) -> Value:
             return self._compare(">=", other)

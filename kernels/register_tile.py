@@ -1,0 +1,337 @@
+"""A tile of a matrix in the registers of a warp, and what attention does with it.
+
+The tensor cores leave their sums so that lane t of a warp has of every 16 rows two, g = t // 4 and
+g + 8, and of every 8 columns two neighbours, 2 (t % 4) and the next (`shared_layout.sums_place`).
+It is the same for mma and for wgmma, whose warpgroup has a tile like this in each of its four
+warps. A lane's part is a tuple of float32; four lanes together, a quad, have a row.
+
+    scores = RegisterTile(block_n)
+    zero, row_max, exp2 = scores.zero, scores.row_max, scores.exp2
+
+makes functions that a kernel calls by these names, so that it reads like the algorithm:
+
+    m_new = row_max(s, m)                       # m_new = max(m, rowmax(S))
+    p = exp2(s, scale, shift(m_new, scale))     # P = 2**(scale S - scale m_new)
+
+They are `traced`: loops over the registers are unrolled while the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .ptx import (
+    cvt_rna_tf32_f32,
+    mov_b32_halves,
+    pack_pair,
+    shfl_sync_bfly_f32,
+    st_global_b16_if,
+    st_global_b32_if,
+    st_global_f32_if,
+    st_global_v2_f32_if,
+)
+from .runtime import NEGATIVE_INFINITY, types
+from .traced import exp2 as power_of_two
+from .traced import fma, maximum, select, traced
+
+LARGEST_FIRST = np.float32(NEGATIVE_INFINITY)
+
+
+class Place(NamedTuple):
+    """Of one of a lane's numbers: which register, which of the lane's rows, and where from the
+    lane's first row and column it lies.
+    """
+
+    register: int
+    own_row: int
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class RegisterTile:
+    """A tile of 16 * row_blocks rows of a warp.
+
+    Args:
+        columns: a multiple of 8.
+        row_blocks: blocks of 16 rows; 1 for wgmma.
+
+    A number "for each row" is a tuple of 2 * row_blocks, of the lane's rows.
+
+    """
+
+    columns: int
+    row_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.columns <= 0 or self.columns % 8 or self.row_blocks <= 0:
+            raise ValueError(
+                f"a tile has a multiple of 8 columns and some blocks of rows, got {self.columns}"
+                f" and {self.row_blocks}"
+            )
+
+    @property
+    def registers(self) -> int:
+        """Of a lane."""
+        return self.row_blocks * self.columns // 2
+
+    @property
+    def type(self) -> Any:
+        """numba type of a lane's part."""
+        return types.UniTuple(types.float32, self.registers)
+
+    @property
+    def rows_type(self) -> Any:
+        """numba type of a number for each row."""
+        return types.UniTuple(types.float32, 2 * self.row_blocks)
+
+    def places(self) -> Iterator[Place]:
+        """Of all of a lane's numbers, register by register."""
+        for n in range(self.registers):
+            block, rest = divmod(n, self.columns // 2)
+            j, r, c = rest // 4, rest // 2 % 2, rest % 2
+            yield Place(n, 2 * block + r, 16 * block + 8 * r, 8 * j + c)
+
+    def _by_row(self, tile: Any) -> list[list[Any]]:
+        rows: list[list[Any]] = [[] for _ in range(2 * self.row_blocks)]
+        for place in self.places():
+            rows[place.own_row].append(tile[place.register])
+        return rows
+
+    # ----- made once for a kernel -----
+
+    @cached_property
+    def zero(self) -> Any:
+        """`zero()`: a tile of zeros."""
+        count = self.registers
+
+        @traced(self.type)
+        def zero():
+            return [np.float32(0)] * count
+
+        return zero
+
+    @cached_property
+    def scale_rows(self) -> Any:
+        """`scale_rows(tile, factors)`: diag(factors) tile."""
+        return self.each(lambda x, factor: x * factor, self.type, self.rows_type)
+
+    @cached_property
+    def row_max(self) -> Any:
+        """`row_max(tile, before)`: the largest of each row, and of what it was before. All lanes of
+        a quad get the same.
+        """
+
+        @traced(self.rows_type, self.type, self.rows_type)
+        def row_max(tile, before):
+            found = []
+            for numbers, largest in zip(self._by_row(tile), before, strict=True):
+                for x in numbers:
+                    largest = maximum(largest, x)
+                found.append(largest)
+            return _over_quad(found, maximum)
+
+        return row_max
+
+    @cached_property
+    def own_row_sum(self) -> Any:
+        """`own_row_sum(tile, before)`: the sum of the lane's own numbers of each row, plus what it
+        was before. A sum over many tiles needs `quad_sum` once, in the end.
+        """
+
+        @traced(self.rows_type, self.type, self.rows_type)
+        def own_row_sum(tile, before):
+            rows = zip(self._by_row(tile), before, strict=True)
+            return [_sum(numbers) + first for numbers, first in rows]
+
+        return own_row_sum
+
+    @cached_property
+    def quad_sum(self) -> Any:
+        """`quad_sum(rows)`: numbers for each row, summed over the four lanes that share it."""
+
+        @traced(self.rows_type, self.rows_type)
+        def quad_sum(rows):
+            return _over_quad(rows, lambda a, b: a + b)
+
+        return quad_sum
+
+    @cached_property
+    def row_sum(self) -> Any:
+        """`row_sum(tile)`: the sum of each row."""
+
+        @traced(self.rows_type, self.type)
+        def row_sum(tile):
+            sums = [_sum(numbers) for numbers in self._by_row(tile)]
+            return _over_quad(sums, lambda a, b: a + b)
+
+        return row_sum
+
+    @cached_property
+    def shift(self) -> Any:
+        """`shift(largest, scale)`: scale * largest for each row, what `exp2` takes; 0 where there
+        is no number yet: 2**(-inf - 0) is 0, not NaN.
+        """
+
+        @traced(self.rows_type, self.rows_type, types.float32)
+        def shift(largest, scale):
+            return [select(x == NEGATIVE_INFINITY, 0.0, x * scale) for x in largest]
+
+        return shift
+
+    @cached_property
+    def exp2(self) -> Any:
+        """`exp2(tile, scale, shifts)`: 2**(scale * tile - shift of the row): an fma and an ex2."""
+
+        def power(x, scale, shift):
+            return power_of_two(fma(x, scale, -shift))
+
+        return self.each(power, self.type, types.float32, self.rows_type)
+
+    @cached_property
+    def mask_columns(self) -> Any:
+        """`mask_columns(tile, first, end)`: -inf where a column is not within first ... end - 1 of
+        its row, counted from the lane's first column.
+        """
+        limits = types.UniTuple(types.int32, 2 * self.row_blocks)
+
+        @traced(self.type, self.type, limits, limits)
+        def mask_columns(tile, first, end):
+            return [
+                select(
+                    (first[p.own_row] <= p.column) & (end[p.own_row] > p.column),
+                    tile[p.register],
+                    NEGATIVE_INFINITY,
+                )
+                for p in self.places()
+            ]
+
+        return mask_columns
+
+    def to_operand(self, dtype: str, turing: bool = False) -> Any:
+        """Function of a tile: its numbers, rounded, as the operand A of the next product.
+
+        Of each block of 16 rows in turn, and of each step along the columns (16; 8 for tf32 and on
+        Turing), the registers of A: a tuple of uint32. The columns 2q and 2q + 1 of a lane are q
+        and q + 4 of A for tf32: the rows of B are to be read in the same order.
+
+        Args:
+            dtype: "float16", "bfloat16" or "tf32".
+            turing: without the instruction that converts two at once.
+
+        """
+        words = self.registers if dtype == "tf32" else self.registers // 2
+
+        @traced(types.UniTuple(types.uint32, words), self.type)
+        def to_operand(tile):
+            if dtype == "tf32":
+                order = [4 * n + k for n in range(words // 4) for k in (0, 2, 1, 3)]
+                return [cvt_rna_tf32_f32(tile[n]) for n in order]
+            pack = pack_pair(dtype, turing)
+            return [pack(tile[2 * n], tile[2 * n + 1]) for n in range(words)]
+
+        return to_operand
+
+    def each(self, function: Callable[..., Any], *kinds: Any, at: bool = False) -> Any:
+        """A function that gives a tile, number by number.
+
+        Args:
+            function: of one number from each argument; traced with the tile.
+            kinds: types of the arguments: of a tile (`type`) it gets the number at that place, of a
+                number for each row (`rows_type`) that of the row, of any other type the argument.
+            at: whether it gets the number's row and column before them: then the first two
+                arguments are those of the lane's first number, int32.
+
+        """
+        places = [types.int32, types.int32] if at else []
+
+        @traced(self.type, *places, *kinds)
+        def each(*arguments):
+            found = []
+            for place in self.places():
+                given = [
+                    argument[place.register] if kind == self.type
+                    else argument[place.own_row] if kind == self.rows_type
+                    else argument
+                    for argument, kind in zip(arguments[len(places) :], kinds, strict=True)
+                ]  # fmt: skip
+                if at:
+                    given = [arguments[0] + place.row, arguments[1] + place.column, *given]
+                found.append(function(*given))
+            return found
+
+        return each
+
+    def store(self, dtype: str, pairs: bool = True, turing: bool = False) -> Any:
+        """`store(tile, addresses, valid, columns)`: to rows of global memory, rounded.
+
+        `addresses` are those of the lane's first element of each row (uint64), `valid` says for
+        each row whether it is written (booleans), and of the columns those below `columns`,
+        counted from the lane's first, are (int32).
+
+        Args:
+            dtype: "float16", "bfloat16" or "float32".
+            pairs: two elements at a time: the addresses are multiples of twice the element's size,
+                and the number of columns is even.
+            turing: as in `to_operand`.
+
+        """
+        rows = 2 * self.row_blocks
+        size = 4 if dtype == "float32" else 2
+        put = _store_pair(dtype, turing) if pairs else _store_each(dtype, turing)
+
+        @traced(
+            types.void, self.type, types.UniTuple(types.uint64, rows),
+            types.UniTuple(types.boolean, rows), types.int32,
+        )  # fmt: skip
+        def store(tile, addresses, valid, columns):
+            for p in list(self.places())[::2]:
+                address = addresses[p.own_row] + size * p.column
+                inside = [valid[p.own_row] & (columns > p.column + c) for c in range(2)]
+                put(address, inside, *tile[p.register : p.register + 2])
+
+        return store
+
+
+def _sum(numbers: list[Any]) -> Any:
+    total = numbers[0]
+    for x in numbers[1:]:
+        total = total + x
+    return total
+
+
+def _over_quad(rows: Any, function: Callable[[Any, Any], Any]) -> list[Any]:
+    """A number for each row, over the four lanes that share the row."""
+    for mask in (1, 2):
+        rows = [function(x, shfl_sync_bfly_f32(x, mask)) for x in rows]
+    return list(rows)
+
+
+def _store_pair(dtype: str, turing: bool) -> Callable[..., None]:
+    def put(address: Any, inside: Any, low: Any, high: Any) -> None:
+        if dtype == "float32":
+            st_global_v2_f32_if(inside[0], address, [low, high])
+        else:
+            st_global_b32_if(inside[0], address, pack_pair(dtype, turing)(low, high))
+
+    return put
+
+
+def _store_each(dtype: str, turing: bool) -> Callable[..., None]:
+    def put(address: Any, inside: Any, low: Any, high: Any) -> None:
+        if dtype == "float32":
+            for c, x in enumerate((low, high)):
+                st_global_f32_if(inside[c], address + 4 * c, x)
+            return
+        for c, x in enumerate(mov_b32_halves(pack_pair(dtype, turing)(low, high))):
+            st_global_b16_if(inside[c], address + 2 * c, x)
+
+    return put
+
+
+__all__ = ["Place", "RegisterTile"]
