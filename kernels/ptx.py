@@ -136,6 +136,14 @@ def st_global_b32_if(valid: u32, address: u64, x: u32) -> None:
 
 
 @ptx(
+    "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.v4.b32 [{address}], {x}; }",
+    simulated=simulated.store_global_if,
+)
+def st_global_v4_b32_if(valid: u32, address: u64, x: u32[4]) -> None:
+    """16 bytes to an address of global memory, a multiple of 16, where `valid`."""
+
+
+@ptx(
     "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.b16 [{address}], {x}; }",
     simulated=simulated.store_global_if,
 )
