@@ -1,0 +1,47 @@
+"""The table of tile sizes, and the command that writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minitorch.kernels.flash_attention import tuning
+from project import tune_attention as tune
+
+
+def test_a_choice_is_for_one_gpu_head_size_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {("x", "forward", (9, 0), 64, True): (128, 64)}
+    monkeypatch.setattr(tuning, "TABLE", table)
+    assert tuning.choice("x", "forward", (9, 0), 64, True) == (128, 64)
+    assert tuning.choice("x", "forward", (9, 0), 64, False) is None
+    assert tuning.choice("x", "forward", (8, 0), 64, True) is None
+    assert tuning.choice("y", "forward", (9, 0), 64, True) is None
+
+
+def test_the_table_is_rewritten_and_the_rest_stays() -> None:
+    source = tune.TABLE_FILE.read_text()
+    table: dict[Any, Any] = {
+        ("mma", "query", (8, 0), 128, False): (64, 64, 4, 2),
+        ("hopper", "forward", (9, 0), 64, True): (3, 128, 2, 1),
+    }
+    text = tune.written(table, source)
+    found: dict[str, Any] = {}
+    exec(compile(text, "tuning.py", "exec"), found)
+    assert found["TABLE"] == table
+    assert tune.written(found["TABLE"], text) == text
+    assert tune.written(tuning.TABLE, text) == tune.written(tuning.TABLE, source)
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_entries_are_of_the_right_shape() -> None:
+    for (module, kernel, architecture, head_dim, causal), numbers in tuning.TABLE.items():
+        assert kernel in ("forward", "key_value", "query"), module
+        assert len(architecture) == 2
+        assert head_dim > 0
+        assert isinstance(causal, bool)
+        assert all(isinstance(n, int) for n in numbers)
+
+
+def test_the_fastest_has_the_smallest_geometric_mean() -> None:
+    assert tune.fastest({"a": [1.0, 9.0], "b": [2.0, 4.0], "c": [3.0, 3.1]}) == "b"
