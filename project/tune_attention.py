@@ -4,10 +4,10 @@
     python project/tune_attention.py --modules hopper --head-dims 128 --kernels forward
 
 A module takes part by a dict CANDIDATES: kernel ("forward", "key_value" or "query") -> head size ->
-tuples of numbers, the arguments of its class of tile sizes; and by asking `tuning.choice` first when
-it launches. Each candidate is timed at a short and at a long sequence length, as the benchmark times
-(`gpu_timing.py`), all taking turns; the smallest geometric mean of the times wins. The table
-in `kernels/flash_attention/tuning.py` is rewritten with the winners.
+tuples of numbers, the arguments of its class of tile sizes; and by asking `tuning.choice` when it
+launches. Each candidate is timed at a short and at a long length, as the benchmark does it
+(`gpu_timing.py`), all taking turns; the smallest geometric mean of the times wins. The table in
+`kernels/flash_attention/tuning.py` is rewritten with the winners.
 """
 
 from __future__ import annotations

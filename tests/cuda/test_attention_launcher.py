@@ -1,0 +1,134 @@
+"""What the launcher does for kernels: rows that are copied because they do not lie as needed, and
+workspaces.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minitorch
+from minitorch import TensorBackend, cuda_attention
+from minitorch.cuda_kernel_ops import CudaKernelOps
+from minitorch.kernels.flash_attention import cuda
+from minitorch.kernels.runtime import SIMULATED
+from tests.cuda.test_flash_attention_cuda import check, on_gpu, random
+
+BACKEND = TensorBackend(CudaKernelOps)
+ALIGNMENT = 16
+
+
+class Spy:
+    """A module that computes with the SIMT kernels, and keeps what it was given."""
+
+    def __init__(self, **more: Any) -> None:
+        self.given: list[Any] = []
+        self.workspaces: list[Any] = []
+        self.module = SimpleNamespace(
+            NAME="spy", why_not=cuda.why_not, forward=self._forward, backward=self._backward, **more
+        )
+
+    def _forward(self, *arguments: Any, workspace: Any = None) -> None:
+        self.given += arguments[2][:3]
+        self.workspaces.append(workspace)
+        cuda.forward(*arguments)
+
+    def _backward(self, *arguments: Any, workspace: Any = None) -> None:
+        self.given += [*arguments[2][:3], arguments[5]]
+        self.workspaces.append(workspace)
+        cuda.backward(*arguments)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Spy:
+    spy = Spy(**more)
+    monkeypatch.setattr(cuda_attention, "FLASH_ATTENTION", (spy.module,))
+    return spy
+
+
+@pytest.mark.parametrize("layout", ["plain", "heads", "transposed", "part"])
+@pytest.mark.parametrize(("dtype", "columns"), [("float16", 8), ("float16", 5), ("float32", 6)])
+def test_rows_lie_as_the_kernel_needs(
+    monkeypatch: pytest.MonkeyPatch, layout: str, dtype: str, columns: int
+) -> None:
+    """Contiguous, at multiples of 16 bytes; results and gradients as they would be without."""
+    spy = use(monkeypatch, ROW_ALIGNMENT=ALIGNMENT)
+    check([(2, 2, 9, columns), (2, 1, 11, columns), (2, 1, 11, columns)], dtype, (layout,) * 4)
+    itemsize = np.dtype(dtype).itemsize
+    assert len(spy.given) == 7
+    for matrices in spy.given:
+        assert matrices.strides[3] == 1
+        assert matrices.address % ALIGNMENT == 0
+        assert not any(step * itemsize % ALIGNMENT for step in matrices.strides[:3])
+
+
+def test_what_lies_well_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads cut out of rows of a (B, N, H, D) tensor; the stride of a single head says nothing."""
+    spy = use(monkeypatch, ROW_ALIGNMENT=ALIGNMENT)
+    for heads in (1, 3):
+        spy.given.clear()
+        q, k, v = (on_gpu(random(2, heads, 9, 8, seed=n), layout="heads") for n in range(3))
+        q.flash_attention(k, v)
+        addresses = [x._tensor._storage.pointer for x in (q, k, v)]
+        assert [matrices.address for matrices in spy.given] == addresses
+
+
+def test_padding_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a row's end and the next multiple of the alignment."""
+    spy = use(monkeypatch, ROW_ALIGNMENT=ALIGNMENT)
+    q, k, v = (on_gpu(random(1, 1, 4, 5, seed=n), "float16") for n in range(3))
+    q.flash_attention(k, v)
+    for matrices in spy.given:
+        rows = matrices.owner.copy_to_host().reshape(4, 8)
+        assert np.isfinite(rows.astype(np.float64)).all()
+        assert not rows[:, 5:].any()
+
+
+def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of as many bytes as a module asks for, in the dtype of the logsumexp."""
+    for dtype, size in (("float16", 4), ("float64", 8)):
+        spy = use(
+            monkeypatch,
+            forward_workspace=lambda problem, heads, architecture: 40,
+            backward_workspace=lambda problem, heads, architecture: 8 * heads.heads,
+        )
+        check([(1, 2, 9, 8)] * 3, dtype)
+        sizes = [(array.size, array.dtype.itemsize) for array in spy.workspaces]
+        assert sizes == [(40 // size, size), (16 // size, size)]
+    spy = use(monkeypatch)
+    check([(1, 2, 9, 8)] * 3)
+    assert spy.workspaces == [None, None]
+
+
+@pytest.mark.skipif(SIMULATED, reason="the simulator's memory is the host's: numpy is tested below")
+def test_arrays_of_pytorch() -> None:
+    """Every kernel that this GPU has, through `minitorch.flash_attention`, with gradients."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for rows, columns in ((200, 64), (200, 59), (1, 128)):
+            leaves = [
+                torch.randn(2, 3, n, columns, device="cuda", dtype=dtype, requires_grad=True)
+                for n in (rows, 300, 300)
+            ]
+            ours = minitorch.flash_attention(*leaves)
+            theirs = attend(*leaves)
+            assert ours.dtype == dtype
+            bound = 2e-5 if dtype == torch.float32 else 2e-2
+            assert (ours - theirs).abs().max() < bound
+            grads = (torch.autograd.grad(out.float().sum(), leaves) for out in (ours, theirs))
+            for got, want in zip(*grads, strict=True):
+                scale = max(1.0, float(want.abs().max()))
+                assert (got - want).abs().max() < bound * scale
+
+
+def test_arrays_of_numpy_on_the_cpu() -> None:
+    """`minitorch.flash_attention` with an array that is not on the GPU."""
+    q, k, v = (random(2, 5, 4, seed=n).astype(np.float32) for n in range(3))
+    out = minitorch.flash_attention(q, k, v, is_causal=True)
+    assert isinstance(out, np.ndarray)
+    assert out.shape == (2, 5, 4)
