@@ -92,7 +92,7 @@ bench: $(VENV)/bench.stamp
 bench-gpu: $(VENV)/gpu.stamp
 	$(PIP) install 'torch>=2.9'
 	$(BIN)/python project/bench_cuda_ops.py
-	$(BIN)/python project/bench_attention_cuda.py
+	$(BIN)/python project/bench_attention.py --device cuda
 	$(BIN)/python project/bench_training_cuda.py
 	$(BIN)/python project/readme_tables.py
 
