@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ class Bar:
 def place(cell: Cell) -> str:
     """A cell's name in the table of bars."""
     causal = ", causal" if cell["causal"] else ""
-    return f"D {cell['head_dim']}, N {cell['seqlen_k']}{causal}"
+    dtype = "" if cell["dtype"] == "float16" else f", {cell['dtype']}"
+    return f"D {cell['head_dim']}, N {cell['seqlen_k']}{causal}{dtype}"
 
 
 def ratios(
@@ -266,13 +268,14 @@ def sections(result: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for part, title in (
         ("grid", f"hidden size 2048, 16,384 tokens: {count}"),
         ("dropout", "the same with dropout 0.2: TFLOP/s"),
-        ("published", "32 x 8 heads, N 2048, D 64, float16, dropout 0.2: TFLOP/s"),
-        ("float32", f"float32, 16 heads, 16,384 tokens: {count}"),
+        ("published", "32 x 8 heads, N 2048, D 64, dropout 0.2: TFLOP/s"),
+        ("float32", f"16 heads, 16,384 tokens: {count}"),
         ("triton", f"beside `flex_attention`, compiled by Triton: {count}"),
     ):
-        for what in PASSES:
-            if lines := cell_lines(result.get(part, []), what):
-                yield f"{what.capitalize()}, {title}.", lines
+        cells = result.get(part, [])
+        for dtype, what in product(dict.fromkeys(cell["dtype"] for cell in cells), PASSES):
+            if lines := cell_lines([cell for cell in cells if cell["dtype"] == dtype], what):
+                yield f"{what.capitalize()}, {dtype}, {title}.", lines
     others: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
         ("decode", "Decoding, one query against 65,536 keys, 32 heads:",
          lambda cells: decode_lines(cells, copy)),
@@ -311,8 +314,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
-    """TFLOP/s by length, one picture for each head size and pass; the paths of the files."""
-    cells = result.get("grid", [])
+    """TFLOP/s by length in float16, one picture for each head size and pass; the files' paths."""
+    cells = [cell for cell in result.get("grid", []) if cell["dtype"] == "float16"]
     made = []
     for head_dim in sorted({cell["head_dim"] for cell in cells}):
         chosen = [cell for cell in cells if cell["head_dim"] == head_dim]
