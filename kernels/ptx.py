@@ -122,6 +122,26 @@ def st_shared_v4_b32(address: u32, x: u32[4]) -> None:
     """16 bytes to an address of shared memory, a multiple of 16."""
 
 
+@ptx("ld.global.nc.b32 {out}, [{address}];")
+def ld_global_nc_b32(address: u64) -> u32:
+    """The word at an address of global memory, a multiple of 4, which no kernel writes meanwhile."""
+
+
+@ptx("ld.global.f32 {out}, [{address}];")
+def ld_global_f32(address: u64) -> f32:
+    """The float32 at an address of global memory, a multiple of 4."""
+
+
+@ptx("ld.global.v4.b32 {out}, [{address}];")
+def ld_global_v4_b32(address: u64) -> u32[4]:
+    """16 bytes at an address of global memory, a multiple of 16."""
+
+
+@ptx("st.global.v4.b32 [{address}], {x};")
+def st_global_v4_b32(address: u64, x: u32[4]) -> None:
+    """16 bytes to an address of global memory, a multiple of 16."""
+
+
 @ptx("st.global.b32 [{address}], {x};", simulated=simulated.store_global)
 def st_global_b32(address: u64, x: u32) -> None:
     """A word to an address of global memory, a multiple of 4."""
