@@ -134,6 +134,34 @@ def ours(
         )
 
 
+def our_standard(
+    recorder: Recorder, case: Case, inputs: list[Any], backward: bool
+) -> Contestant | None:
+    """Standard attention of ours: products by cuBLAS, fused softmax. None if memory is too small."""
+    import minitorch
+
+    q, k, v, do = (minitorch.as_tensor(x) for x in inputs)
+    for x in (q, k, v):
+        x.requires_grad_(backward)
+
+    def attend() -> tuple[Any]:
+        return (q.attention(k, v, is_causal=case.causal),)
+
+    def gradients() -> tuple[Any, ...]:
+        for x in (q, k, v):
+            x.zero_grad_()
+        forward.results[0].backward(do)
+        return q.grad, k.grad, v.grad
+
+    try:
+        forward = recorder.our_graph(attend)
+        return Contestant(forward, recorder.our_graph(gradients) if backward else None)
+    except minitorch.cuda.OutOfMemoryError as error:
+        print("  " + str(error).splitlines()[0][:120], flush=True)
+        minitorch.cuda.empty_cache()
+        return None
+
+
 # ----- PyTorch's -----
 
 
@@ -228,7 +256,9 @@ def errors(contestant: Contestant, wanted: list[Any]) -> tuple[float, float | No
     import torch
 
     def of(results: Any, references: list[Any]) -> float:
-        tensors = [x if isinstance(x, torch.Tensor) else torch.from_dlpack(x) for x in results]
+        tensors = [
+            x if isinstance(x, torch.Tensor) else torch.from_dlpack(x.detach()) for x in results
+        ]
         pairs = zip(tensors, references, strict=True)
         return max(float((x.detach()[-1, -1].double() - y).abs().max()) for x, y in pairs)
 

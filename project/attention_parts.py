@@ -183,7 +183,7 @@ def measure_decode(recorder: Recorder, arguments: argparse.Namespace) -> list[di
 
 
 def measure_float32(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """In float32: exactly, and by tensor cores; PyTorch's memory-efficient and standard ones."""
+    """In float32: exactly, and by tensor cores; standard attention of ours; PyTorch's."""
     import minitorch
 
     def enter(precision: Any) -> Callable[..., Any]:
@@ -195,14 +195,11 @@ def measure_float32(recorder: Recorder, arguments: argparse.Namespace) -> list[d
 
     cells = []
     entrants = {name: enter(name) for name in ("ieee", "tf32", "tf32x3")}
-    entrants |= entrants_of([], ["efficient"])
+    entrants |= {"own standard": contestants.our_standard, **entrants_of([], ["efficient"])}
     for causal in (False, True):
         for n in FLOAT32_LENGTHS:
             case = Case(TOKENS // n, 16, n, n, 64, causal, "float32", seed=arguments.seed)
-            more = {} if causal or n > 4096 else {"standard": contestants.standard}
-            cells.append(
-                measure(recorder, case, entrants | more, arguments.rounds // 3, backward=True)
-            )
+            cells.append(measure(recorder, case, entrants, arguments.rounds // 5, backward=True))
             show(cells[-1])
     return cells
 

@@ -18,10 +18,12 @@ LABELS = {
     "flash": "PyTorch, flash",
     "cudnn": "PyTorch, cuDNN",
     "efficient": "PyTorch, memory-efficient",
-    "standard": "standard",
+    "standard": "standard (PyTorch)",
+    "own standard": "standard (ours)",
     "triton": "Triton (flex_attention)",
     "ours": "ours",
 }
+OTHERS = ("flash", "cudnn", "efficient", "standard", "own standard", "triton")
 Cell = dict[str, Any]
 
 
@@ -37,11 +39,12 @@ def tflops(cell: Cell, what: str, name: str) -> float | None:
 
 
 def speedup(cell: Cell, what: str, ours: str, other: str) -> float | None:
-    """Time of another over ours; None where one of them did not run."""
-    times = cell[what]
-    if ours not in times or other not in times:
+    """Time of another over ours, of a pass or of "both"; None where one of them did not run."""
+    passes = [cell[name] for name in (PASSES if what == "both" else (what,))]
+    if not all(ours in times and other in times for times in passes):
         return None
-    ratio: float = times[other]["ms"] / times[ours]["ms"]
+    theirs, mine = (sum(times[name]["ms"] for times in passes) for name in (other, ours))
+    ratio: float = theirs / mine
     return ratio
 
 
@@ -97,7 +100,7 @@ class Bar:
 def place(cell: Cell) -> str:
     """A cell's name in the table of bars."""
     causal = ", causal" if cell["causal"] else ""
-    dtype = "" if cell["dtype"] == "float16" else f", {cell['dtype']}"
+    dtype = f", {cell['dtype']}" if cell["dtype"] == "bfloat16" else ""
     return f"D {cell['head_dim']}, N {cell['seqlen_k']}{causal}{dtype}"
 
 
@@ -152,6 +155,12 @@ def other_bars(result: dict[str, Any]) -> Iterator[Bar]:
         yield Bar(f"hopper {what} over PyTorch's flash backend, dropout 0.2", 1.2, 1.5, figures)
     published = ratios(result.get("published", []), "forward", "ours", "standard")
     yield Bar("the published experiment, over standard attention", 3.0, 4.5, published)
+    for what, title in (("forward", "forward"), ("both", "forward + backward")):
+        for other, bar in (("own standard", 1.2), ("efficient", 0.8)):
+            figures = ratios(result.get("float32", []), what, "ieee", other)
+            by_mean = other == "own standard"
+            name = f"SIMT {title} in float32, over {LABELS[other]}"
+            yield Bar(name + ", geometric mean" * by_mean, bar, None, figures, by_mean=by_mean)
     copy = result.get("ceilings", {}).get("copy_tb_per_s", math.nan)
     shares = {
         f"D {cell['head_dim']}, {cell['dtype']}": decode_rate(cell, "ours") / copy
@@ -214,7 +223,7 @@ def cell_lines(cells: list[Cell], what: str) -> list[str]:
     ran: set[str] = {name for cell in cells for name in cell[what]}
     names = [name for name in LABELS if name in ran] + sorted(ran - set(LABELS))
     own = next((name for name in ("hopper", "ours", "mma", "ieee") if name in ran), "simt")
-    others = [n for n in ("flash", "cudnn", "efficient", "standard", "triton") if n in ran]
+    others = [name for name in OTHERS if name in ran]
     titles: list[str] = ["D", "N", "causal", *[LABELS.get(name, name) for name in names]]
     titles += [f"{LABELS.get(own, own)} over {LABELS[n]}" for n in others]
     rows: list[list[str]] = []
