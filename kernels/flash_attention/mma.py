@@ -12,7 +12,9 @@ from typing import Any
 
 from ..runtime import SIMULATED, Instance, ceil_div, launch, precision, types
 from . import cuda
-from .cuda import Architecture, Heads, Inputs, Matrices
+from .cuda import Architecture, Gradients, Heads, Inputs, Matrices
+from .cuda_backward import DELTA_ROWS, DELTA_THREADS, delta_kernel
+from .mma_backward import backward_memory, key_value_kernel, query_kernel
 from .mma_forward import forward_kernel, forward_memory
 from .mma_tiles import Kind, Tiles
 from .problem import AttentionProblem
@@ -83,6 +85,45 @@ def forward_tiles(kind: Kind, architecture: Architecture) -> Tiles:
     raise AssertionError(f"no tiles fit {kind}")
 
 
+def _key_value_choices(kind: Kind) -> tuple[Tiles, ...]:
+    if SIMULATED:
+        return (Tiles(16, 16, 1, 2), Tiles(16, 16, 1, 2, parts=2))
+    return (
+        Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 16, 4, 2),
+        Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(64, 32, 4, 2, parts=2),
+        Tiles(64, 32, 4, 1, parts=2), Tiles(64, 16, 4, 1, parts=2), Tiles(32, 16, 2, 1, parts=2),
+    )  # fmt: skip
+
+
+def _query_choices(kind: Kind) -> tuple[Tiles, ...]:
+    if SIMULATED:
+        return (Tiles(16, 16, 1, 2),)
+    return (
+        Tiles(128, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1),
+        Tiles(32, 16, 2, 1),
+    )  # fmt: skip
+
+
+@cache
+def backward_tiles(kind: Kind, architecture: Architecture) -> tuple[Tiles, Tiles]:
+    """The tiles of the kernel for dK and dV, and of that for dQ."""
+    most = MEMORY.get(architecture, LITTLE_MEMORY)
+
+    def key_value_fits(tiles: Tiles) -> bool:
+        widths = (kind.width + kind.value_width) // tiles.parts
+        sums = tiles.row_blocks * (widths + 2 * tiles.columns) // 2
+        return sums <= 200 and backward_memory(kind, tiles, True).size <= most
+
+    def query_fits(tiles: Tiles) -> bool:
+        sums = tiles.row_blocks * (kind.width + 2 * tiles.columns) // 2
+        return sums <= 200 and backward_memory(kind, tiles, False).size <= most
+
+    return (
+        next(filter(key_value_fits, _key_value_choices(kind))),
+        next(filter(query_fits, _query_choices(kind))),
+    )
+
+
 # ----- launches -----
 
 
@@ -116,6 +157,60 @@ def forward(
     )  # fmt: skip
 
 
+def backward(
+    problem: AttentionProblem,
+    heads: Heads,
+    inputs: Inputs,
+    out: Matrices,
+    logsumexp: Any,
+    grad_out: Matrices,
+    grad_logsumexp: Any,
+    gradients: Gradients,
+    architecture: Architecture,
+    blocks: tuple[Tiles, Tiles] | None = None,
+) -> None:
+    """Write the gradients of queries, keys and values: see `cuda.backward`.
+
+    Rows of dO begin at multiples of `ROW_ALIGNMENT` bytes too.
+    """
+    if not problem.batch_heads:
+        return
+    kind = _kind(problem, inputs, architecture)
+    for_keys, for_queries = blocks or backward_tiles(kind, architecture)
+    mask, mask_strides = cuda.mask_of(inputs)
+    sizes, numbers = cuda.arguments_of(problem, heads)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    delta, logsumexp2 = gradients.workspace
+    rows = problem.batch_heads * problem.seqlen_q
+    if rows:
+        launch(
+            delta_kernel(problem.dtype.name, grad_logsumexp is not None),
+            ceil_div(rows, DELTA_ROWS), DELTA_THREADS, out.array, grad_out.array, logsumexp,
+            logsumexp if grad_logsumexp is None else grad_logsumexp, delta, logsumexp2,
+            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, rows,
+        )  # fmt: skip
+    read = (q.array, k.array, v.array, mask, inputs.offset, grad_out.array, logsumexp2, delta)
+    strides = (q.strides, k.strides, v.strides, mask_strides, grad_out.strides)
+    if problem.seqlen_k:
+        dk, dv = gradients.dk, gradients.dv
+        tiles = ceil_div(problem.seqlen_k, for_keys.rows) * for_keys.parts
+        launch(
+            key_value_kernel(kind, for_keys), tiles * (problem.batch_heads // heads.group),
+            for_keys.threads, *read, dk.array, dv.array, *strides, dk.strides, dv.strides,
+            (*sizes, heads.group), *numbers,
+            shared_bytes=backward_memory(kind, for_keys, True).size,
+        )  # fmt: skip
+    if rows:
+        dq, ds = gradients.dq, gradients.ds
+        launch(
+            query_kernel(kind, for_queries, ds is not None),
+            ceil_div(problem.seqlen_q, for_queries.rows) * problem.batch_heads,
+            for_queries.threads, *read, dq.array, delta if ds is None else ds, *strides,
+            dq.strides, sizes, *numbers,
+            shared_bytes=backward_memory(kind, for_queries, False).size,
+        )  # fmt: skip
+
+
 # ----- for the compile tests -----
 
 
@@ -128,7 +223,14 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     sizes = types.UniTuple(types.int64, 7)
     scalars = (types.float64, types.uint64, types.int64, types.float64)
     read = (array, array, array, mask, word)
-    return {"forward": (*read, array, rows, *[strides] * 5, sizes, *scalars)}
+    return {
+        "forward": (*read, array, rows, *[strides] * 5, sizes, *scalars),
+        "key_value": (
+            *read, array, rows, rows, array, array, *[strides] * 7, types.UniTuple(types.int64, 8),
+            *scalars,
+        ),
+        "query": (*read, array, rows, rows, array, rows, *[strides] * 6, sizes, *scalars),
+    }  # fmt: skip
 
 
 ARCHITECTURES = {
@@ -157,8 +259,11 @@ def _instances_of(kind: Kind) -> Iterator[Instance]:
     picked: dict[tuple[str, Any], tuple[str, ...]] = {}
     for name, capability in ARCHITECTURES.items():
         if (capability < FIRST_WITH_ALL) == kind.turing:
+            for_keys, for_queries = backward_tiles(kind, capability)
             for what, kernel in (
                 ("forward", forward_kernel(kind, forward_tiles(kind, capability))),
+                ("key_value", key_value_kernel(kind, for_keys)),
+                ("query", query_kernel(kind, for_queries, kind.mask == "float32")),
             ):
                 picked[what, kernel] = (*picked.get((what, kernel), ()), name)
     for (what, kernel), architectures in picked.items():
@@ -173,4 +278,14 @@ def _name(kind: Kind) -> str:
     return f"{kind.numbers}, {kind.head_dim}, {kind.value_dim}, {kind.mask}{flags}"
 
 
-__all__ = ["NAME", "ROW_ALIGNMENT", "Tiles", "forward", "forward_tiles", "instances", "why_not"]
+__all__ = [
+    "NAME",
+    "ROW_ALIGNMENT",
+    "Tiles",
+    "backward",
+    "backward_tiles",
+    "forward",
+    "forward_tiles",
+    "instances",
+    "why_not",
+]

@@ -73,7 +73,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         tiles.threads,
     )
     width, value_width, two_stages = kind.width, kind.value_width, tiles.stages == 2
-    step, v_step, itemsize = kind.step(width), kind.step(value_width), kind.itemsize
+    step, v_step = kind.step(width), kind.step(value_width)
     plan, in_registers = forward_memory(kind, tiles), tiles.in_registers
     k_tile, v_tile, stage_bytes = plan.k, plan.v, plan.stage
     copy_q = tile_copier(kind, threads, block_m, kind.head_dim, width)
@@ -81,7 +81,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     (commit, wait), (own, others, across) = copy_barriers(kind), lane_places(kind)
     load_q = load_rows(kind, row_blocks, width)
     scores_of = multiply_rows(kind, row_blocks, block_n, width, in_registers)
-    add_values = multiply_columns(kind, row_blocks, block_n, value_width)
+    add_values = multiply_columns(kind, row_blocks, block_n, value_width, v_step)
     largest, softmax = row_max(row_blocks, block_n), softmax_rows(row_blocks, block_n)
     apply_mask, apply_dropout = mask_scores(kind, row_blocks, block_n), drop(row_blocks, block_n)
     fill_rows, fill_o = constant_rows(row_blocks, 0), constant_rows(row_blocks, value_width)
@@ -187,7 +187,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         start = b * out_steps[0] + h * out_steps[1] + (row0 + warp_row) * out_steps[2]
         write_o(
             memory, base, warp_row * v_step, o, out, start, out_steps[2],
-            seqlen_q - row0 - warp_row,
+            seqlen_q - row0 - warp_row, 0,
         )  # fmt: skip
 
     return flash_forward_mma

@@ -136,7 +136,9 @@ def copy_barriers(kind: Kind) -> Any:
 
 
 @cache
-def pair_copier(kind: Kind, tiles: Tiles, rows: int, places: tuple[int, int], order: int) -> Any:
+def pair_copier(
+    kind: Kind, tiles: Tiles, rows: int, places: tuple[int, int], order: int = PLAIN
+) -> Any:
     """Device function `(memory, base, at, first, second, row, length)` that begins to copy two tiles
     of the same rows, `row` and on, of matrices of `length` rows, D and Dv columns, each given as
     (array, start, row_step). They go `at` bytes behind their places.
@@ -183,22 +185,31 @@ def put_rows(kind: Kind, row_blocks: int, width: int, step: int) -> Any:
 
 @cache
 def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int = PLAIN) -> Any:
-    """Device function `(memory, base, place, tile, out, start, row_step, count)` that writes a
-    warp's tile of sums to the rows of a matrix, by way of its own part of shared memory.
+    """Device function `(memory, base, place, tile, out, start, row_step, count, first)` that writes
+    a warp's tile of sums to the columns `first` and on of a matrix, by way of its own part of shared
+    memory.
 
-    That part is `place` bytes from `base`, (16 * row_blocks) rows of `kind.step(width)` bytes; the
+    That part is `place` bytes from `base`, 16 * row_blocks rows of `kind.step(width)` bytes; the
     matrix's first row of this warp is at out[start], and `count` are left of it.
+
+    Args:
+        kind: says the dtype.
+        row_blocks: of the tile.
+        columns: of the matrix.
+        width: columns of the tile; what is beyond those of the matrix is left out.
+        order: of the tile's rows.
+
     """
     step, itemsize, rows = kind.step(width), kind.itemsize, 16 * row_blocks
     at_once = kind.lanes if columns % kind.lanes == 0 else 1
-    pieces = rows * (columns // at_once)
-    of_row = max(columns // at_once, 1)
+    of_row = width // at_once
+    pieces = rows * of_row
     storage = getattr(types, precision(kind.precision).storage.name)
     (read, write), key_of = vector_access(at_once), key_of_row(order)
     put, uint = put_rows(kind, row_blocks, width, step), types.uint32
 
     @device_function
-    def write_rows(memory, base, place, tile, out, start, row_step, count):
+    def write_rows(memory, base, place, tile, out, start, row_step, count, first):
         lane = cuda.threadIdx.x % 32
         put(tile, uint(base + place + lane // 4 * step + lane % 4 * 2 * itemsize))
         warp_barrier()
@@ -206,9 +217,9 @@ def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int
         for piece in range(lane, pieces, 32):
             row, column = piece // of_row, piece % of_row * at_once
             key = key_of(row)
-            if key < count:
+            if key < count and first + column < columns:
                 read(memory, (place + row * step) // itemsize + column, found)
-                write(out, start + types.int64(key) * row_step + column, found)
+                write(out, start + types.int64(key) * row_step + first + column, found)
 
     return write_rows
 

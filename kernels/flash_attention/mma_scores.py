@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ..ptx import shfl_sync_bfly_f32
+from ..ptx import ld_shared_v2_f32, shfl_sync_bfly_f32, st_global_f32_if
 from ..runtime import NEGATIVE_INFINITY, device_function, types
 from ..traced import exp2, f32, float_of, fma, i64, maximum, select, traced, u32, u64
 from .mma_tiles import Kind, rows_type, sums_type
@@ -31,6 +31,23 @@ def _places(row_blocks: int, columns: int) -> list[tuple[int, int, int, int]]:
         for j in range(blocks)
         for c in range(2)
     ]
+
+
+def _distances(row_blocks: int, columns: int, keys_are_rows: bool) -> list[tuple[int, int, int]]:
+    """For each sum of a tile of scores: its place, and how far its query and its key are from the
+    lane's first ones, which are:
+
+    with queries as rows     row t // 4 of the tile, key 4 (t % 4)
+    with keys as rows        key 2 row_blocks (t // 4), query 2 (t % 4)
+    """
+    found = []
+    for place, row, n, four in _places(row_blocks, columns):
+        if keys_are_rows:
+            j, c = place // 4 % (columns // 8), place % 2
+            found.append((place, 8 * j + c, row))
+        else:
+            found.append((place, 8 * row, 16 * four + n))
+    return found
 
 
 # ----- rows -----
@@ -143,41 +160,41 @@ def scale_rows(row_blocks: int, columns: int) -> Any:
 
 
 @cache
-def mask_scores(kind: Kind, row_blocks: int, columns: int) -> Any:
+def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool = False) -> Any:
     """Traced `(scores, row, key, band, mask, mask_place, scale)`: scores as the mask leaves them, in
     units of log 2 if the kind says so. -inf where the query may not see the key.
 
-    `row` and `key` are the lane's first ones; the row r of a lane is row + 8 r, and its neighbours
-    of every 16 columns are 16 keys apart. `band` is (lower, upper, seqlen_q, seqlen_k), and
-    `mask_place` where the head's mask begins, and its strides.
+    `row` and `key` are the lane's first query and key (see `_distances`), `band` is (lower, upper,
+    seqlen_q, seqlen_k), and `mask_place` where the head's mask begins, and its strides.
     """
     tile, whole = sums_type(row_blocks, columns), types.int32
     arguments = (tile, whole, whole, types.UniTuple(whole, 4), None)
     no_mask, is_bool = kind.mask == "none", kind.mask == "bool"
-    scaled = kind.scaled_first
+    scaled, distances = kind.scaled_first, _distances(row_blocks, columns, keys_are_rows)
+    queries, keys = ({place[n] for place in distances} for n in (1, 2))
 
     @traced(tile, *arguments, types.UniTuple(types.int64, 3), types.float32)
     def run(scores, row, key, band, mask, mask_place, scale):
         lower, upper, seqlen_q, seqlen_k = band
         start, row_step, column_step = mask_place
-        rows = [row + 8 * n for n in range(2 * row_blocks)]
-        first = [x + lower - key for x in rows]
-        end = [_least(x + upper, seqlen_k) - key for x in rows]
         out = list(scores)
         if not no_mask:
             # Where there is no number of the mask another is read, to no effect: no branch.
-            starts = [start + i64(_least(x, seqlen_q - 1)) * row_step for x in rows]
-            keys = {
-                16 * four + n: i64(_least(key + (16 * four + n), seqlen_k - 1)) * column_step
-                for four in range(columns // 16)
-                for n in range(4)
-            }
-        for place, r, n, four in _places(row_blocks, columns):
-            column = 16 * four + n
-            visible = (first[r] < column + 1) & (end[r] > column)
+            last_row, last_key = seqlen_q - 1, seqlen_k - 1
+            row_of = {n: start + i64(_least(row + n, last_row)) * row_step for n in queries}
+            key_of = {n: i64(_least(key + n, last_key)) * column_step for n in keys}
+        if keys_are_rows:  # bounds of the queries of a key
+            first = {n: key + (n + 1) - upper - row for n in keys}
+            end = {n: _least(key + (n + 1) - lower, seqlen_q) - row for n in keys}
+        else:  # bounds of the keys of a query
+            first = {n: row + n + lower - key for n in queries}
+            end = {n: _least(row + n + upper, seqlen_k) - key for n in queries}
+        for place, query_n, key_n in distances:
+            own, other = (key_n, query_n) if keys_are_rows else (query_n, key_n)
+            visible = (first[own] < other + 1) & (end[own] > other)
             score = scores[place] * scale if scaled else scores[place]
             if not no_mask:
-                number = mask[starts[r] + keys[column]]
+                number = mask[row_of[query_n] + key_of[key_n]]
                 if is_bool:
                     visible = visible & (number != 0)
                 else:
@@ -218,11 +235,6 @@ def philox_words(column: Any, row: Any, batch_head: Any, low: Any, high: Any) ->
     return [c0, c1, c2, c3]
 
 
-def dropout_type() -> Any:
-    """numba type of what `drop` needs: the seed's two words, the head's number, the threshold."""
-    return types.UniTuple(types.uint32, 4)
-
-
 @device_function
 def dropout_words(seed, batch_head, threshold):
     """What `drop` needs. A threshold of 2**32 wraps around to 0: there the factor is 0 for all."""
@@ -232,24 +244,118 @@ def dropout_words(seed, batch_head, threshold):
     )  # fmt: skip
 
 
+def _keeps(
+    row_blocks: int, columns: int, keys_are_rows: bool, row: Any, key: Any, dropout: Any
+) -> dict[int, Any]:
+    """For each sum of a tile, by its place, whether the weight is kept."""
+    low, high, batch_head, threshold = dropout
+    words: dict[tuple[int, int], list[Any]] = {}
+    keeps, group = {}, key >> 2
+    # With one row block of keys a lane has only two, the first or the last of four.
+    odd = (key & 2) != 0 if keys_are_rows and row_blocks == 1 else None
+    for place, query_n, key_n in _distances(row_blocks, columns, keys_are_rows):
+        call = (query_n, key_n // 4)
+        if call not in words:
+            words[call] = philox_words(group + call[1], row + query_n, batch_head, low, high)
+        word = words[call][key_n % 4]
+        if odd is not None:
+            word = select(odd, words[call][key_n + 2], word)
+        keeps[place] = word >= threshold
+    return keeps
+
+
 @cache
 def drop(row_blocks: int, columns: int) -> Any:
-    """Traced `(tile, row, key, dropout)`: a tile with 0 where the weight is dropped.
+    """Traced `(tile, row, key, dropout)`: P with 0 where the weight is dropped.
 
-    `row` and `key` are as for `mask_scores`; `dropout` is (low and high word of the seed, number of
-    the head, threshold).
+    `row` and `key` are as for `mask_scores`, queries are rows; `dropout` is of `dropout_words`.
     """
     tile = sums_type(row_blocks, columns)
 
-    @traced(tile, tile, types.uint32, types.uint32, dropout_type())
+    @traced(tile, tile, types.uint32, types.uint32, types.UniTuple(types.uint32, 4))
     def run(weights, row, key, dropout):
-        low, high, batch_head, threshold = dropout
-        out, group, words = list(weights), key >> 2, {}
-        for place, r, n, four in _places(row_blocks, columns):
-            if (r, four) not in words:
-                words[r, four] = philox_words(group + 4 * four, row + 8 * r, batch_head, low, high)
-            out[place] = select(words[r, four][n] >= threshold, weights[place], 0.0)
+        out = list(weights)
+        for place, kept in _keeps(row_blocks, columns, False, row, key, dropout).items():
+            out[place] = select(kept, weights[place], 0.0)
         return out
+
+    return run
+
+
+# ----- gradients -----
+
+
+@cache
+def read_own_rows(row_blocks: int) -> Any:
+    """Traced `(x, start, row, length, beyond)`: of the lane's rows the numbers x[start + row + ...],
+    and `beyond` for rows past `length`.
+    """
+    whole = types.int32
+
+    @traced(rows_type(row_blocks), None, types.int64, whole, whole, types.float32)
+    def run(x, start, row, length, beyond):
+        rows = [row + 8 * n for n in range(2 * row_blocks)]
+        found = [x[start + i64(_least(r, length - 1))] for r in rows]
+        return [select(r < length, y, beyond) for r, y in zip(rows, found, strict=True)]
+
+    return run
+
+
+@cache
+def score_gradients(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool) -> Any:
+    """Traced `(scores, dp, logsumexp2, delta, scale, row, key, dropout, keep)`: P with 0 where
+    the weight is dropped, and dS = P * (Z dP - delta), from S and dP = dO V^T.
+
+    P is exp2(scale * S - L). With queries as rows L and delta are numbers for the lane's rows; with
+    keys as rows they are the places in shared memory of those of the lane's first query.
+    """
+    tile, number = sums_type(row_blocks, columns), types.float32
+    of_rows = types.uint32 if keys_are_rows else rows_type(row_blocks)
+    blocks = columns // 8
+
+    @traced(
+        types.Tuple((tile, tile)), tile, tile, of_rows, of_rows, number, types.uint32,
+        types.uint32, types.UniTuple(types.uint32, 4), number,
+    )  # fmt: skip
+    def run(scores, dp, logsumexp2, delta, scale, row, key, dropout, keep):
+        weights, gradients = list(scores), list(scores)
+        if keys_are_rows:
+            pairs = [
+                [ld_shared_v2_f32(x + 32 * j) for j in range(blocks)] for x in (logsumexp2, delta)
+            ]
+        keeps = {}
+        if kind.dropout:
+            keeps = _keeps(row_blocks, columns, keys_are_rows, row, key, dropout)
+        for place, own, *_ in _places(row_blocks, columns):
+            if keys_are_rows:
+                shift, less = (p[place // 4 % blocks][place % 2] for p in pairs)
+            else:
+                shift, less = logsumexp2[own], delta[own]
+            p, upstream = exp2(fma(scores[place], scale, -shift)), dp[place]
+            weights[place] = p
+            if kind.dropout:
+                weights[place] = select(keeps[place], p, 0.0)
+                upstream = select(keeps[place], upstream * keep, 0.0)
+            gradients[place] = p * (upstream - less)
+        return weights, gradients
+
+    return run
+
+
+@cache
+def write_scores(row_blocks: int, columns: int) -> Any:
+    """Traced `(tile, address, row, key, seqlen_q, seqlen_k)`: a tile to a matrix of float32 with
+    contiguous rows of seqlen_k numbers that begins at the address. Queries are rows.
+    """
+    whole = types.int32
+
+    @traced(types.void, sums_type(row_blocks, columns), types.uint64, whole, whole, whole, whole)
+    def run(tile, address, row, key, seqlen_q, seqlen_k):
+        for place, query_n, key_n in _distances(row_blocks, columns, False):
+            query, column = row + query_n, key + key_n
+            inside = (query < seqlen_q) & (column < seqlen_k)
+            place_there = i64(query) * i64(seqlen_k) + i64(column)
+            st_global_f32_if(inside, address + u64(place_there) * 4, tile[place])
 
     return run
 
@@ -257,14 +363,16 @@ def drop(row_blocks: int, columns: int) -> Any:
 __all__ = [
     "constant_rows",
     "drop",
-    "dropout_type",
     "dropout_words",
     "mask_scores",
     "philox_words",
     "pick_row",
+    "read_own_rows",
     "reciprocal_rows",
     "row_max",
     "row_total",
     "scale_rows",
+    "score_gradients",
     "softmax_rows",
+    "write_scores",
 ]

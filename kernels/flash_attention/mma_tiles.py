@@ -68,12 +68,17 @@ class Kind:
     @property
     def width(self) -> int:
         """Columns of tiles of queries and keys: D, padded with zeros to a multiple of 16."""
-        return max(-(-self.head_dim // 16), 1) * 16
+        return self._padded(self.head_dim)
 
     @property
     def value_width(self) -> int:
-        """Columns of tiles of values."""
-        return max(-(-self.value_dim // 16), 1) * 16
+        """Columns of tiles of values and outputs."""
+        return self._padded(self.value_dim)
+
+    def _padded(self, columns: int) -> int:
+        # Wide gradients are computed in two halves.
+        unit = 16 if max(self.head_dim, self.value_dim) <= 128 else 32
+        return max(-(-columns // unit), 1) * unit
 
     def step(self, width: int) -> int:
         """Bytes from a row of a tile in shared memory to the next: an odd number of pieces, so that
@@ -93,6 +98,7 @@ class Tiles:
         stages: tiles in shared memory that pass by: with 2 the next one is on its way meanwhile.
         in_registers: the warp's own operands stay in registers.
         at_once: blocks that a multiprocessor's registers are to be enough for.
+        parts: 2 if a block computes one half of the gradients' columns, and another the other.
 
     """
 
@@ -102,6 +108,7 @@ class Tiles:
     stages: int
     in_registers: bool = False
     at_once: int = 1
+    parts: int = 1
 
     @property
     def threads(self) -> int:
@@ -270,12 +277,13 @@ def multiply_rows(kind: Kind, row_blocks: int, columns: int, width: int, in_regi
 
 
 @cache
-def multiply_columns(kind: Kind, row_blocks: int, depth: int, width: int) -> Any:
-    """Traced `(sums, tile, b)`: sums + tile B, from a tile of `depth` columns and as many
-    rows of B, of `width` numbers each. `b` is where the lane reads B.
+def multiply_columns(kind: Kind, row_blocks: int, depth: int, width: int, step: int) -> Any:
+    """Traced `(sums, tile, b)`: sums + tile B, from a tile of `depth` columns and as many rows of B,
+    of which `width` numbers are multiplied, in rows `step` bytes apart. `b` is where the lane reads
+    B.
     """
     of_step = DEPTH // kind.itemsize
-    step, blocks, depth_blocks = kind.step(width), width // 8, depth // 8
+    blocks, depth_blocks = width // 8, depth // 8
 
     @traced(
         sums_type(row_blocks, width), sums_type(row_blocks, width), sums_type(row_blocks, depth),

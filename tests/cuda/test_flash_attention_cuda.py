@@ -109,6 +109,7 @@ def check(
     ours = run(tensors, BACKEND.ops.attention_mask(mask), (grad_out, grad_lse), wants_mask, problem)
     p, kept = arguments.get("dropout_p", 0.0), None
     seed = arguments.pop("seed", 0)
+    arguments.pop("fp32_precision", None)
     if p:
         lengths = problem.seqlen_q, problem.seqlen_k
         kept = attention_dropout_mask(problem.batch_heads, *lengths, p, seed)
