@@ -124,7 +124,7 @@ def st_shared_v4_b32(address: u32, x: u32[4]) -> None:
 
 @ptx("ld.global.nc.b32 {out}, [{address}];")
 def ld_global_nc_b32(address: u64) -> u32:
-    """The word at an address of global memory, a multiple of 4, which no kernel writes meanwhile."""
+    """The word at an address of global memory, a multiple of 4, which no kernel writes."""
 
 
 @ptx("ld.global.f32 {out}, [{address}];")

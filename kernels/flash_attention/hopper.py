@@ -1,0 +1,264 @@
+"""FlashAttention on Hopper GPUs (compute capability 9.0a), 16-bit dtypes: what to launch, and how.
+
+The algorithm is in `hopper_forward.py`; here are the sizes of its tiles, and the host's side of a
+call: from a problem and arrays in device memory to a launch. Nothing is allocated here but, once
+for each set of addresses and shapes, the copy engine's tensor maps and the order of the tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from ..runtime import Instance, ceil_div, cuda, launch, precision, types
+from ..tensor_map import constant, matrices_map, on_device
+from .cuda import Architecture, Heads, Inputs, Ints, Matrices, arguments_of, mask_of
+from .hopper_forward import forward_kernel, forward_memory
+from .hopper_schedule import AT_ONCE, order, tile_costs
+from .hopper_tiles import HEAD_SIZES, ROWS, Blocks, Kind, padded
+from .problem import AttentionProblem
+from .tuning import choice
+
+NAME = "hopper"
+ARCHITECTURE = (9, 0)
+ROW_ALIGNMENT = 16  # bytes at whose multiples the copy engine's rows begin
+MOST_ROWS = 1 << 30
+MASKS = ("bool", "float16", "bfloat16", "float32", "float64")
+
+
+def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
+    """None if these kernels compute it on a GPU of this compute capability, else why not."""
+    if architecture != ARCHITECTURE:
+        return "it is for compute capability 9.0 (Hopper)"
+    if problem.dtype.name not in ("float16", "bfloat16"):
+        return f"it takes float16 and bfloat16, not {problem.dtype.name}"
+    sizes = problem.head_dim, problem.value_dim
+    if not 1 <= min(sizes) <= max(sizes) <= HEAD_SIZES[-1]:
+        return f"it takes head sizes from 1 to {HEAD_SIZES[-1]}, got {sizes[0]} and {sizes[1]}"
+    if max(problem.seqlen_q, problem.seqlen_k) >= MOST_ROWS:
+        return f"it takes fewer than {MOST_ROWS} queries and keys"
+    return None
+
+
+# ----- sizes of tiles -----
+
+# By the larger of the two head sizes, and whether there is a band. For D = 64 three warpgroups have
+# registers enough, and more of them hide more of the softmax; from 192 on tiles are as large as
+# shared memory allows.
+FORWARD = {
+    (64, False): Blocks(3, 128), (64, True): Blocks(3, 128, 4),
+    (96, False): Blocks(2, 128), (96, True): Blocks(2, 128),
+    (128, False): Blocks(2, 128), (128, True): Blocks(2, 128),
+    (192, False): Blocks(2, 96), (192, True): Blocks(2, 96),
+    (256, False): Blocks(2, 64), (256, True): Blocks(2, 64),
+}  # fmt: skip
+FEW_QUERIES = 1024  # up to which 192 rows fit a causal mask's triangle, or the length, too badly
+CANDIDATES = {
+    "forward": {
+        64: ((3, 128, 2), (3, 128, 4), (2, 128, 2), (2, 176, 2)),
+        96: ((2, 128, 2), (2, 144, 2)),
+        128: ((2, 128, 2), (2, 144, 2), (2, 160, 2), (2, 176, 2)),
+        192: ((2, 80, 2), (2, 96, 2), (2, 112, 2)),
+        256: ((2, 64, 2), (2, 80, 2)),
+    }
+}
+
+
+def blocks_of(kernel: str, numbers: Ints) -> Blocks:
+    """The tiles that a row of the tuning table, or of CANDIDATES, stands for."""
+    return Blocks(*numbers)
+
+
+@cache
+def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
+    """The forward kernel's tiles."""
+    size = max(kind.head_dim, kind.value_dim)
+    measured = choice(NAME, "forward", ARCHITECTURE, size, kind.banded)
+    blocks = Blocks(*measured) if measured else FORWARD[size, kind.banded]
+    if kind.dropout or kind.mask != "none" or (kind.banded and seqlen_q <= FEW_QUERIES):
+        # What is done with each score takes registers, which two warpgroups have more of.
+        blocks = Blocks(2, blocks.block_n)
+    if kind.mask != "none":
+        blocks = Blocks(2, min(blocks.block_n, 64))
+    return blocks
+
+
+def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:
+    """The tiles, in words."""
+    mask = "none" if problem.mask_kind == "none" else "bool"
+    kind = _kind(problem, mask, vectors=True)
+    blocks = forward_blocks(kind, problem.seqlen_q)
+    return (
+        f"{blocks.block_m} queries x {blocks.block_n} keys, "
+        f"{blocks.warpgroups} + 1 warpgroups, {blocks.stages} stages"
+    )
+
+
+# ----- launches -----
+
+
+@cache
+def processors() -> int:
+    """Multiprocessors of the GPU, each of which has one block."""
+    return int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
+
+
+def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
+    last = problem.seqlen_q - 1
+    return Kind(
+        precision=problem.dtype.name,
+        head_dim=padded(problem.head_dim),
+        value_dim=padded(problem.value_dim),
+        mask=mask_kind,
+        dropout=problem.dropout_p > 0,
+        scaled_first=mask_kind not in ("none", "bool") or problem.scale <= 0,
+        banded=last + problem.lower > 0 or problem.upper < problem.seqlen_k,
+        vectors=vectors,
+    )
+
+
+def _has_vectors(matrices: Matrices, columns: int) -> bool:
+    """Whether rows begin at multiples of 16 bytes, and are as long."""
+    return (
+        columns % 8 == 0
+        and matrices.address % 16 == 0
+        and all(stride % 8 == 0 for stride in matrices.strides[:3])
+    )
+
+
+def matrices_on_device(
+    problem: AttentionProblem, heads: Heads, group: int, matrices: Matrices, rows: int, shape: Ints
+) -> tuple[Any, Ints]:
+    """The tensor map of Q, K, V or dO, and how many batches and heads of queries share a matrix.
+
+    Args:
+        problem: whose dtype it has.
+        heads: of the problem.
+        group: heads of queries to one of these matrices.
+        matrices: in memory. A stride of 0 repeats a dimension, which is then not in the map.
+        rows: of the boxes that are copied.
+        shape: rows and columns of a matrix.
+
+    """
+    batches, of_head = matrices.strides[:2]
+    share = (
+        heads.batch if batches == 0 else 1,
+        heads.heads if of_head == 0 else group,
+    )  # fmt: skip
+    whole = heads.batch // share[0], heads.heads // share[1], *shape
+    tensor_map = matrices_map(
+        problem.dtype.name, matrices.address, whole, matrices.strides, rows
+    )  # fmt: skip
+    return tensor_map, share
+
+
+@cache
+def _order_on_device(
+    lengths: Ints, band: Ints, blocks: Blocks, heads: int, together: int, count: int
+) -> int:
+    """The address of the order of the tiles."""
+    costs = tile_costs(*lengths, *band, blocks)
+    return int(constant(order(costs, heads, together, count).tobytes()))
+
+
+def forward(
+    problem: AttentionProblem,
+    heads: Heads,
+    inputs: Inputs,
+    out: Matrices,
+    logsumexp: Any,
+    architecture: Architecture,
+    blocks: Blocks | None = None,
+) -> None:
+    """Write the output (Nq, Dv) of each head, and the logsumexp.
+
+    Args:
+        problem: what is asked for.
+        heads: how it is laid out.
+        inputs: what is read: rows are contiguous and begin at multiples of ROW_ALIGNMENT bytes.
+        out: rows are contiguous.
+        logsumexp: contiguous (batch, heads, Nq), flat, float32.
+        architecture: compute capability.
+        blocks: of one's choice.
+
+    """
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    if not problem.batch_heads * seqlen_q:
+        return
+    kind = _kind(problem, inputs.mask_kind, _has_vectors(out, problem.value_dim))
+    blocks = blocks or forward_blocks(kind, seqlen_q)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if not seqlen_k:  # nothing of them is read
+        k = v = q
+    widths = problem.head_dim, problem.value_dim if seqlen_k else problem.head_dim
+    q_map, q_share = matrices_on_device(problem, heads, 1, q, ROWS, (seqlen_q, widths[0]))
+    keys = max(seqlen_k, 1)
+    k_map, k_share = matrices_on_device(
+        problem, heads, heads.k_group if seqlen_k else 1, k, blocks.block_n, (keys, widths[0])
+    )
+    v_map, v_share = matrices_on_device(
+        problem, heads, heads.v_group if seqlen_k else 1, v, blocks.block_n, (keys, widths[1])
+    )
+    sizes, numbers = arguments_of(problem, heads)
+    lower, upper = sizes[3:5]
+    count = ceil_div(seqlen_q, blocks.block_m) * problem.batch_heads
+    grid = min(count, processors())
+    table = 0
+    if kind.banded:
+        head_bytes = 2 * keys * (problem.head_dim + problem.value_dim)
+        together = max(heads.k_group * (AT_ONCE // head_bytes), 1)
+        table = _order_on_device(
+            (seqlen_q, seqlen_k), (lower, upper), blocks, problem.batch_heads, together, grid
+        )
+    mask, mask_strides = mask_of(inputs)
+    launch(
+        forward_kernel(kind, blocks), grid, blocks.threads,
+        int(on_device(q_map, k_map, v_map)), table, out.address, logsumexp, mask, inputs.offset,
+        out.strides, mask_strides, (*sizes[:5], count, problem.value_dim),
+        (*q_share, *k_share, *v_share), *numbers,
+        shared_bytes=forward_memory(kind, blocks).size,
+    )  # fmt: skip
+
+
+# ----- for the compile tests -----
+
+
+def forward_signature(kind: Kind) -> tuple[Any, ...]:
+    """numba types of the forward kernel's arguments."""
+    masks = {"none": precision(kind.precision).array, "bool": types.Array(types.uint8, 1, "C")}
+    mask = masks.get(kind.mask) or precision(kind.mask).array
+    whole, floats = types.int64, types.Array(types.float32, 1, "C")
+    return (
+        whole, whole, whole, floats, mask, types.Array(types.uint64, 1, "C"),
+        types.UniTuple(whole, 4), types.UniTuple(whole, 4), types.UniTuple(whole, 7),
+        types.UniTuple(whole, 6), types.float64, types.uint64, whole, types.float64,
+    )  # fmt: skip
+
+
+def instances() -> Iterator[Instance]:
+    """Head sizes, dtypes, and each feature."""
+    kinds = [
+        *(Kind("float16", size, size) for size in HEAD_SIZES),
+        *(Kind("bfloat16", size, size, banded=True) for size in HEAD_SIZES),
+        Kind("float16", 64, 64, dropout=True),
+        Kind("bfloat16", 128, 128, dropout=True, banded=True, vectors=False),
+        Kind("float16", 64, 64, "bool"),
+        Kind("bfloat16", 128, 128, "bfloat16", scaled_first=True, dropout=True),
+        Kind("float16", 256, 256, "float32", scaled_first=True, banded=True),
+        Kind("float16", 192, 128),
+    ]
+    for kind in kinds:
+        blocks = forward_blocks(kind, 4096)
+        features = [kind.mask] * (kind.mask != "none") + ["dropout"] * kind.dropout
+        features += ["band"] * kind.banded + ["any rows"] * (not kind.vectors)
+        name = ", ".join([kind.precision, f"{kind.head_dim}", f"{kind.value_dim}", *features])
+        yield Instance(
+            f"hopper_forward[{name}]",
+            forward_kernel(kind, blocks),
+            forward_signature(kind),
+            architectures=("sm_90a",),
+        )
+
+
+__all__ = ["Blocks", "Kind", "forward", "instances", "matrices_on_device", "why_not"]

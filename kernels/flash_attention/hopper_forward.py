@@ -1,0 +1,409 @@
+"""FlashAttention's forward pass on Hopper GPUs.
+
+After "FlashAttention-3" (Shah et al., 2024): Algorithm 1 with the pipelining of Algorithm 2 and the
+ping-pong schedule of section 3.1. The softmax is that of cuda_forward.py; what is new is who does
+what, and when.
+
+**Who.** A block has a warpgroup that loads, of which two threads work, and two or three warpgroups
+that compute, with 64 queries each; together they have a tile of queries. The loading threads have
+the copy engine (TMA) bring tiles of Q, K and V into shared memory, as far ahead as there is room.
+Registers go from the one warpgroup to the others (setmaxnreg).
+
+**How they wait.** Each place for a tile in shared memory has two barriers (mbarrier): `full` ends
+its phase when the tile has come, `free` when all warps that read the tile are done with it. The
+n-th tile of a ring of places uses the place n % places for the (n // places)-th time.
+
+**When.** The tensor cores multiply while the warps compute exponentials. So a warpgroup is always
+one tile of weights P ahead: it begins S = Q K^T of the next tile of keys and O += P V of this one
+together, and while P V is still running it takes the softmax of S. And the warpgroups take turns in
+beginning products, so that one multiplies while the other is busy with its softmax: named barriers
+pass the turn on.
+
+**What comes next.** As many blocks as there are multiprocessors stay and take tile after tile of
+queries (a persistent kernel). The next tile's first product begins before this one's output is
+written, so that nothing ever drains: the loop below goes through tiles of keys, and whether the
+next one belongs to the next tile of queries is a detail.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+from ..ptx import ex2_approx_ftz_f32, lg2_approx_ftz_f32, shared_address
+from ..ptx_hopper import (
+    bar_arrive,
+    bar_sync,
+    cp_async_bulk_tensor_4d,
+    fence_mbarrier_init_release_cluster,
+    mbarrier_arrive,
+    mbarrier_arrive_expect_tx,
+    mbarrier_init,
+    mbarrier_wait_parity,
+    setmaxnreg,
+    wgmma_commit_group,
+    wgmma_fence,
+    wgmma_rs,
+    wgmma_ss,
+    wgmma_wait_group,
+)
+from ..register_tile import RegisterTile
+from ..runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, types
+from ..shared_layout import panels_descriptor, steps_along, steps_down
+from .cuda_tiles import is_whole
+from .hopper_schedule import tile_finder
+from .hopper_scores import drop, keep_bits, mask_scores
+from .hopper_store import store_rows
+from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Blocks, Kind, own_place, parts, ring, row_bytes
+
+LN_2, LOG2_E = math.log(2.0), math.log2(math.e)
+WARPS = 4  # of a warpgroup
+LOADERS_REGISTERS = {2: 40, 3: 32}  # of a loading thread, by the number of computing warpgroups
+REGISTERS = {2: 232, 3: 160}  # of a computing thread
+MAP_BYTES = 128  # of a tensor map
+
+
+class ForwardMemory(NamedTuple):
+    """Where tiles and barriers begin in shared memory, in bytes.
+
+    A barrier has 8 bytes. Each warpgroup has its own tile of queries and its own pair of barriers
+    for it; the others are one for each place of the ring.
+    """
+
+    q: int
+    k: int
+    v: int
+    q_full: int
+    q_free: int
+    k_full: int
+    k_free: int
+    v_full: int
+    v_free: int
+    size: int
+    q_bytes: int  # of a warpgroup's tile
+    k_bytes: int  # of a tile
+    v_bytes: int
+
+
+@cache
+def forward_memory(kind: Kind, blocks: Blocks) -> ForwardMemory:
+    """The forward kernel's plan of shared memory."""
+    q_bytes = ROWS * row_bytes(kind.head_dim)
+    k_bytes = blocks.block_n * row_bytes(kind.head_dim)
+    v_bytes = blocks.block_n * row_bytes(kind.value_dim)
+    k = blocks.warpgroups * q_bytes
+    v = k + blocks.stages * k_bytes
+    places = [v + blocks.stages * v_bytes]
+    for count in (blocks.warpgroups, blocks.warpgroups, *[blocks.stages] * 4):
+        places.append(places[-1] + 8 * count)
+    return ForwardMemory(0, k, v, *places, q_bytes, k_bytes, v_bytes)
+
+
+# ----- the threads that load -----
+
+
+@cache
+def box_loader(rows: int, columns: int) -> Any:
+    """Device function `(target, tensor_map, full, row, head, batch)`: has the copy engine bring a
+    tile (rows, columns) to shared memory, panel by panel. What is beyond the matrix becomes zeros.
+    """
+    panels, panel_bytes = parts(columns), rows * COLUMNS * 2
+
+    @device_function
+    def load(target, tensor_map, full, row, head, batch):
+        mbarrier_arrive_expect_tx(full, panels * panel_bytes)
+        for panel in range(panels):
+            cp_async_bulk_tensor_4d(
+                target + panel * panel_bytes, tensor_map, full, COLUMNS * panel, row, head, batch
+            )
+
+    return load
+
+
+@cache
+def loaders(kind: Kind, blocks: Blocks) -> Any:
+    """Device functions `load_queries` and `load_keys` `(memory, maps, order, sizes, shares)`, each
+    of one thread: they load all that the block needs, in the order in which it is used.
+
+    `shares` says how many batches, and heads, of queries there are to one of the matrices of Q, of
+    K and of V: all where a dimension is repeated.
+    """
+    plan, block_n = forward_memory(kind, blocks), blocks.block_n
+    load_q = box_loader(ROWS, kind.head_dim)
+    load_k, load_v = box_loader(block_n, kind.head_dim), box_loader(block_n, kind.value_dim)
+    place_of, (tile_number, tile_of) = ring(blocks.stages), tile_finder(kind, blocks)
+    warpgroups, i32, u32 = blocks.warpgroups, types.int32, types.uint32
+
+    @device_function
+    def load_queries(memory, maps, order, sizes, shares):
+        turn, tiles = u32(0), sizes[5]
+        number = tile_number(order, 0)
+        while number < tiles:
+            row0, batch, head, *_ = tile_of(number, sizes)
+            head, batch = i32(u32(head) // u32(shares[1])), i32(u32(batch) // u32(shares[0]))
+            for n in range(warpgroups):
+                mbarrier_wait_parity(memory + plan.q_free + 8 * n, (turn & u32(1)) ^ u32(1))
+                load_q(
+                    memory + plan.q + n * plan.q_bytes, maps, memory + plan.q_full + 8 * n,
+                    row0 + ROWS * n, head, batch,
+                )  # fmt: skip
+            turn = u32(turn + 1)
+            number = tile_number(order, turn)
+
+    @device_function
+    def load_keys(memory, maps, order, sizes, shares):
+        turn, n, tiles = u32(0), u32(0), sizes[5]
+        number = tile_number(order, 0)
+        while number < tiles:
+            _, batch, head, first, end = tile_of(number, sizes)
+            k_head, k_batch = i32(u32(head) // u32(shares[3])), i32(u32(batch) // u32(shares[2]))
+            v_head, v_batch = i32(u32(head) // u32(shares[5])), i32(u32(batch) // u32(shares[4]))
+            for tile in range(first, end):
+                place, parity = place_of(n)
+                barrier = memory + 8 * place
+                mbarrier_wait_parity(barrier + plan.k_free, parity ^ u32(1))
+                load_k(
+                    memory + plan.k + place * plan.k_bytes, maps + MAP_BYTES, barrier + plan.k_full,
+                    tile * block_n, k_head, k_batch,
+                )  # fmt: skip
+                mbarrier_wait_parity(barrier + plan.v_free, parity ^ u32(1))
+                load_v(
+                    memory + plan.v + place * plan.v_bytes, maps + 2 * MAP_BYTES,
+                    barrier + plan.v_full, tile * block_n, v_head, v_batch,
+                )  # fmt: skip
+                n = u32(n + 1)
+            turn = u32(turn + 1)
+            number = tile_number(order, turn)
+
+    return load_queries, load_keys
+
+
+# ----- the warpgroups that compute -----
+
+
+@cache
+def barrier_maker(kind: Kind, blocks: Blocks) -> Any:
+    """Device function `(memory)` of one thread: makes the barriers."""
+    plan, warpgroups, stages = forward_memory(kind, blocks), blocks.warpgroups, blocks.stages
+
+    @device_function
+    def make(memory):
+        for n in range(warpgroups):
+            mbarrier_init(memory + plan.q_full + 8 * n, 1)
+            mbarrier_init(memory + plan.q_free + 8 * n, WARPS)
+        for n in range(stages):
+            mbarrier_init(memory + plan.k_full + 8 * n, 1)
+            mbarrier_init(memory + plan.v_full + 8 * n, 1)
+            mbarrier_init(memory + plan.k_free + 8 * n, WARPS * warpgroups)
+            mbarrier_init(memory + plan.v_free + 8 * n, WARPS * warpgroups)
+        fence_mbarrier_init_release_cluster()
+
+    return make
+
+
+@cache
+def softmax(kind: Kind, block_n: int) -> Any:
+    """Device function: from a tile of scores S and m to the weights
+    P = exp2(scale S - scale m_new), m_new, scale m_new, and the lane's part of rowsum(P). Dropped weights are 0 in P alone.
+    """
+    tile = RegisterTile(block_n)
+    row_max, shift_of, exp2, own_row_sum = tile.row_max, tile.shift, tile.exp2, tile.own_row_sum
+    scale_all = tile.each(lambda x, factor: x * factor, tile.type, types.float32)
+    masked, bits_of, drop_some = mask_scores(kind, block_n), keep_bits(block_n), drop(block_n)
+    always_masked, scaled_first, drops = kind.mask != "none", kind.scaled_first, kind.dropout
+    f32, i32, u32 = types.float32, types.int32, types.uint32
+
+    @device_function
+    def softmax_of(s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout):
+        heads, seqlen_q, seqlen_k, lower, upper = sizes[:5]
+        own_row, own_key = own_place()
+        own_row, own_key = i32(row0 + own_row), i32(key0 + own_key)
+        if scaled_first:
+            s, scale = scale_all(s, scale), f32(1.0)
+        if always_masked or not is_whole(row0, ROWS, key0, block_n, lower, upper, seqlen_k):
+            band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
+            start = batch * mask_steps[0] + head * mask_steps[1]
+            s = masked(s, own_row, own_key, band, mask, (start, mask_steps[2], mask_steps[3]))
+        m = row_max(s, m)
+        shift = shift_of(m, scale)
+        weights = exp2(s, scale, shift)
+        l = own_row_sum(weights, (f32(0.0), f32(0.0)))
+        if drops:
+            seed, threshold = dropout
+            words, lane = (u32(seed), u32(seed >> 32)), u32(cuda.threadIdx.x)
+            bits = bits_of(own_row, own_key, lane, words, batch * heads + head, threshold)
+            weights = drop_some(weights, bits)
+        return weights, m, shift, l
+
+    return softmax_of
+
+
+@cache
+def row_writer(kind: Kind) -> Any:
+    """Device function: writes a warpgroup's tile O / l to rows of the output, and the logsumexp."""
+    tile = RegisterTile(kind.value_dim)
+    scale_rows, quad_sum, store = tile.scale_rows, tile.quad_sum, store_rows(kind)
+    f32, i32, zero = types.float32, types.int32, types.float32(0.0)
+
+    @device_function
+    def write(o, l, shift, tile, out, steps, logsumexp, sizes, keep):
+        (row0, batch, head), heads, seqlen_q = tile, sizes[0], sizes[1]
+        l = quad_sum(l)
+        own_row, _ = own_place()
+        row, lane = row0 + own_row, i32(cuda.threadIdx.x) & i32(31)
+        inside = (row < seqlen_q, row + 8 < seqlen_q)
+        # A row that sees no key: 0, and a logsumexp of -inf, which log2(0) is.
+        factor = (
+            zero if l[0] == zero else keep / l[0],
+            zero if l[1] == zero else keep / l[1],
+        )  # fmt: skip
+        start = out + 2 * (batch * steps[0] + head * steps[1] + row * steps[2])
+        addresses = (types.uint64(start), types.uint64(start + 16 * steps[2]))
+        store(scale_rows(o, factor), addresses, inside, i32(sizes[6]), lane)
+        if lane & i32(3) == 0:
+            place = (batch * heads + head) * seqlen_q + row
+            for r in range(2):
+                if inside[r]:
+                    logsumexp[place + 8 * r] = (shift[r] + lg2_approx_ftz_f32(l[r])) * f32(LN_2)
+
+    return write
+
+
+@cache
+def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
+    """A block computes tiles of block_m rows of the output, one after another."""
+    block_n, head_dim, value_dim = blocks.block_n, kind.head_dim, kind.value_dim
+    warpgroups, ping_pong, plan = blocks.warpgroups, blocks.ping_pong, forward_memory(kind, blocks)
+    make_barriers, (load_queries, load_keys) = barrier_maker(kind, blocks), loaders(kind, blocks)
+    place_of, (tile_number, tile_of) = ring(blocks.stages), tile_finder(kind, blocks)
+    # The products, and the wait for the one while the other goes on.
+    q_steps, k_steps = steps_along(head_dim, ROWS), steps_along(head_dim, block_n)
+    scores = wgmma_ss(block_n, kind.precision, q_steps, k_steps, accumulate=False)
+    add_values = wgmma_rs(
+        value_dim, kind.precision, steps_down(block_n), trans_b=True, accumulate=None
+    )
+    q_tile, tile = panels_descriptor(ROWS), panels_descriptor(block_n)
+    s_registers, o_registers = block_n // 2, value_dim // 2
+    fence, wait_first = wgmma_fence(o_registers), wgmma_wait_group(1, s_registers)
+    wait_s, wait_o = wgmma_wait_group(0, s_registers), wgmma_wait_group(0, o_registers)
+    # What is done in registers.
+    output, as_operand = RegisterTile(value_dim), RegisterTile(block_n).to_operand(kind.precision)
+    no_output, scale_rows, exp2 = output.zero, output.scale_rows, ex2_approx_ftz_f32
+    softmax_of, write = softmax(kind, block_n), row_writer(kind)
+    give_registers = setmaxnreg("dec", LOADERS_REGISTERS[warpgroups])
+    take_registers = setmaxnreg("inc", REGISTERS[warpgroups])
+    f32, i32, u32, u64 = types.float32, types.int32, types.uint32, types.uint64
+    nothing = NEGATIVE_INFINITY
+
+    @kernel(blocks.threads, blocks=1)
+    def hopper_forward(
+        maps, order, out, logsumexp, mask, offset, out_steps, mask_steps, sizes, shares, scale,
+        seed, threshold, keep,
+    ):  # fmt: skip
+        memory = shared_address(cuda.shared.array(0, types.uint8))
+        thread = i32(cuda.threadIdx.x)
+        warpgroup = i32(thread >> i32(7)) - 1
+        if thread == 0:
+            make_barriers(memory)
+        cuda.syncthreads()
+        if warpgroup < 0:
+            give_registers()
+            if thread == 0:
+                load_keys(memory, maps, order, sizes, shares)
+            elif thread == 32:
+                load_queries(memory, maps, order, sizes, shares)
+        else:
+            take_registers()
+            me = u32(warpgroup)
+            is_first_lane = thread & i32(31) == 0
+            own_turn, next_turn = 1 + me, 1 + (me + 1) % u32(warpgroups)
+            if ping_pong and me == warpgroups - 1:
+                bar_arrive(1, 2 * WARPGROUP)  # the first turn is warpgroup 0's
+            q_full, q_free = memory + plan.q_full + 8 * me, memory + plan.q_free + 8 * me
+            tiles, scale = sizes[5], f32(scale * LOG2_E)
+            dropout = seed + offset[0], u32(threshold)
+            # The first tile of keys: S = Q K^T, P = softmax(S).
+            row0, batch, head, number, end = tile_of(tile_number(order, 0), sizes)
+            turn, n, following = u32(0), u32(0), tile_number(order, 1)
+            row0 = i32(row0 + ROWS * warpgroup)
+            q = u64(q_tile) | u64((memory + plan.q + me * plan.q_bytes) >> u32(4))
+            o, adds, m = no_output(), u32(0), (f32(nothing), f32(nothing))
+            mbarrier_wait_parity(q_full, 0)
+            mbarrier_wait_parity(memory + plan.k_full, 0)
+            o = fence(o)
+            s = scores(q, u64(tile) | u64((memory + plan.k) >> u32(4)))
+            wgmma_commit_group()
+            s = wait_s(s)
+            if is_first_lane:
+                mbarrier_arrive(memory + plan.k_free)
+                if number + 1 == end:
+                    mbarrier_arrive(q_free)
+            weights, m, shift, l = softmax_of(
+                s, m, row0, number * block_n, batch, head, scale, sizes, mask, mask_steps, dropout
+            )
+            p = as_operand(weights)
+            while True:
+                # Here P is of the n-th tile of keys. Which tile is the next one?
+                done = row0, batch, head
+                number = i32(number + 1)
+                is_last = number == end
+                if is_last:
+                    if following >= tiles:
+                        break
+                    row0, batch, head, number, end = tile_of(following, sizes)
+                    row0 = i32(row0 + ROWS * warpgroup)
+                    turn = u32(turn + 1)
+                    following = tile_number(order, turn + 1)
+                    m = f32(nothing), f32(nothing)
+                v_place, v_parity = place_of(n)
+                n = u32(n + 1)
+                k_place, k_parity = place_of(n)
+                v_barrier, k_barrier = memory + 8 * v_place, memory + 8 * k_place
+                # S = Q K^T of the next tile, O += P V of this one
+                mbarrier_wait_parity(q_full, turn & u32(1))
+                mbarrier_wait_parity(k_barrier + plan.k_full, k_parity)
+                if ping_pong:
+                    bar_sync(own_turn, 2 * WARPGROUP)
+                o = fence(o)
+                s = scores(q, u64(tile) | u64((memory + plan.k + k_place * plan.k_bytes) >> u32(4)))
+                wgmma_commit_group()
+                mbarrier_wait_parity(v_barrier + plan.v_full, v_parity)
+                v = u64(tile) | u64((memory + plan.v + v_place * plan.v_bytes) >> u32(4))
+                o = add_values(o, p, v, adds)
+                wgmma_commit_group()
+                if ping_pong:
+                    bar_arrive(next_turn, 2 * WARPGROUP)
+                s = wait_first(s)
+                if is_first_lane:
+                    mbarrier_arrive(k_barrier + plan.k_free)
+                    if number + 1 == end:
+                        mbarrier_arrive(q_free)
+                # m, P and l, while O += P V goes on
+                weights, m, new_shift, new_l = softmax_of(
+                    s, m, row0, number * block_n, batch, head, scale, sizes, mask, mask_steps,
+                    dropout,
+                )  # fmt: skip
+                o = wait_o(o)
+                if is_first_lane:
+                    mbarrier_arrive(v_barrier + plan.v_free)
+                if is_last:  # the next O begins with a product that does not add
+                    write(o, l, shift, done, out, out_steps, logsumexp, sizes, keep)
+                    l, shift = (f32(0.0), f32(0.0)), new_shift
+                adds = u32(0) if is_last else u32(1)
+                # O = diag(exp(m - m_new)) O
+                alpha = exp2(shift[0] - new_shift[0]), exp2(shift[1] - new_shift[1])
+                l = l[0] * alpha[0] + new_l[0], l[1] * alpha[1] + new_l[1]
+                o, shift, p = scale_rows(o, alpha), new_shift, as_operand(weights)
+            v_place, v_parity = place_of(n)
+            mbarrier_wait_parity(memory + plan.v_full + 8 * v_place, v_parity)
+            o = fence(o)
+            v = u64(tile) | u64((memory + plan.v + v_place * plan.v_bytes) >> u32(4))
+            o = add_values(o, p, v, adds)
+            wgmma_commit_group()
+            write(wait_o(o), l, shift, done, out, out_steps, logsumexp, sizes, keep)
+
+    return hopper_forward
+
+
+__all__ = ["forward_kernel", "forward_memory"]

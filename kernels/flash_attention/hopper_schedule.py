@@ -1,0 +1,100 @@
+"""Which tile of queries a block of the Hopper forward kernel takes, and when.
+
+Blocks stay: block b takes tiles b, b + blocks, b + 2 blocks and so on, tile t being tile
+t % tiles_of_a_head of head t // tiles_of_a_head. Under a causal mask or a window tiles differ in
+length, and this would leave some blocks with long tiles only. There `order` says which tiles they
+take: the longest first, each to the block that has had the least to do (Graham's LPT rule).
+"""
+
+from __future__ import annotations
+
+import heapq
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ptx import ld_global_nc_b32
+from ..runtime import ceil_div, cuda, device_function, types
+from .cuda_tiles import tile_range
+from .hopper_tiles import Blocks, Kind
+
+NO_TILE = 1 << 30  # in `order`: this block has no more
+NO_KEYS = 1 << 30  # the first key of the tile that queries get who see none: beyond all keys
+AT_ONCE = 1 << 24  # bytes of keys and values that blocks work with at one time: they stay in the L2
+MOST_TILES = 1 << 16  # that are dealt out one by one: of more, each block has enough of all kinds
+SWITCH = 0.5  # time that a tile of queries takes beside its tiles of keys, in tiles of keys
+
+
+@cache
+def tile_finder(kind: Kind, blocks: Blocks) -> Any:
+    """Device functions. `tile_number(order, n)`: the number of the block's n-th tile of queries;
+    too large if there is none. `tile_of(number, sizes)`: its first row, batch and head, and the numbers
+    [first, end) of its tiles of keys, of which there is at least one.
+    """
+    block_m, block_n, banded = blocks.block_m, blocks.block_n, kind.banded
+    i32, u32 = types.int32, types.uint32
+
+    @device_function
+    def tile_number(order, n):
+        place = i32(n * cuda.gridDim.x + cuda.blockIdx.x)
+        return i32(ld_global_nc_b32(order + 4 * place)) if banded else place
+
+    @device_function
+    def tile_of(number, sizes):
+        heads, seqlen_q, seqlen_k, lower, upper = sizes[:5]
+        of_head = u32(seqlen_q + (block_m - 1)) // u32(block_m)
+        batch_head = u32(number) // of_head
+        batch = u32(batch_head) // u32(heads)
+        row0 = i32((u32(number) - batch_head * of_head) * u32(block_m))
+        last_row = i32(min(row0 + block_m, seqlen_q) - 1)
+        first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
+        if first == end:
+            first, end = NO_KEYS // block_n, NO_KEYS // block_n + 1
+        return row0, i32(batch), i32(batch_head - batch * u32(heads)), i32(first), i32(end)
+
+    return tile_number, tile_of
+
+
+def tile_costs(seqlen_q: int, seqlen_k: int, lower: int, upper: int, blocks: Blocks) -> list[float]:
+    """About how long each of a head's tiles of queries takes, in tiles of keys."""
+    costs = []
+    for row0 in range(0, seqlen_q, blocks.block_m):
+        last_row = min(row0 + blocks.block_m, seqlen_q) - 1
+        begin = min(max(row0 + lower, 0), seqlen_k)
+        end = min(max(last_row + upper, begin), seqlen_k)
+        costs.append(max(ceil_div(end, blocks.block_n) - begin // blocks.block_n, 1) + SWITCH)
+    return costs
+
+
+def order(costs: list[float], heads: int, together: int, processors: int) -> NDArray[np.int32]:
+    """Which tiles each block takes: element n * processors + b is block b's n-th tile.
+
+    Args:
+        costs: of the tiles of one head.
+        heads: how many heads there are.
+        together: heads whose tiles are dealt out together, so that their keys stay in the L2 cache.
+        processors: number of blocks.
+
+    """
+    if heads * len(costs) > MOST_TILES:
+        tiles = np.arange(heads * len(costs)).reshape(heads, len(costs))[:, ::-1].ravel()
+        return np.append(tiles, np.full(2 * processors, NO_TILE)).astype(np.int32)
+    busy = [(0.0, block) for block in range(processors)]
+    taken: list[list[int]] = [[] for _ in range(processors)]
+    longest_first = sorted(range(len(costs)), key=lambda tile: -costs[tile])
+    for first in range(0, heads, together):
+        for tile in longest_first:
+            for head in range(first, min(first + together, heads)):
+                time, block = busy[0]
+                taken[block].append(head * len(costs) + tile)
+                heapq.heapreplace(busy, (time + costs[tile], block))
+    # One more than there are: a block looks for its next tile while it has the last.
+    table = np.full((max(map(len, taken)) + 2, processors), NO_TILE, np.int32)
+    for block, tiles in enumerate(taken):
+        table[: len(tiles), block] = tiles
+    return table.ravel()
+
+
+__all__ = ["AT_ONCE", "NO_KEYS", "NO_TILE", "order", "tile_costs", "tile_finder"]
