@@ -137,7 +137,7 @@ def ours(
 def our_standard(
     recorder: Recorder, case: Case, inputs: list[Any], backward: bool
 ) -> Contestant | None:
-    """Standard attention of ours: products by cuBLAS, fused softmax. None if memory is too small."""
+    """Standard attention of ours: cuBLAS and a fused softmax. None if memory is too small."""
     import minitorch
 
     q, k, v, do = (minitorch.as_tensor(x) for x in inputs)

@@ -14,8 +14,8 @@ from typing import Any
 
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 WARM_UP = 3
-FEWEST_ROUNDS = 5
-MOST_MILLISECONDS = 1500.0  # of one contestant; one that takes longer has fewer rounds
+FEWEST_ROUNDS = 3
+TOO_SLOW = 5  # times the fastest: such a contestant has fewer rounds
 
 
 @dataclass
@@ -100,13 +100,16 @@ class Recorder:
 
         Args:
             works: by name.
-            rounds: fewer, down to `FEWEST_ROUNDS`, for those that take long.
+            rounds: `FEWEST_ROUNDS` for those that take `TOO_SLOW` times as long as the fastest.
 
         """
-        turns = {}
-        for name, work in works.items():
-            once = min(self.time_once(work.replay) for _ in range(WARM_UP))
-            turns[name] = min(rounds, max(FEWEST_ROUNDS, int(MOST_MILLISECONDS / once)))
+        once = {name: self.time_once(work.replay) for name, work in works.items()}
+        fastest = min(once.values(), default=0.0)
+        turns = {n: FEWEST_ROUNDS if t > TOO_SLOW * fastest else rounds for n, t in once.items()}
+        for _ in range(WARM_UP):
+            for name, work in works.items():
+                if turns[name] == rounds:
+                    self.time_once(work.replay)
         times: dict[str, list[float]] = {name: [] for name in works}
         for number in range(rounds):
             for name, work in works.items():
