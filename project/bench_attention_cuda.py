@@ -18,8 +18,9 @@ Parts:
 
 How: all in one process on the same random data; each pass is recorded in a CUDA graph and repeated,
 the contestants taking turns, with the L2 cache overwritten before each repeat; a figure is the
-median of 30 (of 3 for one that takes five times as long as the fastest). PyTorch's backends are pinned by `sdpa_kernel`,
-ours by taking the others away. Beside each figure stands its largest error against float64.
+median of 30 (of 3 for one that takes five times as long as the fastest). PyTorch's backends are
+pinned by `sdpa_kernel`, ours by taking the others away. Beside each figure stands its largest error
+against float64.
 
 Writes attention_cuda.json and, drawn from it, attention_cuda.md and attention_cuda_*.png.
 """
