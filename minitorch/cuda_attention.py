@@ -15,7 +15,7 @@ from .cuda_elementwise import fold
 from .cuda_views import contiguous_data, device_storage, view_of
 from .device_array import DeviceArray
 from .kernels.copy_cuda import copy_into
-from .kernels.flash_attention import cuda, decode
+from .kernels.flash_attention import cuda, decode, hopper, mma
 from .kernels.flash_attention.cuda import Gradients, Inputs, Matrices, heads_of
 from .kernels.flash_attention.problem import AttentionProblem, Shape
 from .kernels.runtime import compute_capability
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 #                                      memory, which the pass gets as `workspace`, flat, in
 #                                      float32 (float64 if the problem is in float64)
 #   tiles(problem, architecture, backward)   says the sizes of its tiles, for people
-FLASH_ATTENTION: tuple[Any, ...] = (decode, cuda_attention_products, cuda)
+FLASH_ATTENTION: tuple[Any, ...] = (decode, hopper, mma, cuda_attention_products, cuda)
 
 
 class Choice(NamedTuple):
