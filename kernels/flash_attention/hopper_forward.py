@@ -140,7 +140,7 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
         turn, tiles = u32(0), sizes[5]
         number = tile_number(order, 0)
         while number < tiles:
-            row0, batch, head, *_ = tile_of(number, sizes)
+            row0, batch, head, _, _ = tile_of(number, sizes)
             head, batch = i32(u32(head) // u32(shares[1])), i32(u32(batch) // u32(shares[0]))
             for n in range(warpgroups):
                 mbarrier_wait_parity(memory + plan.q_free + 8 * n, (turn & u32(1)) ^ u32(1))
@@ -205,7 +205,8 @@ def barrier_maker(kind: Kind, blocks: Blocks) -> Any:
 @cache
 def softmax(kind: Kind, block_n: int) -> Any:
     """Device function: from a tile of scores S and m to the weights
-    P = exp2(scale S - scale m_new), m_new, scale m_new, and the lane's part of rowsum(P). Dropped weights are 0 in P alone.
+    P = exp2(scale S - scale m_new), m_new, scale m_new, and the lane's part of rowsum(P).
+    Dropped weights are 0 in P alone.
     """
     tile = RegisterTile(block_n)
     row_max, shift_of, exp2, own_row_sum = tile.row_max, tile.shift, tile.exp2, tile.own_row_sum

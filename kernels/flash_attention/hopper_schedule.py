@@ -30,8 +30,8 @@ SWITCH = 0.5  # time that a tile of queries takes beside its tiles of keys, in t
 @cache
 def tile_finder(kind: Kind, blocks: Blocks) -> Any:
     """Device functions. `tile_number(order, n)`: the number of the block's n-th tile of queries;
-    too large if there is none. `tile_of(number, sizes)`: its first row, batch and head, and the numbers
-    [first, end) of its tiles of keys, of which there is at least one.
+    too large if there is none. `tile_of(number, sizes)`: its first row, batch and head, and the
+    numbers [first, end) of its tiles of keys, of which there is at least one.
     """
     block_m, block_n, banded = blocks.block_m, blocks.block_n, kind.banded
     i32, u32 = types.int32, types.uint32
