@@ -94,6 +94,13 @@ def shfl_sync_idx_b32(x: u32, lane: u32) -> u32:
     """9.7.9.6: the x of that lane."""
 
 
+@ptx("mov.b32 {out}, {x};", simulated=simulated.same)
+def opaque(x: u32) -> u32:
+    """x, of which the compiler no longer knows where it is from: what is computed of it is computed
+    here, and not once before a loop, in registers that stay taken.
+    """
+
+
 # ----- addresses, and single words: 9.7.9 -----
 
 
@@ -122,22 +129,27 @@ def st_shared_v4_b32(address: u32, x: u32[4]) -> None:
     """16 bytes to an address of shared memory, a multiple of 16."""
 
 
-@ptx("ld.global.nc.b32 {out}, [{address}];")
+@ptx("ld.global.nc.b32 {out}, [{address}];", simulated=simulated.load_global(1))
 def ld_global_nc_b32(address: u64) -> u32:
     """The word at an address of global memory, a multiple of 4, which no kernel writes."""
 
 
-@ptx("ld.global.f32 {out}, [{address}];")
+@ptx("ld.global.f32 {out}, [{address}];", simulated=simulated.load_global(1, "float32"))
 def ld_global_f32(address: u64) -> f32:
     """The float32 at an address of global memory, a multiple of 4."""
 
 
-@ptx("ld.global.v4.b32 {out}, [{address}];")
+@ptx("ld.global.v4.b32 {out}, [{address}];", simulated=simulated.load_global(4))
 def ld_global_v4_b32(address: u64) -> u32[4]:
     """16 bytes at an address of global memory, a multiple of 16."""
 
 
-@ptx("st.global.v4.b32 [{address}], {x};")
+@ptx("st.global.f32 [{address}], {x};", simulated=simulated.store_global)
+def st_global_f32(address: u64, x: f32) -> None:
+    """A float32 to an address of global memory, a multiple of 4."""
+
+
+@ptx("st.global.v4.b32 [{address}], {x};", simulated=simulated.store_global)
 def st_global_v4_b32(address: u64, x: u32[4]) -> None:
     """16 bytes to an address of global memory, a multiple of 16."""
 
@@ -187,7 +199,7 @@ def st_global_v2_f32_if(valid: u32, address: u64, x: f32[2]) -> None:
     """Two float32 to an address of global memory, a multiple of 8, where `valid`."""
 
 
-@ptx("atom.global.add.u32 {out}, [{address}], {x};")
+@ptx("atom.global.add.u32 {out}, [{address}], {x};", simulated=simulated.atomic_add)
 def atom_global_add_u32(address: u64, x: u32) -> u32:
     """9.7.13.5: add x to a word of global memory; what was there before."""
 

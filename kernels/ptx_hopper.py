@@ -1,8 +1,8 @@
 # mypy: disable-error-code="empty-body, valid-type"
 """Instructions that only Hopper GPUs have (compute capability 9.0 and 9.0a), as in `ptx.py`.
 
-The simulator has none of them. What is a pure function of their operands, descriptors, swizzles,
-tensor maps, is in `shared_layout.py` and `tensor_map.py` and is tested without a GPU.
+What is a pure function of their operands, descriptors, swizzles, tensor maps, is in
+`shared_layout.py` and `tensor_map.py`; what the simulator runs is in `ptx_hopper_simulated.py`.
 
 Barriers in shared memory (mbarrier) say when a tile has come, the copy engine (TMA) brings it, and
 `wgmma` multiplies it, four warps at once, without the threads' registers having held it.
@@ -11,37 +11,43 @@ Barriers in shared memory (mbarrier) say when a tile has come, the copy engine (
 from functools import cache
 from typing import Any
 
+from . import ptx_hopper_simulated as simulated
+from . import ptx_simulated as warp
 from .inline_ptx import f32, i32, instruction, lines, ptx, u32, u64
 from .ptx import SHORT
 
 # ----- barriers that count arrivals and bytes: 9.7.13.15, compute capability 9.0 -----
 
 
-@ptx("mbarrier.init.shared::cta.b64 [{barrier}], {count};")
+@ptx("mbarrier.init.shared::cta.b64 [{barrier}], {count};", simulated=simulated.mbarrier_init)
 def mbarrier_init(barrier: u32, count: u32) -> None:
     """Make the 8 bytes at `barrier` one whose phase ends when `count` threads have arrived, and all
     bytes that they expect. Its first phase has parity 0.
     """
 
 
-@ptx("fence.mbarrier_init.release.cluster;")
+@ptx("fence.mbarrier_init.release.cluster;", simulated=simulated.nothing)
 def fence_mbarrier_init_release_cluster() -> None:
     """9.7.13.4: barriers that are initialised so far are so for the copy engine as well."""
 
 
-@ptx("mbarrier.arrive.shared::cta.b64 _, [{barrier}];")
+@ptx("mbarrier.arrive.shared::cta.b64 _, [{barrier}];", simulated=simulated.mbarrier_arrive)
 def mbarrier_arrive(barrier: u32) -> None:
     """Arrive."""
 
 
-@ptx("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {size};")
+@ptx(
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{barrier}], {size};",
+    simulated=simulated.mbarrier_arrive_expect_tx,
+)
 def mbarrier_arrive_expect_tx(barrier: u32, size: u32) -> None:
     """Arrive, and let the phase last until `size` more bytes have been copied."""
 
 
 @ptx(
     "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{barrier}], {parity};"
-    " selp.u32 {out}, 1, 0, p; }"
+    " selp.u32 {out}, 1, 0, p; }",
+    simulated=simulated.mbarrier_try_wait,
 )
 def mbarrier_try_wait_parity(barrier: u32, parity: u32) -> u32:
     """1 if the phase of that parity has ended, 0 if it has not within a time of the system's."""
@@ -49,7 +55,8 @@ def mbarrier_try_wait_parity(barrier: u32, parity: u32) -> u32:
 
 @ptx(
     "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [{barrier}], {parity};"
-    " @!p bra again; }"
+    " @!p bra again; }",
+    simulated=simulated.mbarrier_wait,
 )
 def mbarrier_wait_parity(barrier: u32, parity: u32) -> None:
     """Wait for the end of the phase of that parity: `try_wait` until it succeeds. A new barrier's
@@ -57,14 +64,14 @@ def mbarrier_wait_parity(barrier: u32, parity: u32) -> None:
     """
 
 
-@ptx("bar.sync {barrier}, {threads};")
+@ptx("bar.sync {barrier}, {threads};", simulated=simulated.bar_sync)
 def bar_sync(barrier: u32, threads: u32) -> None:
     """9.7.13.1: wait at one of the 16 named barriers until `threads` threads, a multiple of 32,
     have arrived at it. `cuda.syncthreads` is number 0.
     """
 
 
-@ptx("bar.arrive {barrier}, {threads};")
+@ptx("bar.arrive {barrier}, {threads};", simulated=simulated.bar_arrive)
 def bar_arrive(barrier: u32, threads: u32) -> None:
     """9.7.13.1: arrive at a named barrier, and go on."""
 
@@ -72,7 +79,7 @@ def bar_arrive(barrier: u32, threads: u32) -> None:
 # ----- the copy engine (TMA): 9.7.9.25.4 and .5, compute capability 9.0 -----
 
 
-@ptx("prefetch.tensormap [{tensor_map}];")
+@ptx("prefetch.tensormap [{tensor_map}];", simulated=simulated.nothing)
 def prefetch_tensormap(tensor_map: u64) -> None:
     """9.7.9.15: bring a tensor map, at a multiple of 64, into the cache."""
 
@@ -97,12 +104,14 @@ def _copy(rank: int, store: bool) -> Any:
             f"{name}_store",
             f"cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group {box}, [{{source}}];",
             {"tensor_map": u64, "source": u32} | places, doc=_copy.__doc__ or "",
+            simulated=simulated.copy_out,
         )  # fmt: skip
     return instruction(
         name,
         f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
         f" [{{target}}], {box}, [{{barrier}}];",
         {"target": u32, "tensor_map": u64, "barrier": u32} | places, doc=_copy.__doc__ or "",
+        simulated=simulated.copy_in,
     )  # fmt: skip
 
 
@@ -116,7 +125,8 @@ cp_async_bulk_tensor_2d_store, cp_async_bulk_tensor_3d_store, cp_async_bulk_tens
 
 @ptx(
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-    " [{target}], [{source}], {size}, [{barrier}];"
+    " [{target}], [{source}], {size}, [{barrier}];",
+    simulated=simulated.copy_flat,
 )
 def cp_async_bulk(target: u32, source: u64, size: u32, barrier: u32) -> None:
     """Copy `size` bytes, a multiple of 16, from global to shared memory; both addresses are
@@ -124,7 +134,7 @@ def cp_async_bulk(target: u32, source: u64, size: u32, barrier: u32) -> None:
     """
 
 
-@ptx("cp.async.bulk.commit_group;")
+@ptx("cp.async.bulk.commit_group;", simulated=simulated.nothing)
 def cp_async_bulk_commit_group() -> None:
     """The thread's stores since the last commit are a group."""
 
@@ -133,11 +143,14 @@ def cp_async_bulk_commit_group() -> None:
 def cp_async_bulk_wait_group_read(pending: int) -> Any:
     """A function that waits until all but the last `pending` groups have read shared memory."""
     return instruction(
-        "cp_async_bulk_wait_group_read", f"cp.async.bulk.wait_group.read {pending};", {}
+        "cp_async_bulk_wait_group_read",
+        f"cp.async.bulk.wait_group.read {pending};",
+        {},
+        simulated=simulated.nothing,
     )
 
 
-@ptx("fence.proxy.async.shared::cta;")
+@ptx("fence.proxy.async.shared::cta;", simulated=simulated.nothing)
 def fence_proxy_async_shared() -> None:
     """9.7.13.4: what this thread has written to shared memory is there for the copy engine and for
     wgmma, once the threads have met at a barrier.
@@ -156,7 +169,7 @@ def wgmma_fence(*counts: int) -> Any:
     return _through("wgmma_fence", "wgmma.fence.sync.aligned;", counts)
 
 
-@ptx("wgmma.commit_group.sync.aligned;")
+@ptx("wgmma.commit_group.sync.aligned;", simulated=simulated.nothing)
 def wgmma_commit_group() -> None:
     """The products since the last commit are a group."""
 
@@ -175,7 +188,12 @@ def wgmma_wait_group(pending: int, *counts: int) -> Any:
 def _through(name: str, text: str, counts: tuple[int, ...]) -> Any:
     accumulators = {f"acc{n}": f32[count] for n, count in enumerate(counts)}
     return instruction(
-        name, text, accumulators, tuple(accumulators.values()), tied=tuple(accumulators)
+        name,
+        text,
+        accumulators,
+        tuple(accumulators.values()),
+        tied=tuple(accumulators),
+        simulated=simulated.same,
     )
 
 
@@ -234,10 +252,8 @@ def wgmma_ss(
         n, dtype, [a_offsets, b_offsets], "descriptor", f"{int(trans_a)}, {int(trans_b)}",
         int(accumulate),
     )  # fmt: skip
-    name = f"wgmma_m64n{n}k16_ss"
-    if accumulate:
-        return instruction(name, text, {"acc": acc, "a": u64, "b": u64}, acc, tied="acc")
-    return instruction(name, text.replace("{acc}", "{out}"), {"a": u64, "b": u64}, acc)
+    run = simulated.wgmma(n, dtype, [a_offsets, b_offsets], (trans_a, trans_b), accumulate)
+    return _product(f"wgmma_m64n{n}k16_ss", text, {"a": u64, "b": u64}, acc, accumulate, run)
 
 
 @cache
@@ -257,13 +273,17 @@ def wgmma_rs(
     acc, words = f32[n // 2], u32[4 * len(b_offsets)]
     first = "{keep}" if accumulate is None else int(accumulate)
     text = _products(n, dtype, [b_offsets], "registers", str(int(trans_b)), first)
-    name = f"wgmma_m64n{n}k16_rs"
-    if accumulate is None:
-        arguments = {"acc": acc, "a": words, "b": u64, "keep": u32}
-        return instruction(name, text, arguments, acc, tied="acc")
-    if accumulate:
-        return instruction(name, text, {"acc": acc, "a": words, "b": u64}, acc, tied="acc")
-    return instruction(name, text.replace("{acc}", "{out}"), {"a": words, "b": u64}, acc)
+    run = simulated.wgmma(n, dtype, [b_offsets], (False, trans_b), accumulate)
+    return _product(f"wgmma_m64n{n}k16_rs", text, {"a": words, "b": u64}, acc, accumulate, run)
+
+
+def _product(
+    name: str, text: str, operands: dict[str, Any], acc: Any, accumulate: bool | None, run: Any
+) -> Any:
+    if accumulate is False:
+        return instruction(name, text.replace("{acc}", "{out}"), operands, acc, simulated=run)
+    keep = {"keep": u32} if accumulate is None else {}
+    return instruction(name, text, {"acc": acc} | operands | keep, acc, tied="acc", simulated=run)
 
 
 @cache
@@ -273,7 +293,10 @@ def setmaxnreg(direction: str, count: int) -> Any:
     bounds, and all threads together keep within the 65536 of a multiprocessor.
     """
     return instruction(
-        f"setmaxnreg_{direction}", f"setmaxnreg.{direction}.sync.aligned.u32 {count};", {}
+        f"setmaxnreg_{direction}",
+        f"setmaxnreg.{direction}.sync.aligned.u32 {count};",
+        {},
+        simulated=simulated.nothing,
     )
 
 
@@ -289,7 +312,7 @@ def stmatrix(count: int = 4, trans: bool = False) -> Any:
     return instruction(
         f"stmatrix_{suffix.replace('.', '_')}",
         f"stmatrix.sync.aligned.m8n8.{suffix}.shared.b16 [{{address}}], {{x}};",
-        {"address": u32, "x": u32[count]},
+        {"address": u32, "x": u32[count]}, simulated=warp.stmatrix(count, trans),
     )  # fmt: skip
 
 

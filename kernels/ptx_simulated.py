@@ -1,28 +1,55 @@
 """What numba's simulator runs in place of PTX instructions: slow, and as they are defined.
 
-A warp's instructions let each lane see what the others gave: all threads of a block call them
-together there, a multiple of 32. What a matrix's fragment holds is `shared_layout`'s to say; the
-product is numpy's. Copies are done at once, so that waiting for one is nothing.
+A warp's instructions let each lane see what the others gave: all its threads meet. What a fragment
+holds is `shared_layout`'s to say; the product is numpy's. Copies are done at once, so that waiting
+for one is nothing.
 
-Shared memory has addresses here as well: each array that `shared_address` is asked about begins at
-a multiple of 1024 of an address space of its own.
+Shared memory has addresses here as well: the arrays of a block that `shared_address` is asked about
+begin at multiples of 1024, the first at 0.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 WARP = 32
+PATIENCE = 20.0  # seconds that all threads wait for each other
+_atomic = threading.Lock()
 
-# ----- a warp's threads -----
+# ----- a block's threads -----
 
-_given: dict[int, Any] = {}
-_made: dict[int, Any] = {}
+
+class _Meeting:
+    """Of threads that wait for each other: what they gave, and what each gets."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, Any] = {}
+        self.results: Sequence[Any] | None = None
+
+
+class Block:
+    """What the threads of a block share beside its arrays, under the simulator."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.areas: list[_Area] = []
+        self.meetings: dict[tuple[int, int], _Meeting] = {}
+        self.barriers: dict[Any, Any] = {}  # of ptx_hopper_simulated.py
+        self.moves = 0  # how often a thread has got what it waited for
+
+
+def block() -> Block:
+    """That of the calling thread."""
+    thread: Any = threading.current_thread()
+    owner = getattr(thread, "turns", None) or getattr(thread, "_manager", None) or thread
+    found: Block = owner.__dict__.setdefault("_ptx_block", Block())
+    return found
 
 
 def lane() -> int:
@@ -33,26 +60,54 @@ def lane() -> int:
 
 def exchange(value: Any) -> list[Any]:
     """What each lane of the warp gives, in all of them."""
-    thread: Any = threading.current_thread()
-    _given[thread.thread_id] = value
-    thread.syncthreads()
-    first = thread.thread_id - lane()
-    found = [_given[first + n] for n in range(WARP)]
-    thread.syncthreads()
-    return found
+    return together(value, lambda values: [values] * WARP)
 
 
-def together(value: Any, make: Callable[[list[Any]], Sequence[Any]]) -> Any:
-    """What `make` makes, once for a warp, of what each lane gives: each gets its own."""
+def together(value: Any, make: Callable[[list[Any]], Sequence[Any]], size: int = WARP) -> Any:
+    """What `make` makes, once for a warp, of what each lane gives: each gets its own.
+
+    Args:
+        value: what this lane gives.
+        make: from as many values to as many results.
+        size: threads that meet, those of a warp or, 128, of a warpgroup.
+
+    """
     thread: Any = threading.current_thread()
-    number = thread.thread_id
-    _given[number] = value
-    thread.syncthreads()
-    if number % WARP == 0:
-        results = make([_given[number + n] for n in range(WARP)])
-        _made.update({number + n: results[n] for n in range(WARP)})
-    thread.syncthreads()
-    return _made[number]
+    number, here = int(thread.thread_id), block()
+    first = number - number % size
+    with here.lock:
+        meeting = here.meetings.setdefault((first, size), _Meeting())
+        meeting.given[number] = value
+        if len(meeting.given) == size:
+            del here.meetings[first, size]
+            meeting.results = make([meeting.given[first + n] for n in range(size)])
+    until(lambda: meeting.results is not None)
+    assert meeting.results is not None
+    return meeting.results[number - first]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Let other threads run until the condition holds.
+
+    Raises:
+        TimeoutError: it does not come to hold: the threads wait for each other.
+
+    """
+    thread: Any = threading.current_thread()
+    here, give_way = block(), getattr(thread, "give_way", None)
+    moves, last = here.moves, time.monotonic()
+    while not condition():
+        if getattr(thread, "abort", False):
+            raise RuntimeError("another thread of the block has failed")
+        if here.moves != moves:
+            moves, last = here.moves, time.monotonic()
+        elif time.monotonic() - last > PATIENCE:
+            raise TimeoutError("a thread waits for what no other thread does")
+        if give_way is None:
+            time.sleep(0)
+        else:
+            give_way()
+    here.moves += 1
 
 
 def shuffle_xor(x: Any, lane_mask: Any) -> Any:
@@ -116,6 +171,11 @@ def halves(x: Any) -> tuple[Any, Any]:
     return np.uint16(int(x) & 0xFFFF), np.uint16(int(x) >> 16)
 
 
+def same(x: Any) -> Any:
+    """mov."""
+    return x
+
+
 def nothing() -> None:
     """To wait for what is done already."""
 
@@ -132,30 +192,25 @@ class _Area(NamedTuple):
     array: Any
 
 
-_areas: list[_Area] = []
-MOST_AREAS = 64
-_SPACE = 1 << 31
-_lock = threading.Lock()
-
-
 def shared_address(array: Any) -> Any:
     """The address of an array in shared memory."""
     plain = getattr(array, "_item", array)
     plain = getattr(plain, "_ary", plain)
     pointer = int(plain.__array_interface__["data"][0])
-    with _lock:
-        for area in reversed(_areas):
+    here = block()
+    with here.lock:
+        for area in here.areas:
             if area.pointer <= pointer < area.pointer + area.size:
                 return np.uint32(area.first + pointer - area.pointer)
-        last = _areas[-1].first + _areas[-1].size if _areas else 0
-        first = -(-last // 1024) * 1024 % _SPACE
-        del _areas[: len(_areas) - MOST_AREAS + 1]
-        _areas.append(_Area(first, pointer, plain.nbytes, array))
+        last = here.areas[-1].first + here.areas[-1].size if here.areas else 0
+        first = -(-last // 1024) * 1024
+        here.areas.append(_Area(first, pointer, plain.nbytes, array))
         return np.uint32(first)
 
 
-def _area(address: int, size: int) -> tuple[_Area, int]:
-    for area in reversed(list(_areas)):
+def area_of(address: int, size: int) -> tuple[_Area, int]:
+    """The array that has these bytes, and where in it they begin."""
+    for area in block().areas:
         if area.first <= address and address + size <= area.first + area.size:
             return area, address - area.first
     raise IndexError(f"{size} bytes at {address} are in no array of shared memory")
@@ -168,7 +223,7 @@ def _check(address: int, size: int) -> None:
 
 def read_shared(address: int, size: int) -> bytes:
     """Bytes of shared memory, element by element, so that a race is seen."""
-    area, first = _area(address, size)
+    area, first = area_of(address, size)
     step = area.array.dtype.itemsize
     items = [
         np.asarray(_item(area.array, n)).tobytes()
@@ -183,7 +238,7 @@ def _item(array: Any, n: int) -> Any:
 
 def write_shared(address: int, data: bytes) -> None:
     """Whole elements of shared memory."""
-    area, first = _area(address, len(data))
+    area, first = area_of(address, len(data))
     array, step = area.array, area.array.dtype.itemsize
     if first % step or len(data) % step:
         raise ValueError(f"{len(data)} bytes at {address} are no whole elements of {step} bytes")
@@ -229,6 +284,25 @@ def store_global(address: Any, x: Any) -> None:
     ctypes.memmove(int(address), data, len(data))
 
 
+def load_global(count: int, dtype: str = "uint32") -> Callable[[Any], Any]:
+    """ld.global of one word, or of several."""
+
+    def load(address: Any) -> Any:
+        _check(int(address), 4 * count)
+        found = np.frombuffer(ctypes.string_at(int(address), 4 * count), dtype)
+        return found[0] if count == 1 else tuple(found)
+
+    return load
+
+
+def atomic_add(address: Any, x: Any) -> Any:
+    """atom.global.add.u32."""
+    with _atomic:
+        before = load_global(1)(address)
+        store_global(address, np.uint32((int(before) + int(x)) & 0xFFFFFFFF))
+    return before
+
+
 def store_global_if(valid: Any, address: Any, x: Any) -> None:
     """st.global under a predicate."""
     if valid:
@@ -264,6 +338,20 @@ def ldmatrix(offsets: tuple[int, ...], count: int, trans: bool) -> Callable[[Any
         return tuple(words)
 
     return load
+
+
+def stmatrix(count: int, trans: bool) -> Callable[[Any, Any], None]:
+    """stmatrix: lane 8 m + r writes row r of matrix m."""
+
+    def store(address: Any, x: Any) -> None:
+        words = exchange([int(w) for w in x])
+        m, row = divmod(lane(), 8)
+        if m < count:
+            matrix = np.array([w[m] for w in words], np.uint32).view(np.uint16).reshape(8, 8)
+            _check(int(address), 16)
+            write_shared(int(address), (matrix.T if trans else matrix)[row].tobytes())
+
+    return store
 
 
 def movmatrix(x: Any) -> Any:

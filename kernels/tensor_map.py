@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .runtime import cuda
+from .runtime import SIMULATED, cuda
 
 BYTES = 128  # of an encoded map, and what its address is a multiple of
 SLAB_BYTES = 64 * 1024  # of GPU memory, taken at a time
@@ -200,8 +200,25 @@ class _Slab:
         return address
 
 
-_slabs: dict[int, _Slab] = {}
+class _SimulatedSlab:
+    """Host memory in its place, in the simulator."""
+
+    def __init__(self) -> None:
+        self.copies: list[Any] = []
+
+    def put(self, data: bytes) -> int:
+        """The address of a copy of `data`, a multiple of 128."""
+        memory = np.zeros(len(data) + BYTES, np.uint8)
+        address = -(-memory.ctypes.data // BYTES) * BYTES
+        first = address - memory.ctypes.data
+        memory[first : first + len(data)] = np.frombuffer(data, np.uint8)
+        self.copies.append(memory)
+        return int(address)
+
+
+_slabs: dict[int, Any] = {}
 _known: dict[tuple[Any, ...], np.uint64] = {}
+_described: dict[int, TensorMap] = {}  # in the simulator, whose copy engine reads this
 _lock = threading.Lock()
 
 
@@ -216,7 +233,19 @@ def on_device(*maps: TensorMap) -> np.uint64:
         RuntimeError: there is no GPU, or it knows no tensor maps.
 
     """
-    return _kept(maps, lambda: b"".join(encoded(m) for m in maps))
+    if not SIMULATED:
+        return _kept(maps, lambda: b"".join(encoded(m) for m in maps))
+    address = _kept(maps, lambda: bytes(BYTES * len(maps)))
+    for n, each in enumerate(maps):
+        _described[int(address) + BYTES * n] = each.check()
+    return address
+
+
+def map_at(address: int) -> TensorMap:
+    """What was described at an address of `on_device`, in the simulator."""
+    if address not in _described:
+        raise ValueError(f"no tensor map is at {address:#x}")
+    return _described[address]
 
 
 def constant(data: bytes) -> np.uint64:
@@ -227,7 +256,7 @@ def constant(data: bytes) -> np.uint64:
 
 
 def _kept(what: Any, make: Callable[[], bytes]) -> np.uint64:
-    device = int(cuda.get_current_device().id)
+    device = 0 if SIMULATED else int(cuda.get_current_device().id)
     key = (device, what)
     address = _known.get(key)
     if address is not None:
@@ -235,7 +264,7 @@ def _kept(what: Any, make: Callable[[], bytes]) -> np.uint64:
     with _lock:
         address = _known.get(key)
         if address is None:
-            slab = _slabs.setdefault(device, _Slab())
+            slab = _slabs.setdefault(device, _SimulatedSlab() if SIMULATED else _Slab())
             data = make()
             address = np.uint64(slab.put(data + bytes(-len(data) % BYTES)))
             _known[key] = address

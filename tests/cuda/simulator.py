@@ -50,6 +50,7 @@ class Turns:
         self.threads: list[TurnThread] = []
         self.awake = 0
         self.barrier: Any = None
+        self.barriers_passed = 0
         self.failure: BaseException | None = None
         self.finished = threading.Lock()
         self.finished.acquire()
@@ -64,16 +65,33 @@ class Turns:
 
     def wait(self, thread: TurnThread, barrier: Any) -> None:
         """Called by the awake thread at a barrier: wake the next, sleep until all have come."""
-        if self.awake == 0:
+        if not any(other.waits for other in self.threads):
             self.barrier = barrier
         elif barrier != self.barrier and self.failure is None:
             self.failure = DivergentBarrier(f"{barrier[0]}: threads wait at different barriers")
-        self.awake = (self.awake + 1) % len(self.threads)
-        if len(self.threads) > 1:
+        thread.waits = True
+        self._wake_after(self.awake, thread)
+        thread.interval = self.barriers_passed
+
+    def give_way(self, thread: TurnThread) -> None:
+        """Called by the awake thread where it waits for another one: wake the next."""
+        self._wake_after(self.awake, thread)
+
+    def _wake_after(self, place: int, thread: TurnThread | None) -> None:
+        """Wake the first thread after a place that waits at no barrier; let `thread` sleep."""
+        order = [*range(place + 1, len(self.threads)), *range(min(place + 1, len(self.threads)))]
+        free = [n for n in order if not self.threads[n].waits or self.failure is not None]
+        if not free:  # all have come
+            for other in self.threads:
+                other.waits = False
+            self.barriers_passed += 1
+            free = [0]
+        self.awake = free[0]
+        if self.threads[self.awake] is not thread:
             self.threads[self.awake].go.release()
-            thread.go.acquire()
-        thread.interval += 1
-        if self.failure is not None:
+            if thread is not None:
+                thread.go.acquire()
+        if thread is not None and self.failure is not None:
             raise Stopped
 
     def leave(self) -> None:
@@ -82,8 +100,7 @@ class Turns:
         if not self.threads:
             self.finished.release()
             return
-        self.awake %= len(self.threads)
-        self.threads[self.awake].go.release()
+        self._wake_after(self.awake - 1, None)
 
 
 class TurnThread(threading.Thread):
@@ -103,7 +120,8 @@ class TurnThread(threading.Thread):
         self.blockIdx, self.threadIdx = kernelapi.Dim3(*block), kernelapi.Dim3(*point)
         x, y, _ = manager._block_dim
         self.thread_id = point[0] + x * (point[1] + y * point[2])
-        self.interval = 0  # the number of barriers passed
+        self.interval: Any = 0  # between two barriers, of the block or others
+        self.waits = False  # at a barrier of the block
         self.atomic = False
         return self
 
@@ -124,6 +142,10 @@ class TurnThread(threading.Thread):
     def syncthreads(self, depth: int = 2) -> None:
         caller = sys._getframe(depth)
         self.turns.wait(self, (caller.f_code.co_qualname, caller.f_lasti))
+
+    def give_way(self) -> None:
+        """Let other threads run: this one waits for what one of them does."""
+        self.turns.give_way(self)
 
     def _vote(self, value: Any, answer: Any) -> int:
         self.manager.block_state[tuple(self.threadIdx)] = value

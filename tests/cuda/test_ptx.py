@@ -304,11 +304,12 @@ def test_the_simulator_finds_bad_addresses(offset: int, error: type[Exception]) 
 
 @pytest.mark.skipif(not runtime.SIMULATED, reason="about the simulator")
 def test_addresses_of_the_simulator() -> None:
-    """Arrays do not overlap, a part of one has its place in it, and old ones are forgotten."""
-    arrays = [np.zeros(100, np.float16) for _ in range(2 * ptx_simulated.MOST_AREAS)]
+    """Arrays do not overlap, and a part of one has its place in it."""
+    arrays = [np.zeros(100, np.float16) for _ in range(5)]
     firsts = [int(ptx_simulated.shared_address(x)) for x in arrays]
     assert all(first % 1024 == 0 for first in firsts)
     assert len(set(firsts)) == len(firsts)
-    assert ptx_simulated.shared_address(arrays[-1][7:]) == firsts[-1] + 14
+    assert ptx_simulated.shared_address(arrays[3][7:]) == firsts[3] + 14
+    assert ptx_simulated.read_shared(firsts[1], 4) == bytes(4)
     with pytest.raises(IndexError):
-        ptx_simulated.read_shared(firsts[0], 4)
+        ptx_simulated.read_shared(firsts[1] + 198, 4)
