@@ -150,8 +150,8 @@ def encoded(tensor_map: TensorMap) -> bytes:
     """
     driver, kind = _driver(), tensor_map.check()
     dimensions = len(kind.shape)
-    dtype = driver.CUtensorMapDataType[f"CU_TENSOR_MAP_DATA_TYPE_{kind.dtype.upper()}"]
-    swizzle = driver.CUtensorMapSwizzle[f"CU_TENSOR_MAP_SWIZZLE_{SWIZZLES[kind.swizzle]}"]
+    dtype = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind.dtype.upper()}")
+    swizzle = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{SWIZZLES[kind.swizzle]}")
     found = _checked(
         driver.cuTensorMapEncodeTiled(
             dtype,
