@@ -12,7 +12,6 @@ being captured meanwhile.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import threading
 from collections.abc import Callable
@@ -167,7 +166,7 @@ def encoded(tensor_map: TensorMap) -> bytes:
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
-    return ctypes.string_at(int(found.getPtr()), BYTES)
+    return b"".join(int(word).to_bytes(8, "little") for word in found.opaque)
 
 
 class _Slab:
