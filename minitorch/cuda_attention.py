@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from . import cuda_attention_products
 from .cuda_elementwise import fold
 from .cuda_views import contiguous_data, device_storage, view_of
 from .device_array import DeviceArray
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 #                                      memory, which the pass gets as `workspace`, flat, in
 #                                      float32 (float64 if the problem is in float64)
 #   tiles(problem, architecture, backward)   says the sizes of its tiles, for people
-FLASH_ATTENTION: tuple[Any, ...] = (decode, hopper, mma, cuda_attention_products, cuda)
+FLASH_ATTENTION: tuple[Any, ...] = (decode, hopper, mma, cuda)
 
 
 class Choice(NamedTuple):

@@ -71,7 +71,14 @@ def test_choices() -> None:
     for architecture in ARCHITECTURES:
         assert chosen(architecture, dtype="float64") == "simt"
         assert chosen(architecture, dtype="float32") == "simt"
-    assert chosen((7, 0)) in ("rows", "simt")
+    assert chosen((7, 0)) == "simt"
+    assert chosen((7, 5)) == "mma"
+    assert chosen((7, 5), dtype="bfloat16") == "simt"
+    assert chosen((8, 0), dtype="float32", fp32_precision="tf32") == "mma"
+    for dtype in ("float16", "bfloat16"):
+        assert chosen((8, 0), dtype=dtype) == "mma"
+        assert chosen((9, 0), dtype=dtype) == "hopper"
+        assert chosen((10, 0), dtype=dtype) == "mma"
 
 
 def test_the_first_that_can_is_taken_for_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:

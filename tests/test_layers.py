@@ -45,7 +45,6 @@ LAYERS: list[tuple[str, set[str]]] = [
             "cublas_lt",
             "cuda",
             "cuda_attention",
-            "cuda_attention_products",
             "cuda_elementwise",
             "cuda_explain",
             "cuda_fallback",

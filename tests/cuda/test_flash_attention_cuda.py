@@ -11,10 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch import TensorBackend, cuda_attention, cuda_attention_products, cuda_driver
+from minitorch import TensorBackend, cuda_attention, cuda_driver
 from minitorch.cuda_kernel_ops import CudaKernelOps
 from minitorch.device_array import DeviceArray
-from minitorch.kernels.flash_attention import cuda
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.philox import attention_dropout_mask
 from minitorch.kernels.runtime import SIMULATED, compute_capability
@@ -27,7 +26,8 @@ TOLERANCE = {"float32": 2e-5, "float64": 1e-11, "float16": 3e-3, "bfloat16": 2e-
 LONGEST = 20 if SIMULATED else 200
 MOST_COLUMNS = 12 if SIMULATED else 100
 HALF_DTYPES = ("float16", "bfloat16")
-IMPLEMENTATIONS = {"tiles": cuda, "rows": cuda_attention_products}
+# Modules with both passes.
+IMPLEMENTATIONS = {m.NAME: m for m in cuda_attention.FLASH_ATTENTION if hasattr(m, "backward")}
 NAMES = ("out", "logsumexp", "dq", "dk", "dv", "dmask")
 
 
@@ -294,8 +294,6 @@ def test_heads_more_than_two_to_the_31_elements_apart(
         data = TensorData._of(array[n * count :], shape, (apart, columns, 1))
         far.append(Tensor(data, backend=BACKEND))
     problem = problem_of(near, is_causal=True)
-    if SIMULATED:  # without cuBLAS: rows take the products of this project
-        monkeypatch.setattr(cuda_attention_products, "why_not", lambda *_: None)
     use(monkeypatch, implementation, problem)
     there, here = (run(x[:3], None, (x[3], None), False, problem) for x in (far, near))
     for name, got, want in zip(NAMES[:5], there[:5], here[:5], strict=True):
@@ -316,8 +314,8 @@ def test_head_sizes(columns: int, dtype: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("dtype", "implementation", "dropout_p"),
-    [("float32", "tiles", 0.0), ("float32", "tiles", 0.17)]
-    + [(dtype, name, 0.0) for dtype in HALF_DTYPES for name in IMPLEMENTATIONS],
+    [("float32", "simt", 0.0), ("float32", "simt", 0.17)]
+    + [(dtype, name, p) for dtype in HALF_DTYPES for name in IMPLEMENTATIONS for p in (0.0, 0.17)],
 )
 def test_250_runs_give_the_same_bits(
     monkeypatch: pytest.MonkeyPatch, dtype: str, implementation: str, dropout_p: float
@@ -345,8 +343,8 @@ def test_250_runs_give_the_same_bits(
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # PyTorch's, in its first thread
 @pytest.mark.parametrize(
     ("dtype", "implementation", "length"),
-    [(dtype, "tiles", 257) for dtype in ("float32", *HALF_DTYPES)]
-    + [(dtype, name, 256) for dtype in HALF_DTYPES for name in IMPLEMENTATIONS],
+    [("float32", "simt", 257)]
+    + [(dtype, name, 257) for dtype in HALF_DTYPES for name in IMPLEMENTATIONS],
 )
 @pytest.mark.parametrize("columns", [32, 64, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -367,7 +365,7 @@ def test_error_of_long_sums(monkeypatch: pytest.MonkeyPatch, is_causal: bool) ->
     """dK and dV of the first keys are sums over 4096 queries, the early ones far the largest with a
     causal mask. Begun with these, the sums' errors would be 4 times PyTorch's.
     """
-    check_error(monkeypatch, (1, 1, 4096, 64), "float32", "tiles", is_causal)
+    check_error(monkeypatch, (1, 1, 4096, 64), "float32", "simt", is_causal)
 
 
 def check_error(
