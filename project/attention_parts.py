@@ -199,7 +199,7 @@ def measure_float32(recorder: Recorder, arguments: argparse.Namespace) -> list[d
     for causal in (False, True):
         for n in FLOAT32_LENGTHS:
             case = Case(TOKENS // n, 16, n, n, 64, causal, "float32", seed=arguments.seed)
-            cells.append(measure(recorder, case, entrants, arguments.rounds // 5, backward=True))
+            cells.append(measure(recorder, case, entrants, max(5, arguments.rounds // 5), True))
             show(cells[-1])
     return cells
 
