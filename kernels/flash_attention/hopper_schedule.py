@@ -24,6 +24,7 @@ NO_TILE = 1 << 30  # in `order`: this block has no more
 NO_KEYS = 1 << 30  # the first key of the tile that queries get who see none: beyond all keys
 AT_ONCE = 1 << 24  # bytes of keys and values that blocks work with at one time: they stay in the L2
 MOST_TILES = 1 << 16  # that are dealt out one by one: of more, each block has enough of all kinds
+SHORT = 0.25  # of the longest tile, up to which a tile is kept for the end
 SWITCH = 0.5  # time that a tile of queries takes beside its tiles of keys, in tiles of keys
 
 
@@ -78,15 +79,21 @@ def order(costs: list[float], heads: int, together: int, processors: int) -> NDA
         processors: number of blocks.
 
     """
-    if heads * len(costs) > MOST_TILES:
-        tiles = np.arange(heads * len(costs)).reshape(heads, len(costs))[:, ::-1].ravel()
-        return np.append(tiles, np.full(2 * processors, NO_TILE)).astype(np.int32)
+    count = heads * len(costs)
+    if count > MOST_TILES:
+        table = np.full((ceil_div(count, processors) + 2) * processors, NO_TILE, np.int32)
+        table[:count] = np.arange(count).reshape(heads, len(costs))[:, ::-1].ravel()
+        return table
     busy = [(0.0, block) for block in range(processors)]
     taken: list[list[int]] = [[] for _ in range(processors)]
     longest_first = sorted(range(len(costs)), key=lambda tile: -costs[tile])
-    for first in range(0, heads, together):
-        for tile in longest_first:
-            for head in range(first, min(first + together, heads)):
+    groups = [range(first, min(first + together, heads)) for first in range(0, heads, together)]
+    early = [tile for tile in longest_first if costs[tile] > SHORT * max(costs)]
+    # The short tiles of all heads come last: they level out what the long ones left uneven.
+    rounds = [(group, early) for group in groups] + [(range(heads), longest_first[len(early) :])]
+    for group, tiles in rounds:
+        for tile in tiles:
+            for head in group:
                 time, block = busy[0]
                 taken[block].append(head * len(costs) + tile)
                 heapq.heapreplace(busy, (time + costs[tile], block))
