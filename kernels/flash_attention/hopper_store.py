@@ -8,7 +8,7 @@ from typing import Any
 from ..ptx import pack_pair, shfl_sync_bfly_b32, st_global_v4_b32_if
 from ..register_tile import RegisterTile
 from ..runtime import device_function, types
-from ..traced import select, traced, u32
+from ..traced import select, traced, u32, u64
 from .hopper_tiles import Kind
 
 
@@ -44,7 +44,8 @@ def store_rows(kind: Kind) -> Any:
                 ]
                 words = _transposed(words, odd, high)
                 inside = u32(valid[r] & (left > 8 * first))
-                st_global_v4_b32_if(inside, addresses[r] + 16 * first, words)
+                address = addresses[r] + u64(quarter) * 16
+                st_global_v4_b32_if(inside, address + 16 * first, words)
 
     return store
 
