@@ -62,6 +62,11 @@ def cvt_rna_tf32_f32(x: f32) -> u32:
     """x with 10 bits of fraction, as mma wants it; ties away from 0. From 8.0 on."""
 
 
+@ptx("mad.wide.u32 {out}, {x}, {y}, {z};", pure=True, simulated=simulated.mad_wide)
+def mad_wide_u32(x: u32, y: u32, z: u64) -> u64:
+    """x * y + z, of two 32-bit numbers: an address."""
+
+
 @cache
 def pack_pair(dtype: str, turing: bool = False) -> Any:
     """The conversion of two float32 to a packed pair of "float16" or "bfloat16"."""

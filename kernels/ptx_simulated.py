@@ -171,6 +171,11 @@ def halves(x: Any) -> tuple[Any, Any]:
     return np.uint16(int(x) & 0xFFFF), np.uint16(int(x) >> 16)
 
 
+def mad_wide(x: Any, y: Any, z: Any) -> Any:
+    """mad.wide.u32."""
+    return np.uint64((int(x) * int(y) + int(z)) % 2**64)
+
+
 def same(x: Any) -> Any:
     """mov."""
     return x

@@ -123,6 +123,12 @@ else:
         def __truediv__(self, other: Any) -> Value:
             return self._apply(other, "fdiv", "")
 
+        def __floordiv__(self, other: Any) -> Value:
+            return self._apply(other, "", "sdiv" if self.kind.signed else "udiv")
+
+        def __mod__(self, other: Any) -> Value:
+            return self._apply(other, "", "srem" if self.kind.signed else "urem")
+
         def __neg__(self) -> Value:
             return self.make(self.kind, self.builder.fsub(_constant(self, -0.0), self.code))
 
@@ -277,6 +283,8 @@ else:
                     if x.kind.bitwidth == kind.bitwidth:
                         return x.make(kind, code)
                     name = "fpext" if x.kind.bitwidth < kind.bitwidth else "fptrunc"
+                    if x.kind.bitwidth == 16:  # numba keeps float16 as its bits
+                        code = builder.bitcast(code, ir.HalfType())
                 return x.make(kind, getattr(builder, name)(code, target))
             target, width = ir.IntType(kind.bitwidth), code.type.width
             if width > kind.bitwidth:

@@ -34,7 +34,16 @@ from .mma_scores import (
     score_gradients,
     write_scores,
 )  # fmt: skip
-from .mma_tiles import Kind, Tiles, lane_places, load_rows, multiply_columns, multiply_rows
+from .mma_tiles import (
+    Kind,
+    Tiles,
+    block_number,
+    divide,
+    lane_places,
+    load_rows,
+    multiply_columns,
+    multiply_rows,
+)  # fmt: skip
 
 
 class BackwardMemory(NamedTuple):
@@ -83,8 +92,8 @@ def query_walk(tiles: Tiles) -> Any:
 
     @device_function
     def walk(turn, first_head, first, count):
-        head = types.int32(types.uint32(turn) // types.uint32(count))
-        number = first + count - 1 - (turn - head * count)
+        head, done = divide(turn, count)
+        number = first + count - 1 - done
         return first_head + head, tile_start(number, columns)
 
     return walk
@@ -133,6 +142,21 @@ def row_copier(tiles: Tiles, plan: BackwardMemory) -> Any:
 
 
 @cache
+def key_value_place(tiles: Tiles) -> Any:
+    """Device function `(key_tiles, slots)`: a block's batch, slot of dK and dV, first key and part."""
+    rows, parts = tiles.rows, tiles.parts
+
+    @device_function
+    def place_of(key_tiles, slots):
+        item, part = divide(block_number(), parts)
+        number, tile = divide(item, key_tiles)
+        b, slot = divide(number, slots)
+        return b, slot, tile * rows, part
+
+    return place_of
+
+
+@cache
 def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     """A block computes `tiles.rows` rows of dK and dV, from all queries' heads that share them."""
     storage = getattr(types, precision(kind.precision).storage.name)
@@ -163,7 +187,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     scale_dk, scale_dv = scale_rows(row_blocks, part), scale_rows(row_blocks, v_part)
     write_dk = row_writer(kind, row_blocks, kind.head_dim, part, row_blocks)
     write_dv = row_writer(kind, row_blocks, kind.value_dim, v_part, row_blocks)
-    walk, scaled_first = query_walk(tiles), kind.scaled_first
+    place_of, walk, scaled_first = key_value_place(tiles), query_walk(tiles), kind.scaled_first
     always_masked = scaled_first or kind.mask != "none"
 
     @kernel(tiles.threads, blocks=tiles.at_once)
@@ -176,14 +200,11 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         base, thread = shared_address(memory), cuda.threadIdx.x
         lane, warp_row = thread % 32, thread // 32 * 16 * row_blocks
         key_tiles = (seqlen_k + block_n - 1) // block_n
-        item = cuda.blockIdx.x // parts
-        my_part = cuda.blockIdx.x % parts
-        slot = types.int64(item // key_tiles)  # of heads that share dK and dV
-        key0 = item % key_tiles * block_n
-        slots = heads // group
-        b, first_head = slot // slots, slot % slots * group
-        keys = (k, b * k_steps[0] + first_head // k_group * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + first_head // v_group * v_steps[1], v_steps[2])
+        slots, _ = divide(heads, group)  # of heads that share dK and dV
+        b, slot, key0, my_part = place_of(key_tiles, slots)
+        first_head = slot * group
+        keys = (k, b * k_steps[0] + divide(first_head, k_group)[0] * k_steps[1], k_steps[2])
+        values = (v, b * v_steps[0] + divide(first_head, v_group)[0] * v_steps[1], v_steps[2])
         copy_keys(memory, base, 0, keys, values, key0, seqlen_k)
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
@@ -255,17 +276,17 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
 
         wait()  # for the keys, where there was no tile of queries
         cuda.syncthreads()
+        b, slot, key0, my_part = place_of(key_tiles, slots)
         row = key0 + warp_row
-        slot_head = slot % slots
         write_dk(
             memory, base, warp_row * part_step, scale_dk(dk_sums, fill_rows(types.float32(scale))),
-            dk, b * dk_steps[0] + slot_head * dk_steps[1] + row * dk_steps[2], dk_steps[2],
+            dk, b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2], dk_steps[2],
             seqlen_k - row, my_part * part,
         )  # fmt: skip
         write_dv(
             memory, base, v_tile + warp_row * v_part_step,
             scale_dv(dv_sums, fill_rows(keep_scale if dropout else types.float32(1.0))), dv,
-            b * dv_steps[0] + slot_head * dv_steps[1] + row * dv_steps[2], dv_steps[2],
+            b * dv_steps[0] + slot * dv_steps[1] + row * dv_steps[2], dv_steps[2],
             seqlen_k - row, my_part * v_part,
         )  # fmt: skip
 
@@ -312,13 +333,13 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         base, thread = shared_address(memory), cuda.threadIdx.x
         lane, warp_row = thread % 32, thread // 32 * 16 * row_blocks
         row_tiles = (seqlen_q + block_m - 1) // block_m
-        batch_head = types.int64(cuda.blockIdx.x // row_tiles)
-        row0 = (row_tiles - 1 - cuda.blockIdx.x % row_tiles) * block_m
-        b, h = batch_head // heads, batch_head % heads
+        batch_head, tile = divide(block_number(), row_tiles)
+        row0 = (row_tiles - 1 - tile) * block_m
+        b, h = divide(batch_head, heads)
         queries = (q, b * q_steps[0] + h * q_steps[1], q_steps[2])
         upstream = (grad_out, b * grad_steps[0] + h * grad_steps[1], grad_steps[2])
-        keys = (k, b * k_steps[0] + h // k_group * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + h // v_group * v_steps[1], v_steps[2])
+        keys = (k, b * k_steps[0] + divide(h, k_group)[0] * k_steps[1], k_steps[2])
+        values = (v, b * v_steps[0] + divide(h, v_group)[0] * v_steps[1], v_steps[2])
         copy_queries(memory, base, 0, queries, upstream, row0, seqlen_q)
         mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
         band = (
@@ -334,8 +355,14 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         v_place = types.uint32(base + v_tile + others(v_step))
         k_across = types.uint32(base + k_tile + across(step))
         my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 4
-        shift = read(logsumexp2, batch_head * seqlen_q, my_row, seqlen_q, types.float32(infinity))
-        less = read(delta, batch_head * seqlen_q, my_row, seqlen_q, types.float32(0.0))
+        shift = read(
+            logsumexp2,
+            types.int64(batch_head) * seqlen_q,
+            my_row,
+            seqlen_q,
+            types.float32(infinity),
+        )
+        less = read(delta, types.int64(batch_head) * seqlen_q, my_row, seqlen_q, types.float32(0.0))
 
         first, end = tile_range(
             row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n
@@ -377,14 +404,18 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
                 types.float32(keep),
             )  # fmt: skip
             if keep_scores:
-                head = global_address(ds_out) + types.uint64(batch_head * seqlen_q * seqlen_k * 4)
+                head = global_address(ds_out) + types.uint64(
+                    types.int64(batch_head) * seqlen_q * seqlen_k * 4
+                )
                 put_ds(ds, head, my_row, key0 + my_key, seqlen_q, seqlen_k)
             # dQ += dS K
             dq_sums = add_dq(dq_sums, ds, types.uint32(k_across + at))
 
         wait()  # for the queries, where there was no tile of keys
         cuda.syncthreads()
-        row = row0 + warp_row
+        batch_head, tile = divide(block_number(), row_tiles)
+        b, h = divide(batch_head, heads)
+        row = (row_tiles - 1 - tile) * block_m + warp_row
         write_dq(
             memory, base, warp_row * step, scale_dq(dq_sums, fill_rows(types.float32(scale))), dq,
             b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2], dq_steps[2], seqlen_q - row, 0,

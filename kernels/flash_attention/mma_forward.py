@@ -26,6 +26,7 @@ from ..runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
 from .cuda_tiles import is_whole, tile_range, tile_start
 from .mma_memory import COLUMNS, copy_barriers, pair_copier, row_writer, tile_copier
 from .mma_scores import (
+    any_changes,
     constant_rows,
     drop,
     dropout_words,
@@ -37,7 +38,16 @@ from .mma_scores import (
     scale_rows,
     softmax_rows,
 )  # fmt: skip
-from .mma_tiles import Kind, Tiles, lane_places, load_rows, multiply_columns, multiply_rows
+from .mma_tiles import (
+    Kind,
+    Tiles,
+    block_number,
+    divide,
+    lane_places,
+    load_rows,
+    multiply_columns,
+    multiply_rows,
+)  # fmt: skip
 
 LN_2 = math.log(2.0)
 
@@ -90,7 +100,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         row_total(row_blocks),
         pick_row(row_blocks),
     )
-    reciprocal = reciprocal_rows(row_blocks)
+    reciprocal, changes = reciprocal_rows(row_blocks), any_changes(row_blocks)
     write_o = row_writer(kind, row_blocks, kind.value_dim, value_width)
     dropout, scaled_first = kind.dropout, kind.scaled_first
     always_masked = scaled_first or kind.mask != "none"
@@ -106,12 +116,12 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         base = shared_address(memory)
         lane, warp_row = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32 * 16 * row_blocks
         row_tiles = (seqlen_q + block_m - 1) // block_m
-        batch_head = types.int64(cuda.blockIdx.x // row_tiles)
         # The last rows, which see the most keys under a causal mask, come first.
-        row0 = (row_tiles - 1 - cuda.blockIdx.x % row_tiles) * block_m
-        b, h = batch_head // heads, batch_head % heads
-        keys = (k, b * k_steps[0] + h // k_group * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + h // v_group * v_steps[1], v_steps[2])
+        batch_head, number = divide(block_number(), row_tiles)
+        row0 = (row_tiles - 1 - number) * block_m
+        b, h = divide(batch_head, heads)
+        keys = (k, b * k_steps[0] + divide(h, k_group)[0] * k_steps[1], k_steps[2])
+        values = (v, b * v_steps[0] + divide(h, v_group)[0] * v_steps[1], v_steps[2])
         mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
@@ -166,22 +176,28 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
             m_new = largest(s, m)
             p, l, alpha = softmax(s, m, m_new, l, softmax_scale)
             m = m_new
-            o = rescale(o, alpha)
+            if changes(alpha):
+                o = rescale(o, alpha)
             if dropout:  # after l: the softmax is over all keys
                 p = apply_dropout(p, my_row, key0 + my_key, dropout_of)
             # O += P V
             o = add_values(o, p, types.uint32(v_place + at))
 
         l = total(l)
-        if lane % 4 < 2 * row_blocks and my_row + lane % 4 * 8 < seqlen_q:
-            sum_of_row = pick(l, lane % 4)
-            logsumexp[batch_head * seqlen_q + my_row + lane % 4 * 8] = (
+        o = rescale(o, reciprocal(l, types.float32(keep)))
+        batch_head, number = divide(block_number(), row_tiles)
+        b, h = divide(batch_head, heads)
+        row0 = (row_tiles - 1 - number) * block_m
+        n = cuda.threadIdx.x % 4  # a lane writes the logsumexp of one of its rows
+        row = row0 + warp_row + cuda.threadIdx.x % 32 // 4 + 8 * n
+        if n < 2 * row_blocks and row < seqlen_q:
+            sum_of_row = pick(l, n)
+            logsumexp[types.int64(batch_head) * seqlen_q + row] = (
                 types.float32(nothing)
                 if sum_of_row == types.float32(0.0)
-                else pick(m, lane % 4) * softmax_scale * types.float32(ln_2)
+                else pick(m, n) * softmax_scale * types.float32(ln_2)
                 + types.float32(math.log(sum_of_row))
             )
-        o = rescale(o, reciprocal(l, types.float32(keep)))
         wait()  # for the queries, where there was no tile of keys
         cuda.syncthreads()
         start = b * out_steps[0] + h * out_steps[1] + (row0 + warp_row) * out_steps[2]

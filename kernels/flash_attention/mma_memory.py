@@ -15,11 +15,13 @@ from ..ptx import (
     cp_async_commit_group,
     cp_async_wait_group,
     global_address,
+    mad_wide_u32,
+    opaque,
     pack_pair,
     st_shared_b32,
 )  # fmt: skip
 from ..runtime import cuda, device_function, precision, types
-from ..traced import traced, word_of
+from ..traced import i32, select, traced, u32, word_of
 from ..vectors_cuda import vector_access
 from .cuda_tiles import warp_barrier
 from .mma_tiles import Kind, Tiles, sums_type
@@ -27,35 +29,25 @@ from .mma_tiles import Kind, Tiles, sums_type
 PLAIN, COLUMNS = 0, -1  # orders of a tile's rows; a positive one: see `key_of_row`
 
 
-@cache
-def key_of_row(order: int) -> Any:
-    """Device function: which row of the matrix, counted from the tile's first, the row of a tile is.
+def key_of_row(row: Any, order: int) -> Any:
+    """Which row of the matrix, counted from the tile's first, the row of a tile is.
 
     PLAIN: the same. COLUMNS: the rows are the columns of tiles of scores, of which a lane q has the
-    columns 2q, 2q + 1, 2q + 8, 2q + 9 of 16: they are the keys 4q ... 4q + 3. Otherwise `order` is a
-    number of row blocks: the rows are those of tiles of scores, of which a lane g has every eighth:
-    they are 2 * order neighbours.
+    columns 2q, 2q + 1, 2q + 8, 2q + 9 of 16: they are the keys 4q ... 4q + 3. Otherwise `order`, 1
+    or 2, is a number of row blocks: the rows are those of tiles of scores, of which a lane g has
+    every eighth: they are 2 * order neighbours.
+
+    Bits change places, no more: the key of a sum of rows without common bits is the sum of theirs.
     """
     if order == PLAIN:
+        return row
+    if order == COLUMNS:
+        return row - (row & 14) + (row & 6) * 2 + ((row & 8) >> 2)
+    group = 16 * order
+    return row - (row & (group - 1)) + (row & 7) * (2 * order) + ((row & (group - 8)) >> 3)
 
-        @device_function
-        def key(row):
-            return row
 
-    elif order == COLUMNS:
-
-        @device_function
-        def key(row):
-            return row // 16 * 16 + row // 2 % 4 * 4 + row // 8 % 2 * 2 + row % 2
-
-    else:
-        group = 16 * order
-
-        @device_function
-        def key(row):
-            return row // group * group + row % 8 * (2 * order) + row % group // 8
-
-    return key
+_key_of_row = device_function(key_of_row)
 
 
 @cache
@@ -66,53 +58,70 @@ def tile_copier(
     a matrix to a tile, filled up with zeros.
 
     The tile is `place` bytes from the beginning `base` of `memory`; the matrix begins at x[start],
-    has `count` rows and `columns` columns, in rows that begin at multiples of 16 bytes.
+    has `count` rows and `columns` columns, in rows that begin at multiples of 16 bytes, less than
+    2**32 bytes apart.
 
     Args:
         kind: says the dtype, and whether the copy goes on while the threads do (`cp.async`).
         threads: of the block.
-        rows: of the tile.
+        rows: of the tile, a multiple of 16 that the rows of one turn divide.
         columns: of the matrix; what stands in a row's last 16 bytes behind them is not read.
         width: columns of the tile.
         order: of the tile's rows.
 
     """
     step, lanes, itemsize, turing = kind.step(width), kind.lanes, kind.itemsize, kind.turing
-    of_row = width // lanes
-    pieces = rows * of_row
-    turns, ragged = -(-pieces // threads), pieces % threads != 0
-    exact = columns == width
+    of_row = width // lanes  # pieces
+    team = 1 << (of_row - 1).bit_length()  # threads of a row, some of them idle
+    apart, exact = threads // team, columns == width
+    turns = -(-rows // apart)
     storage = getattr(types, precision(kind.precision).storage.name)
-    key_of, (read, _), (_, write) = key_of_row(order), vector_access(lanes), vector_access(lanes)
-    uint = types.uint32
+    (read, write), uint = vector_access(lanes), types.uint32
+    copy_pieces = _piece_copier(turns, apart, step, order)
 
     @device_function
     def copy(memory, base, place, x, start, row_step, count):
-        for turn in range(turns):
-            piece = uint(cuda.threadIdx.x + turn * threads)
-            if not ragged or piece < uint(pieces):
-                row = types.int32(piece // uint(of_row))
-                column = types.int32(piece % uint(of_row)) * lanes
-                key = key_of(row)
-                inside = key < count
-                size = 16
-                if not exact:
-                    size = min(max((columns - column) * itemsize, 0), 16)
-                index = start + types.int64(key) * row_step + column
-                if not inside or size == 0:
-                    index, size = start, 0
-                target = place + row * step + column * itemsize
-                if turing:
-                    found = cuda.local.array(lanes, storage)
-                    if size == 16:
-                        read(x, index, found)
+        row, column = cuda.threadIdx.x // team, cuda.threadIdx.x % team * lanes
+        size = 16 if exact else min(max((columns - column) * itemsize, 0), 16)
+        if (team == of_row or column < width) and (apart <= rows or row < rows):
+            target = place + row * step + column * itemsize
+            if not turing:
+                source = global_address(x) + types.uint64((start + column) * itemsize)
+                copy_pieces(
+                    uint(base + target), source, uint(row_step * itemsize), uint(row), count, size
+                )
+            else:
+                found = cuda.local.array(lanes, storage)
+                for turn in range(turns):
+                    key = _key_of_row(row + turn * apart, order)
+                    if size == 16 and key < count:
+                        read(x, start + types.int64(key) * row_step + column, found)
                     else:
                         for n in range(lanes):
-                            found[n] = x[index + n] if n * itemsize < size else storage(0)
-                    write(memory, target // itemsize, found)
-                else:
-                    source = global_address(x) + types.uint64(index * itemsize)
-                    cp_async_cg_16(uint(base + target), source, uint(size))
+                            found[n] = storage(0)
+                            if key < count and n * itemsize < size:
+                                found[n] = x[start + types.int64(key) * row_step + column + n]
+                    write(memory, (target + turn * apart * step) // itemsize, found)
+
+    return copy
+
+
+def _piece_copier(turns: int, apart: int, step: int, order: int) -> Any:
+    """Traced `(target, source, row_bytes, row, count, size)`: a thread's pieces of a tile, in the
+    rows row, row + apart, ..., whose first is copied to `target`. `source` is where the row 0 of the
+    matrix has the piece; `size` bytes of it are read, none in rows past `count`.
+    """
+    word = types.uint32
+
+    @traced(types.void, word, types.uint64, word, word, types.int32, types.int32)
+    def copy(target, source, row_bytes, row, count, size):
+        row = opaque(row)
+        key = key_of_row(row, order)
+        for turn in range(turns):
+            more = key_of_row(turn * apart, order)
+            inside = i32(key) < count - more
+            there = mad_wide_u32(key + more, row_bytes, source)
+            cp_async_cg_16(target + (turn * apart * step), there, u32(select(inside, size, 0)))
 
     return copy
 
@@ -205,7 +214,7 @@ def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int
     of_row = width // at_once
     pieces = rows * of_row
     storage = getattr(types, precision(kind.precision).storage.name)
-    (read, write), key_of = vector_access(at_once), key_of_row(order)
+    read, write = vector_access(at_once)
     put, uint = put_rows(kind, row_blocks, width, step), types.uint32
 
     @device_function
@@ -216,7 +225,7 @@ def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int
         found = cuda.local.array(at_once, storage)
         for piece in range(lane, pieces, 32):
             row, column = piece // of_row, piece % of_row * at_once
-            key = key_of(row)
+            key = _key_of_row(row, order)
             if key < count and first + column < columns:
                 read(memory, (place + row * step) // itemsize + column, found)
                 write(out, start + types.int64(key) * row_step + first + column, found)

@@ -7,10 +7,11 @@ told in mma_memory.py: of each 16 columns the lane q = t % 4 has the four neighb
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from ..ptx import ld_shared_v2_f32, shfl_sync_bfly_f32, st_global_f32_if
+from ..ptx import ld_shared_v2_f32, opaque, shfl_sync_bfly_f32, st_global_f32_if
 from ..runtime import NEGATIVE_INFINITY, device_function, types
 from ..traced import exp2, f32, float_of, fma, i64, maximum, select, traced, u32, u64
 from .mma_tiles import Kind, rows_type, sums_type
@@ -142,6 +143,21 @@ def softmax_rows(row_blocks: int, columns: int) -> Any:
 
 
 @cache
+def any_changes(row_blocks: int) -> Any:
+    """Traced `(factor)`: whether the factor of any of the lane's rows is not 1."""
+
+    @traced(types.boolean, rows_type(row_blocks))
+    def run(factor):
+        changes = [x != 1.0 for x in factor]
+        out = changes[0]
+        for x in changes[1:]:
+            out = out | x
+        return out
+
+    return run
+
+
+@cache
 def scale_rows(row_blocks: int, columns: int) -> Any:
     """Traced `(tile, factor)`: each row times its factor."""
     tile = sums_type(row_blocks, columns)
@@ -170,7 +186,11 @@ def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool =
     tile, whole = sums_type(row_blocks, columns), types.int32
     arguments = (tile, whole, whole, types.UniTuple(whole, 4), None)
     no_mask, is_bool = kind.mask == "none", kind.mask == "bool"
-    scaled, distances = kind.scaled_first, _distances(row_blocks, columns, keys_are_rows)
+    scaled = kind.scaled_first
+    # Column by column: few places in the mask are kept at a time.
+    distances = sorted(
+        _distances(row_blocks, columns, keys_are_rows), key=lambda x: x[1 if keys_are_rows else 2]
+    )
     queries, keys = ({place[n] for place in distances} for n in (1, 2))
 
     @traced(tile, *arguments, types.UniTuple(types.int64, 3), types.float32)
@@ -178,23 +198,23 @@ def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool =
         lower, upper, seqlen_q, seqlen_k = band
         start, row_step, column_step = mask_place
         out = list(scores)
-        if not no_mask:
-            # Where there is no number of the mask another is read, to no effect: no branch.
-            last_row, last_key = seqlen_q - 1, seqlen_k - 1
-            row_of = {n: start + i64(_least(row + n, last_row)) * row_step for n in queries}
-            key_of = {n: i64(_least(key + n, last_key)) * column_step for n in keys}
         if keys_are_rows:  # bounds of the queries of a key
             first = {n: key + (n + 1) - upper - row for n in keys}
             end = {n: _least(key + (n + 1) - lower, seqlen_q) - row for n in keys}
         else:  # bounds of the keys of a query
             first = {n: row + n + lower - key for n in queries}
             end = {n: _least(row + n + upper, seqlen_k) - key for n in queries}
+        # Where there is no number of the mask another is read, to no effect: no branch.
+        rows = {n: start + i64(_least(row + n, seqlen_q - 1)) * row_step for n in queries}
+        key_places = {}
         for place, query_n, key_n in distances:
             own, other = (key_n, query_n) if keys_are_rows else (query_n, key_n)
             visible = (first[own] < other + 1) & (end[own] > other)
             score = scores[place] * scale if scaled else scores[place]
             if not no_mask:
-                number = mask[row_of[query_n] + key_of[key_n]]
+                if key_n not in key_places:
+                    key_places[key_n] = i64(_least(key + key_n, seqlen_k - 1)) * column_step
+                number = mask[rows[query_n] + key_places[key_n]]
                 if is_bool:
                     visible = visible & (number != 0)
                 else:
@@ -220,19 +240,23 @@ def _loaded(name: str, number: Any) -> Any:
 
 MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+AT_ONCE = 4  # calls of the generator, which share their keys
 
 
 def philox_words(column: Any, row: Any, batch_head: Any, low: Any, high: Any) -> list[Any]:
     """Four words of the generator that philox.py explains, in 32-bit arithmetic."""
-    c0, c1, c2, c3 = column, row, batch_head, 0
-    keys = [low, high]
+    return _philox([(column, row)], batch_head, low, high)[0]
+
+
+def _philox(places: list[tuple[Any, Any]], batch_head: Any, low: Any, high: Any) -> list[list[Any]]:
+    """Four words for each (column, row)."""
+    calls: list[list[Any]] = [[column, row, batch_head, 0] for column, row in places]
     for _ in range(10):
-        products = [u64(c) * m for c, m in zip((c0, c2), MULTIPLIERS, strict=True)]
-        c0 = u32(products[1] >> 32) ^ c1 ^ keys[0]
-        c2 = u32(products[0] >> 32) ^ c3 ^ keys[1]
-        c1, c3 = u32(products[1]), u32(products[0])
-        keys = [k + step for k, step in zip(keys, KEY_STEPS, strict=True)]
-    return [c0, c1, c2, c3]
+        for n, (c0, c1, c2, c3) in enumerate(calls):
+            p0, p1 = u64(c0) * MULTIPLIERS[0], u64(c2) * MULTIPLIERS[1]
+            calls[n] = [u32(p1 >> 32) ^ c1 ^ low, u32(p1), u32(p0 >> 32) ^ c3 ^ high, u32(p0)]
+        low, high = low + KEY_STEPS[0], high + KEY_STEPS[1]
+    return calls
 
 
 @device_function
@@ -246,22 +270,26 @@ def dropout_words(seed, batch_head, threshold):
 
 def _keeps(
     row_blocks: int, columns: int, keys_are_rows: bool, row: Any, key: Any, dropout: Any
-) -> dict[int, Any]:
-    """For each sum of a tile, by its place, whether the weight is kept."""
+) -> Iterator[tuple[int, Any]]:
+    """For each sum of a tile its place, and whether the weight is kept: what is to be done with a
+    few is done before the next few are made.
+    """
     low, high, batch_head, threshold = dropout
-    words: dict[tuple[int, int], list[Any]] = {}
-    keeps, group = {}, key >> 2
+    group = key >> 2
     # With one row block of keys a lane has only two, the first or the last of four.
     odd = (key & 2) != 0 if keys_are_rows and row_blocks == 1 else None
+    calls: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for place, query_n, key_n in _distances(row_blocks, columns, keys_are_rows):
-        call = (query_n, key_n // 4)
-        if call not in words:
-            words[call] = philox_words(group + call[1], row + query_n, batch_head, low, high)
-        word = words[call][key_n % 4]
-        if odd is not None:
-            word = select(odd, words[call][key_n + 2], word)
-        keeps[place] = word >= threshold
-    return keeps
+        calls.setdefault((key_n // 4, query_n), []).append((place, key_n % 4))
+    places = list(calls)
+    for first in range(0, len(places), AT_ONCE):
+        some = places[first : first + AT_ONCE]
+        counters = [(group + four, row + query_n) for four, query_n in some]
+        found = _philox(counters, batch_head, opaque(low), opaque(high))
+        for words, call in zip(found, some, strict=True):
+            for place, n in calls[call]:
+                word = words[n] if odd is None else select(odd, words[n + 2], words[n])
+                yield place, word >= threshold
 
 
 @cache
@@ -275,7 +303,7 @@ def drop(row_blocks: int, columns: int) -> Any:
     @traced(tile, tile, types.uint32, types.uint32, types.UniTuple(types.uint32, 4))
     def run(weights, row, key, dropout):
         out = list(weights)
-        for place, kept in _keeps(row_blocks, columns, False, row, key, dropout).items():
+        for place, kept in _keeps(row_blocks, columns, False, row, key, dropout):
             out[place] = select(kept, weights[place], 0.0)
         return out
 
@@ -323,19 +351,20 @@ def score_gradients(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bo
             pairs = [
                 [ld_shared_v2_f32(x + 32 * j) for j in range(blocks)] for x in (logsumexp2, delta)
             ]
-        keeps = {}
+        rows_of = {place: own for place, own, *_ in _places(row_blocks, columns)}
+        keeps: Any = ((place, None) for place in rows_of)
         if kind.dropout:
             keeps = _keeps(row_blocks, columns, keys_are_rows, row, key, dropout)
-        for place, own, *_ in _places(row_blocks, columns):
+        for place, kept in keeps:
             if keys_are_rows:
                 shift, less = (p[place // 4 % blocks][place % 2] for p in pairs)
             else:
-                shift, less = logsumexp2[own], delta[own]
+                shift, less = logsumexp2[rows_of[place]], delta[rows_of[place]]
             p, upstream = exp2(fma(scores[place], scale, -shift)), dp[place]
             weights[place] = p
             if kind.dropout:
-                weights[place] = select(keeps[place], p, 0.0)
-                upstream = select(keeps[place], upstream * keep, 0.0)
+                weights[place] = select(kept, p, 0.0)
+                upstream = select(kept, upstream * keep, 0.0)
             gradients[place] = p * (upstream - less)
         return weights, gradients
 
@@ -361,6 +390,7 @@ def write_scores(row_blocks: int, columns: int) -> Any:
 
 
 __all__ = [
+    "any_changes",
     "constant_rows",
     "drop",
     "dropout_words",

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ..ptx import cvt_rna_tf32_f32, ld_shared_b32, ldmatrix, mma, pack_pair
+from ..ptx import cvt_rna_tf32_f32, ld_shared_b32, ldmatrix, mma, opaque, pack_pair
 from ..runtime import cuda, device_function, precision, types
-from ..traced import float_of, traced, word_of
+from ..traced import float_of, i32, traced, word_of
 
 PIECE = 16  # bytes that one instruction copies; a row of an 8 x 8 matrix
 DEPTH = 32  # bytes of a row that one step of a product takes
@@ -184,6 +184,21 @@ def _across(kind: Kind, place: Any, k: int, j: int, step: int) -> list[Any]:
     ]
 
 
+# ----- which tile -----
+
+
+@traced(types.UniTuple(types.int32, 2), types.uint32, types.uint32)
+def divide(number, by):
+    """Quotient and remainder, in 32 bits: numba would take 64, which the GPU has no division of."""
+    return [i32(number // by), i32(number % by)]
+
+
+@device_function
+def block_number():
+    """cuda.blockIdx.x, read anew: what is made of it at a kernel's end is not kept until then."""
+    return opaque(types.uint32(cuda.blockIdx.x))
+
+
 # ----- where a lane reads -----
 
 
@@ -309,6 +324,8 @@ def multiply_columns(kind: Kind, row_blocks: int, depth: int, width: int, step: 
 __all__ = [
     "Kind",
     "Tiles",
+    "block_number",
+    "divide",
     "lane_places",
     "load_rows",
     "multiply_columns",
