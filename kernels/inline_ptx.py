@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from inspect import Parameter, Signature
 from typing import Any
 
-from .runtime import SIMULATED, device_function, types
+from .runtime import SIMULATED, types
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,33 @@ class Assembly:
 
 
 if SIMULATED:
+    import numpy as np
+
+    def _in_register(kind: Register) -> Callable[[Any], Any]:
+        """A number as it is in such a register; tuples are taken as they are."""
+        if kind.count is not None:
+            return lambda x: x
+        dtype = np.dtype(str(kind.kind)).type
+        if isinstance(kind.kind, types.Float):
+            return dtype
+        bits, signed = kind.kind.bitwidth, kind.kind.signed
+
+        def convert(x: Any) -> Any:
+            word = int(x) & ((1 << bits) - 1)  # it wraps around, as on a GPU
+            return dtype(word - (1 << bits) if signed and word >> (bits - 1) else word)
+
+        return convert
 
     def _function(name: str, assembly: Assembly, doc: str, simulated: Any) -> Any:
-        def missing(*arguments: Any) -> Any:
-            raise NotImplementedError(f"the simulator has no {name}: run this on a GPU")
+        converters = [_in_register(kind) for _, kind in assembly.arguments]
 
-        function = simulated or missing
-        return device_function(function) if not hasattr(function, "fn") else function
+        def run(*arguments: Any) -> Any:
+            if simulated is None:
+                raise NotImplementedError(f"the simulator has no {name}: run this on a GPU")
+            pairs = zip(converters, arguments, strict=True)
+            return simulated(*[convert(x) for convert, x in pairs])
+
+        return run
 
 else:
     from llvmlite import ir
