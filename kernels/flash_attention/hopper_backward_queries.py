@@ -1,0 +1,198 @@
+"""The Hopper backward pass, dQ: a block owns a tile of queries, the keys that they see pass by.
+
+For each tile of keys a warpgroup with 64 of the queries computes
+
+    S = Q K^T                    (64, block_n), in registers; so are all the others of this size
+    dP = dO V^T
+    P = exp2(S - L)
+    dS = P * (dP - delta)
+    dQ += dS K                   (64, D), in registers until the last tile
+
+It is the kernel of hopper_backward_keys.py with the parts of queries and keys exchanged: S and dP are
+computed a second time, and no two blocks add to one number.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from ..ptx import global_address, ld_global_f32, shared_address
+from ..ptx_hopper import (
+    mbarrier_arrive,
+    mbarrier_wait_parity,
+    setmaxnreg,
+    wgmma_commit_group,
+    wgmma_fence,
+    wgmma_wait_group,
+)
+from ..runtime import cuda, device_function, kernel, types
+from .cuda_tiles import is_whole
+from .hopper_backward_pipeline import (
+    Blocks,
+    descriptor,
+    gradient_product,
+    item_reader,
+    item_taker,
+    make_barriers,
+    memory_plan,
+    own_loader,
+    pair_loader,
+    score_product,
+)
+from .hopper_backward_tiles import (
+    as_factor,
+    score_gradients,
+    weigher,
+    write_rows,
+    write_scores,
+    zeros,
+)
+from .hopper_scores import drop, keep_bits
+from .hopper_tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
+
+
+@cache
+def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
+    """Device function: one thread has all tiles of all the block's items fetched."""
+    take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
+    load_pair, passing, whole = pair_loader(kind, blocks, False), blocks.passing, types.int32
+
+    @device_function
+    def bring(base, maps, counter, table, count):
+        turn, number, unused = types.uint32(0), types.uint32(0), types.uint64(0)
+        left, work, more, stage, full = take_item(base, number, counter, table, count)
+        while left:
+            b, h, k_head, v_head = whole(work[0]), whole(work[1]), whole(more[2]), whole(more[3])
+            load_own(base, stage, maps, full, whole(work[2]), h, h, b)
+            row, end = whole(whole(work[3]) * passing), whole(whole(more[0]) * passing)
+            while row < end:
+                load_pair(base, turn, maps, row, k_head, v_head, b, unused, unused)
+                row += whole(passing)
+                turn += types.uint32(1)
+            number += types.uint32(1)
+            left, work, more, stage, full = take_item(base, number, counter, table, count)
+
+    return bring
+
+
+@cache
+def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
+    """A block computes `own` rows of dQ; with `keep_scores` it also writes dS, whole."""
+    plan, passing, own = memory_plan(kind, blocks), blocks.passing, blocks.own
+    (q_at, do_at), (k_at, v_at) = plan.own, plan.passing
+    q_bytes, do_bytes = own * row_bytes(kind.head_dim), own * row_bytes(kind.value_dim)
+    k_bytes, v_bytes = passing * row_bytes(kind.head_dim), passing * row_bytes(kind.value_dim)
+    (k_full, v_full), empty, own_empty = plan.full, plan.empty, plan.own_empty
+    few, many = blocks.registers
+    give_registers, take_registers = setmaxnreg("dec", few), setmaxnreg("inc", many)
+    init_barriers, place_of = make_barriers(kind, blocks), ring(blocks.stages)
+    bring_tiles, read_item = tile_bringer(kind, blocks), item_reader(kind, blocks)
+    of_own, of_passing = descriptor(own), descriptor(passing)
+    scores_of = score_product(kind, blocks, kind.head_dim)
+    products_of = score_product(kind, blocks, kind.value_dim)
+    add_dq = gradient_product(kind, blocks, kind.head_dim)
+    scores_done = wgmma_wait_group(1, passing // 2)
+    products_done = wgmma_wait_group(0, passing // 2)
+    dq_fence, dq_done = wgmma_fence(kind.head_dim // 2), wgmma_wait_group(0, kind.head_dim // 2)
+    fence, zero_dq = wgmma_fence(), zeros(kind.head_dim)
+    weigh, to_ds = weigher(kind, passing, False), score_gradients(passing, False)
+    to_factor, dropout = as_factor(kind.precision, passing), kind.dropout
+    keep_bits_of, drop_from = keep_bits(passing), drop(passing)
+    write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
+    write_ds = write_scores(passing)
+    queries, whole, u64 = ROWS, types.int32, types.uint64
+
+    @kernel(blocks.threads)
+    def flash_backward_queries_hopper(
+        maps, mask, offset, workspace, places, dq_out, ds_out, mask_steps, dq_steps, sizes, scale, seed,
+        threshold, keep,
+    ):  # fmt: skip
+        base = shared_address(cuda.shared.array(0, types.uint8))
+        init_barriers(base)
+        heads, seqlen_q, seqlen_k, lower, upper, _, head_dim, _ = sizes
+        counter, table, rows, pitch, apart, count = places
+        space = global_address(workspace)
+        thread = whole(cuda.threadIdx.x)
+        if thread < WARPGROUP:
+            give_registers()
+            if thread == 0:
+                bring_tiles(base, maps, space + u64(counter), space + u64(table), count)
+        else:
+            take_registers()
+            band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
+            key = seed + offset[0]
+            seed_words = (types.uint32(key), types.uint32(key >> types.uint64(32)))
+            consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
+            my_row, my_column = own_place()
+            scale2 = types.float32(scale * 1.4426950408889634)
+            turn, number = types.uint32(0), types.uint32(0)
+            left, work, own_stage = read_item(base, number)
+            while left:
+                b, h, row0, first, end, _ = work
+                row0 = whole(row0 + consumer * queries)
+                batch_head = b * types.int64(heads) + h
+                row = whole(row0 + my_row)
+                of_row = space + u64(rows + batch_head * pitch + 4 * row)
+                logsumexp = (ld_global_f32(of_row), ld_global_f32(of_row + u64(32)))
+                of_row += u64(apart)
+                delta = (ld_global_f32(of_row), ld_global_f32(of_row + u64(32)))
+                q = of_own(base + q_at + own_stage * q_bytes + consumer * (queries * 128))
+                do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
+                mask_place = (
+                    b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
+                )  # fmt: skip
+                dq = zero_dq()
+                for n in range(first, end):
+                    key0 = whole(n * passing)
+                    stage, parity = place_of(turn)
+                    k = of_passing(base + k_at + stage * k_bytes)
+                    v = of_passing(base + v_at + stage * v_bytes)
+                    # S = Q K^T,  dP = dO V^T
+                    mbarrier_wait_parity(base + k_full + 8 * stage, parity)
+                    fence()
+                    scores = scores_of(q, k)
+                    wgmma_commit_group()
+                    mbarrier_wait_parity(base + v_full + 8 * stage, parity)
+                    products = products_of(do, v)
+                    wgmma_commit_group()
+                    # P = exp(S - L),  dS = P * (Z dP - delta)
+                    p = weigh(
+                        scores_done(scores), scale2, logsumexp,
+                        is_whole(row0, queries, key0, passing, band[0], band[1], band[3]),
+                        row, key0 + my_column, band, mask, mask_place,
+                    )  # fmt: skip
+                    products = products_done(products)
+                    if dropout:
+                        bits = keep_bits_of(
+                            row, key0 + my_column, lane, seed_words, batch_head, threshold
+                        )
+                        products = drop_from(products, bits)
+                    ds = to_ds(p, products, keep, delta)
+                    if keep_scores:
+                        place = (batch_head * seqlen_q + row) * seqlen_k + key0 + my_column
+                        write_ds(
+                            ds, global_address(ds_out) + types.uint64(4 * place), 4 * seqlen_k,
+                            seqlen_q - row, seqlen_k - key0 - my_column,
+                        )  # fmt: skip
+                    # dQ += dS K
+                    dq = add_dq(dq_fence(dq), to_factor(ds), k)
+                    wgmma_commit_group()
+                    dq = dq_done(dq)
+                    if lane == 0:
+                        mbarrier_arrive(base + empty + 8 * stage)
+                    turn += types.uint32(1)
+                if lane == 0:
+                    mbarrier_arrive(base + own_empty + 8 * own_stage)
+                place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2] + my_column
+                write_dq(
+                    dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps[2],
+                    band[2] - row, head_dim - my_column,
+                )  # fmt: skip
+                number += types.uint32(1)
+                left, work, own_stage = read_item(base, number)
+
+    return flash_backward_queries_hopper
+
+
+__all__ = ["query_kernel"]
