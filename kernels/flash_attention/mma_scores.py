@@ -191,7 +191,7 @@ def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool =
     distances = sorted(
         _distances(row_blocks, columns, keys_are_rows), key=lambda x: x[1 if keys_are_rows else 2]
     )
-    queries, keys = ({place[n] for place in distances} for n in (1, 2))
+    queries, keys = (tuple(sorted({place[n] for place in distances})) for n in (1, 2))
 
     @traced(tile, *arguments, types.UniTuple(types.int64, 3), types.float32)
     def run(scores, row, key, band, mask, mask_place, scale):
