@@ -29,7 +29,7 @@ from ..vectors_cuda import vector_access
 from .cuda_registers import exp2_function
 
 WARPS = 2 if SIMULATED else 8
-UNROLLED = 2 if SIMULATED else 4  # keys of a group that are on their way at once
+UNROLLED = 2  # keys of a group that are on their way at once
 AT_ONCE = 4  # blocks that a multiprocessor's registers are to be enough for, of one row each
 MOST_SPLITS = 4 if SIMULATED else 128
 MERGE_THREADS = 128
