@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -34,6 +34,10 @@ class Race(AssertionError):
 
 class DivergentBarrier(AssertionError):
     """Threads of a block wait at different barriers."""
+
+
+class Deadlock(AssertionError):
+    """All threads of a block wait, and none is left that could do what they wait for."""
 
 
 class Stopped(BaseException):
@@ -73,22 +77,33 @@ class Turns:
         self._wake_after(self.awake, thread)
         thread.interval = self.barriers_passed
 
-    def give_way(self, thread: TurnThread) -> None:
-        """Called by the awake thread where it waits for another one: wake the next."""
+    def sleep(self, thread: TurnThread, condition: Callable[[], bool]) -> None:
+        """Called by the awake thread where it waits for what others do: wake the next."""
+        thread.condition = condition
         self._wake_after(self.awake, thread)
+        thread.condition = None
+
+    def _can_go_on(self, thread: TurnThread) -> bool:
+        if self.failure is not None:
+            return True
+        return not thread.waits and (thread.condition is None or thread.condition())
 
     def _wake_after(self, place: int, thread: TurnThread | None) -> None:
-        """Wake the first thread after a place that waits at no barrier; let `thread` sleep."""
-        order = [*range(place + 1, len(self.threads)), *range(min(place + 1, len(self.threads)))]
-        free = [n for n in order if not self.threads[n].waits or self.failure is not None]
-        if not free:  # all have come
+        """Wake the first thread after a place that waits for nothing; let `thread` sleep."""
+        count = len(self.threads)
+        order = [n % count for n in range(place + 1, place + 1 + count)]
+        free = next((n for n in order if self._can_go_on(self.threads[n])), None)
+        if free is None and all(other.waits for other in self.threads):  # all have come
             for other in self.threads:
                 other.waits = False
             self.barriers_passed += 1
-            free = [0]
-        self.awake = free[0]
-        if self.threads[self.awake] is not thread:
-            self.threads[self.awake].go.release()
+            free = 0
+        if free is None:
+            self.failure = Deadlock("every thread waits for what another would have to do")
+            free = order[0]
+        self.awake = free
+        if self.threads[free] is not thread:
+            self.threads[free].go.release()
             if thread is not None:
                 thread.go.acquire()
         if thread is not None and self.failure is not None:
@@ -122,6 +137,7 @@ class TurnThread(threading.Thread):
         self.thread_id = point[0] + x * (point[1] + y * point[2])
         self.interval: Any = 0  # between two barriers, of the block or others
         self.waits = False  # at a barrier of the block
+        self.condition: Callable[[], bool] | None = None  # what else it waits for
         self.atomic = False
         return self
 
@@ -143,9 +159,10 @@ class TurnThread(threading.Thread):
         caller = sys._getframe(depth)
         self.turns.wait(self, (caller.f_code.co_qualname, caller.f_lasti))
 
-    def give_way(self) -> None:
-        """Let other threads run: this one waits for what one of them does."""
-        self.turns.give_way(self)
+    def sleep_until(self, condition: Callable[[], bool]) -> None:
+        """Let other threads run until the condition holds."""
+        if not condition():
+            self.turns.sleep(self, condition)
 
     def _vote(self, value: Any, answer: Any) -> int:
         self.manager.block_state[tuple(self.threadIdx)] = value
