@@ -176,37 +176,34 @@ def forward(
 
 
 def instances() -> Iterator[Instance]:
-    """Sizes, precisions, masks and numbers of rows."""
-    for kind in (
-        DecodeKind("float16", 128, 128, "none", False, 8, 1),
-        DecodeKind("bfloat16", 64, 64, "none", False, 8, 1),
-        DecodeKind("float16", 128, 128, "bool", True, 8, 4),
-        DecodeKind("bfloat16", 256, 256, "float32", True, 8, 4),
-        DecodeKind("float16", 59, 59, "none", True, 1, 4),
-        DecodeKind("float32", 128, 128, "none", False, 4, 4),
-        DecodeKind("float64", 256, 256, "none", True, 2, 2),
+    """Sizes, precisions, masks and numbers of rows; with one split, and with several."""
+    whole = types.int64
+    strides, sizes = types.UniTuple(whole, 4), types.UniTuple(whole, 7)
+    cuts, sizes_of_merge = types.UniTuple(whole, 6), types.UniTuple(whole, 5)
+    for kind, one_split in (
+        (DecodeKind("float16", 128, 128, "none", False, 8, 1), False),
+        (DecodeKind("bfloat16", 64, 64, "none", False, 8, 1), True),
+        (DecodeKind("float16", 128, 128, "bool", True, 8, 4), False),
+        (DecodeKind("float32", 59, 59, "float32", True, 1, 4), False),
+        (DecodeKind("float64", 256, 256, "none", True, 2, 2), True),
     ):
         numbers = precision(kind.precision)
-        array, rows = numbers.array, types.Array(numbers.real, 1, "C")
+        array, sums = numbers.array, types.Array(numbers.real, 1, "C")
         masks = {"none": array, "bool": types.Array(types.uint8, 1, "C")}
         mask = masks.get(kind.mask) or precision(kind.mask).array
-        strides, seven = types.UniTuple(types.int64, 4), types.UniTuple(types.int64, 7)
-        six, five = types.UniTuple(types.int64, 6), types.UniTuple(types.int64, 5)
-        for whole in (False, True):
-            yield Instance(
-                f"flash_decode[{kind.precision}, {kind.head_dim}, {kind.mask}, {kind.rows}, "
-                f"{'whole' if whole else 'split'}]",
-                split_kernel(kind, whole),
-                (*[array] * 3, mask, array if whole else rows, rows, *[strides] * 5, seven, six,
-                 types.float64),
-            )  # fmt: skip
-    for name in ("float32", "float64", "float16", "bfloat16"):
+        out = array if one_split else sums
+        yield Instance(
+            f"flash_decode[{kind.precision}, {kind.head_dim}, {kind.mask}, {kind.rows}]",
+            split_kernel(kind, one_split),
+            (*[array] * 3, mask, out, sums, *[strides] * 5, sizes, cuts, types.float64),
+        )
+    for name in ("float16", "float64"):
         numbers = precision(name)
-        rows = types.Array(numbers.real, 1, "C")
+        sums = types.Array(numbers.real, 1, "C")
         yield Instance(
             f"flash_decode_merge[{name}]",
             merge_kernel(name),
-            (rows, numbers.array, rows, types.UniTuple(types.int64, 4), five),
+            (sums, numbers.array, sums, strides, sizes_of_merge),
         )
 
 
