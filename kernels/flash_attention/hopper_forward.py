@@ -259,7 +259,7 @@ def row_writer(kind: Kind) -> Any:
             zero if l[0] == zero else keep / l[0],
             zero if l[1] == zero else keep / l[1],
         )  # fmt: skip
-        start = out + 2 * (batch * steps[0] + head * steps[1] + row * steps[2])
+        start = types.int64(out) + 2 * (batch * steps[0] + head * steps[1] + row * steps[2])
         addresses = (types.uint64(start), types.uint64(start + 16 * steps[2]))
         store(scale_rows(o, factor), addresses, inside, i32(sizes[6]), lane)
         if lane & i32(3) == 0:

@@ -40,7 +40,7 @@ def tile_finder(kind: Kind, blocks: Blocks) -> Any:
     @device_function
     def tile_number(order, n):
         place = i32(n * cuda.gridDim.x + cuda.blockIdx.x)
-        return i32(ld_global_nc_b32(order + 4 * place)) if banded else place
+        return i32(ld_global_nc_b32(types.int64(order) + 4 * place)) if banded else place
 
     @device_function
     def tile_of(number, sizes):
