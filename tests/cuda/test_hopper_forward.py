@@ -17,11 +17,17 @@ from minitorch.cuda_kernel_ops import CudaKernelOps
 from minitorch.device_array import DeviceArray
 from minitorch.kernels.flash_attention import hopper
 from minitorch.kernels.flash_attention.hopper_scores import drop, keep_bits
-from minitorch.kernels.flash_attention.hopper_tiles import own_place
+from minitorch.kernels.flash_attention.hopper_tiles import Blocks, own_place
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.philox import attention_dropout_mask, dropout_threshold
 from minitorch.kernels.register_tile import RegisterTile
-from minitorch.kernels.runtime import compute_capability, is_available, launch, types
+from minitorch.kernels.runtime import (
+    SIMULATED,
+    compute_capability,
+    is_available,
+    launch,
+    types,
+)
 from minitorch.kernels.runtime import cuda as device
 from minitorch.kernels.runtime import kernel as kernel_of
 from tests import references
@@ -119,6 +125,44 @@ def check(
 def on_hopper(test: Any) -> Any:
     """Decorator: the test needs such a GPU."""
     return pytest.mark.gpu(hopper_only(test))
+
+
+# ----- small calls, in the simulator too -----
+
+SMALL: dict[str, Any] = {
+    "plain": {"shapes": [(1, 1, 70, 64)] * 3},
+    "causal": {"shapes": [(1, 1, 135, 64), (1, 1, 150, 64), (1, 1, 150, 64)], "is_causal": True},
+    "shared keys, ragged": {
+        "shapes": [(1, 2, 9, 59), (1, 1, 90, 59), (1, 1, 90, 40)], "enable_gqa": True,
+        "dtype": "bfloat16",
+    },
+    "window, long rows": {
+        "shapes": [(1, 1, 30, 160), (1, 1, 100, 160), (1, 1, 100, 160)], "window": (20, 10),
+    },
+    "dropout": {
+        "shapes": [(1, 1, 20, 64), (1, 1, 70, 64), (1, 1, 70, 64)], "dropout_p": 0.3, "seed": 7,
+    },
+    "mask": {
+        "shapes": [(1, 1, 20, 64), (1, 1, 70, 64), (1, 1, 70, 64)],
+        "mask": random(20, 70).astype(np.float16),
+    },
+    "no key": {"shapes": [(1, 1, 70, 64), (1, 1, 0, 64), (1, 1, 0, 64)]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The simulator's blocks have two warpgroups that compute, and tiles of 64 keys."""
+    if SIMULATED:
+        monkeypatch.setattr(cuda_attention, "compute_capability", lambda: (9, 0))
+        monkeypatch.setattr(hopper, "processors", lambda: 1)
+        monkeypatch.setattr(hopper, "forward_blocks", lambda *_: Blocks(2, 64))
+    elif compute_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    check(monkeypatch, **SMALL[name])
+
+
+# ----- on the GPU -----
 
 
 @on_hopper
