@@ -78,6 +78,8 @@ class _Description:
     def add(self, value: Any) -> None:
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes, np.generic)):
             self.text([type(value).__name__, repr(value)])
+        elif isinstance(value, tuple) or _is_record(value):
+            self._add_object(value)  # by value: whether equal ones are one object is chance
         elif id(value) in self.seen:
             self.text([f"again {list(self.seen).index(id(value))}"])
         else:
@@ -100,7 +102,7 @@ class _Description:
             self.text(["module", value.__name__])
         elif isinstance(value, BuiltinFunctionType):
             self.text(["builtin", str(value.__module__), value.__qualname__])
-        elif dataclasses.is_dataclass(value):
+        elif _is_record(value):
             self.add(type(value))
             self._add_all([getattr(value, f.name) for f in dataclasses.fields(value)])
         elif isinstance(value, (tuple, list)):
@@ -141,6 +143,10 @@ class _Description:
         self.text(["class", value.__module__, value.__qualname__])
         if _is_ours(value.__module__):
             self.text([inspect.getsource(value)])
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _is_ours(module: str | None) -> bool:
