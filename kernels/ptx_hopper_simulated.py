@@ -1,9 +1,9 @@
 """What numba's simulator runs in place of Hopper's instructions (see ptx_simulated.py).
 
 Copies and products are done at once, by the thread that begins the copy, or once for the warpgroup.
-So a kernel that forgets to wait for one computes the right numbers here. One that waits for what
-never comes, or for the wrong phase, does not; nor does one whose maps, descriptors, steps or
-swizzles are wrong: operands are read byte by byte from where a descriptor says.
+So a kernel that forgets to wait for one of its own may compute the right numbers here. One that
+waits for what never comes, or for the wrong phase, does not; nor does one whose maps, descriptors,
+steps or swizzles are wrong: operands are read byte by byte from where a descriptor says.
 """
 
 from __future__ import annotations

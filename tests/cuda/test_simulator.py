@@ -13,7 +13,10 @@ from minitorch.kernels.runtime import cuda, types
 if not runtime.SIMULATED:
     pytest.skip("about numba's simulator: make simulator", allow_module_level=True)
 
-from tests.cuda.simulator import DivergentBarrier, Race
+from minitorch.kernels.ptx import shared_address
+from minitorch.kernels.ptx_hopper import bar_arrive, bar_sync, mbarrier_arrive, mbarrier_init
+from minitorch.kernels.ptx_hopper import mbarrier_wait_parity as wait_for
+from tests.cuda.simulator import Deadlock, DivergentBarrier, Race
 
 THREADS = 8
 
@@ -145,3 +148,60 @@ def test_warp_reductions() -> None:
     reduce[1, 64](x, sums, largest)
     np.testing.assert_allclose(sums, x.reshape(2, 32).sum(axis=1).repeat(32), rtol=1e-5)
     np.testing.assert_array_equal(largest, x.reshape(2, 32).max(axis=1).repeat(32))
+
+
+# ----- barriers in shared memory -----
+
+
+@cuda.jit
+def handed_over(out, parity, waits):  # type: ignore[no-untyped-def]
+    """Thread 0 writes a cell, and says so at a barrier that the others wait at."""
+    cell, barrier = cuda.shared.array(1, types.float32), cuda.shared.array(1, types.uint64)
+    address = shared_address(barrier)
+    if cuda.threadIdx.x == 0:
+        mbarrier_init(address, 1)
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        cell[0] = 7
+        mbarrier_arrive(address)
+    elif waits:
+        wait_for(address, parity)
+    out[cuda.threadIdx.x] = cell[0]
+
+
+@cuda.jit
+def taking_turns(out, threads):  # type: ignore[no-untyped-def]
+    """The second half of the threads waits for the first, which does not wait."""
+    cells = cuda.shared.array(THREADS // 2, types.float32)
+    half, i = THREADS // 2, cuda.threadIdx.x
+    if i < half:
+        cells[i] = i
+        bar_arrive(1, threads)
+    else:
+        bar_sync(1, threads)
+        out[i - half] = cells[i - half]
+
+
+def test_one_thread_waits_for_another() -> None:
+    out = np.zeros(THREADS, np.float32)
+    handed_over[1, THREADS](out, 0, True)
+    assert (out == 7).all()
+    with pytest.raises(Race):
+        handed_over[1, THREADS](out, 0, False)
+
+
+def test_the_wrong_phase_is_found() -> None:
+    """The first phase is over when it is waited for, the next one, of parity 1, never is."""
+    with pytest.raises(Deadlock):
+        handed_over[1, THREADS](np.zeros(THREADS, np.float32), 1, True)
+
+
+def test_named_barriers() -> None:
+    out = np.zeros(THREADS // 2, np.float32)
+    taking_turns[1, THREADS](out, THREADS)
+    np.testing.assert_array_equal(out, np.arange(THREADS // 2))
+
+
+def test_threads_that_wait_for_ever_are_found() -> None:
+    with pytest.raises(Deadlock, match="every thread waits"):
+        taking_turns[1, THREADS](np.zeros(THREADS, np.float32), THREADS + 1)
