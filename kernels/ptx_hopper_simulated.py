@@ -158,11 +158,11 @@ def _box(kind: Any, corner: tuple[int, ...]) -> tuple[Any, Any]:
 
 def _places(kind: Any, address: int) -> Any:
     """Where the bytes of a box are in the piece of shared memory that it is copied to."""
-    offsets = np.arange(kind.box_bytes)
+    offsets: Any = np.arange(kind.box_bytes)
     if not kind.swizzle:
         return offsets
     assert address % (8 * kind.swizzle) == 0, "a swizzled box begins at a multiple of its period"
-    return swizzle(offsets, kind.swizzle)  # type: ignore[arg-type]
+    return swizzle(offsets, kind.swizzle)
 
 
 def copy_in(target: Any, tensor_map: Any, barrier: Any, *corner: Any) -> None:

@@ -60,7 +60,8 @@ def lane() -> int:
 
 def exchange(value: Any) -> list[Any]:
     """What each lane of the warp gives, in all of them."""
-    return together(value, lambda values: [values] * WARP)
+    found: list[Any] = together(value, lambda values: [values] * WARP)
+    return found
 
 
 def together(value: Any, make: Callable[[list[Any]], Sequence[Any]], size: int = WARP) -> Any:

@@ -90,8 +90,8 @@ class TensorMap(NamedTuple):
 def matrices_map(
     dtype: str,
     address: int,
-    shape: tuple[int, int, int, int],
-    strides: tuple[int, int, int, int],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
     rows: int,
 ) -> TensorMap:
     """Of (batch, heads, length, columns) of 16-bit numbers, by boxes of `rows` rows and 64 columns.
@@ -107,9 +107,12 @@ def matrices_map(
         rows: of a box.
 
     Raises:
-        ValueError: rows are not contiguous, or begin at addresses that are no multiples of 16.
+        ValueError: not four dimensions; rows are not contiguous, or begin at addresses that are no
+            multiples of 16.
 
     """
+    if len(shape) != 4 or len(strides) != 4:
+        raise ValueError(f"four dimensions, got shape {shape} and strides {strides}")
     if strides[3] != 1:
         raise ValueError(f"elements of a row are neighbours, got strides {strides}")
     batch, heads, length, columns = shape

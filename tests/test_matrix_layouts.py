@@ -209,6 +209,8 @@ def test_maps_that_cannot_be(change: dict[str, object], message: str) -> None:
 def test_maps_of_other_types() -> None:
     with pytest.raises(TypeError, match="float64"):
         GOOD._replace(dtype="float64").check()
+    with pytest.raises(ValueError, match="four dimensions"):
+        matrices_map("float16", 0, (1, 8, 8), (64, 8, 1), rows=8)
     with pytest.raises(ValueError, match="neighbours"):
         matrices_map("float16", 0, (1, 1, 8, 8), (64, 64, 8, 2), rows=8)
 
