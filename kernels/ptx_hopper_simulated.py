@@ -202,9 +202,9 @@ def _matrix(descriptor: int, rows: int, trans: bool, dtype: str) -> Any:
     assert descriptor >> 62 == 1, "the simulator knows the swizzle of 128 bytes"
     start = (descriptor & 0x3FFF) << 4
     leading, stride = (descriptor >> 16 & 0x3FFF) << 4, (descriptor >> 32 & 0x3FFF) << 4
-    row, k = np.indices((rows, 16))
+    row, k = np.indices((rows, 16), dtype=np.int64)
     across, along = (k, row) if trans else (row, k)
-    places = start + along // 64 * leading * trans + across // 8 * stride
+    places: Any = start + along // 64 * leading * trans + across // 8 * stride
     places = swizzle(places + across % 8 * PANEL + along % 64 * 2)
     first = int(places.min())
     memory = _bytes(first, int(places.max()) + 2 - first)
