@@ -80,17 +80,15 @@ class Workspace(NamedTuple):
     """Where things are in the workspace, in bytes from its beginning.
 
     Args:
-        rows: L in units of log 2 of all queries, `padded_q` for each head, then their delta.
-        apart: from the first to the second.
+        rows: L in units of log 2, and delta, of all queries (see hopper_backward_prepare.py).
         tables: of `Work`, for dK and dV, and for dQ.
         counts: entries of these.
         size: of all.
-        padded_q: numbers of a head.
+        padded_q: queries of a head in `rows`.
 
     """
 
     rows: int
-    apart: int
     tables: tuple[int, int]
     counts: tuple[int, int]
     size: int
@@ -99,7 +97,6 @@ class Workspace(NamedTuple):
 
 def _workspace(problem: AttentionProblem, heads: Heads, both: tuple[Blocks, Blocks]) -> Workspace:
     padded_q = ceil_div(problem.seqlen_q, 64) * 64 + PADDING
-    apart = 4 * problem.batch_heads * padded_q
     counts = (
         ceil_div(problem.seqlen_k, both[0].own) * (problem.batch_heads // heads.group),
         ceil_div(problem.seqlen_q, both[1].own) * problem.batch_heads,
@@ -108,7 +105,8 @@ def _workspace(problem: AttentionProblem, heads: Heads, both: tuple[Blocks, Bloc
     tables = first, first + WORK_BYTES * counts[0]
     rows = tables[1] + WORK_BYTES * counts[1]
     rows = ceil_div(rows, 128) * 128
-    return Workspace(rows, apart, tables, counts, rows + 2 * apart, padded_q)
+    size = rows + 8 * problem.batch_heads * padded_q
+    return Workspace(rows, tables, counts, size, padded_q)
 
 
 def backward_workspace(problem: AttentionProblem, heads: Heads, architecture: Architecture) -> int:
@@ -210,8 +208,8 @@ def backward(
     mask, mask_strides = mask_of(inputs)
     sizes = (heads.heads, *lengths, heads.group, problem.head_dim, problem.value_dim)
     places = [
-        (COUNTER_BYTES * n, space.tables[n > 1], space.rows, 4 * space.padded_q, space.apart,
-         space.counts[n > 1])
+        (COUNTER_BYTES * n, space.tables[n > 1], space.counts[n > 1], space.rows,
+         8 * space.padded_q)
         for n in (0, 1, 2)
     ]  # fmt: skip
     if problem.seqlen_k:
@@ -266,7 +264,7 @@ def _prepare(
         out.array, grad_out.array, logsumexp,
         logsumexp if grad_logsumexp is None else grad_logsumexp, out.strides, grad_out.strides,
         (heads.batch, heads.heads, *lengths, k_group, v_group, heads.group), workspace, space.rows,
-        space.apart, space.padded_q, problem.value_dim,
+        space.padded_q, problem.value_dim,
         (key_table, key_count, query_table, query_count),
         (both[0].own, both[0].passing, both[1].own, both[1].passing), together,
     )  # fmt: skip
@@ -286,12 +284,12 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
         return tuple(types.UniTuple(whole, count) for count in counts)
 
     numbers = (types.float64, types.uint64, whole, types.float64)
-    read = (types.uint64, mask, words, rows, *tuples(6))
+    read = (types.uint64, mask, words, rows, *tuples(5))
     return {
         "keys": (*read, array, array, *tuples(4, 4, 4, 8), *numbers),
         "queries": (*read, array, rows, *tuples(4, 4, 8), *numbers),
         "prepare": (
-            array, array, rows, rows, *tuples(4, 4, 9), rows, *[whole] * 4, *tuples(4, 4, 2),
+            array, array, rows, rows, *tuples(4, 4, 9), rows, *[whole] * 3, *tuples(4, 4, 2),
         ),
     }  # fmt: skip
 

@@ -59,14 +59,14 @@ from .hopper_tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     """Device function: one thread has all tiles of all the block's items fetched.
 
-    `rows` is the address of all queries' logsumexp, those of a head `pitch` bytes apart from those
-    of the next; their delta lies `apart` bytes from there.
+    `rows` is the address of all queries' numbers, those of a head `pitch` bytes apart from those of
+    the next.
     """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, True), blocks.passing, types.int32
 
     @device_function
-    def bring(base, maps, counter, table, count, heads, group, rows, pitch, apart):
+    def bring(base, maps, counter, table, count, heads, group, rows, pitch):
         turn, number = types.uint32(0), types.uint32(0)
         left, work, more, stage, full = take_item(base, number, counter, table, count)
         while left:
@@ -78,7 +78,7 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
                 # largest P, and a long sum is most accurate when these come last.
                 row, last = whole((whole(more[0]) - 1) * passing), whole(whole(work[3]) * passing)
                 while row >= last:
-                    load_pair(base, turn, maps, row, h, h, b, of_head, apart)
+                    load_pair(base, turn, maps, row, h, h, b, of_head)
                     row -= whole(passing)
                     turn += types.uint32(1)
             number += types.uint32(1)
@@ -128,11 +128,11 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
         if thread < WARPGROUP:
             give_registers()
             if thread == 0:
-                counter, table, rows, pitch, apart, count = places
+                counter, table, count, rows, pitch = places
                 space = global_address(workspace)
                 bring_tiles(
                     base, maps, space + u64(counter), space + u64(table), count, heads, group,
-                    space + u64(rows), u64(pitch), u64(apart),
+                    space + u64(rows), u64(pitch),
                 )  # fmt: skip
         else:
             take_registers()
@@ -185,7 +185,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                             products = products_done(products)
                             if dropout:
                                 products = drop_from(products, bits)
-                            ds = to_factor(to_ds(p, products, keep, rows + 4 * passing))
+                            ds = to_factor(to_ds(p, products, keep, rows + 64))
                         # dV += P^T dO,  dK += dS^T Q
                         if wants_dv:
                             if dropout:
@@ -205,16 +205,16 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                     mbarrier_arrive(base + own_empty + 8 * own_stage)
                 row = key0 + my_row
                 if wants_dk:
-                    place = b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2] + my_column
+                    place = b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2]
                     write_dk(
                         dk, scale, global_address(dk_out) + types.uint64(2 * place),
-                        2 * dk_steps[2], band[3] - row, head_dim - my_column,
+                        2 * dk_steps[2], band[3] - row, head_dim, lane,
                     )  # fmt: skip
                 if wants_dv:
-                    place = b * dv_steps[0] + slot * dv_steps[1] + row * dv_steps[2] + my_column
+                    place = b * dv_steps[0] + slot * dv_steps[1] + row * dv_steps[2]
                     write_dv(
                         dv, keep, global_address(dv_out) + types.uint64(2 * place),
-                        2 * dv_steps[2], band[3] - row, value_dim - my_column,
+                        2 * dv_steps[2], band[3] - row, value_dim, lane,
                     )  # fmt: skip
                 number += types.uint32(1)
                 left, work, own_stage = read_item(base, number)

@@ -74,7 +74,7 @@ class Memory(NamedTuple):
 
     own: tuple[int, int]
     passing: tuple[int, int]
-    rows: int  # of the passing queries: their logsumexp, then their delta
+    rows: int  # numbers of the passing queries
     items: int
     own_full: int
     own_empty: int
@@ -262,10 +262,10 @@ def own_loader(kind: Kind, blocks: Blocks) -> Any:
 
 @cache
 def pair_loader(kind: Kind, blocks: Blocks, with_rows: bool) -> Any:
-    """Device function `(base, turn, maps, row, first_head, second_head, batch, rows, apart)`: begin
+    """Device function `(base, turn, maps, row, first_head, second_head, batch, rows)`: begin
     to copy the pair of passing tiles number `turn` from the tensor maps 2 and 3, when its place in
-    the ring is empty; `with_rows` also numbers of these rows: float32 at the address `rows`, and
-    others `apart` bytes from there.
+    the ring is empty; `with_rows` also the numbers of these rows, of which those of the first row
+    of all are at the address `rows`.
     """
     plan, place_of = memory_plan(kind, blocks), ring(blocks.stages)
     (first, second), (first_full, second_full), empty = plan.passing, plan.full, plan.empty
@@ -273,11 +273,11 @@ def pair_loader(kind: Kind, blocks: Blocks, with_rows: bool) -> Any:
     load_second = tile_loader(kind.value_dim, blocks.passing)
     first_bytes = blocks.passing * row_bytes(kind.head_dim)
     second_bytes = blocks.passing * row_bytes(kind.value_dim)
-    numbers, rows_bytes = plan.rows, 4 * blocks.passing
-    second_count = second_bytes + 2 * rows_bytes * with_rows
+    numbers, rows_bytes = plan.rows, 8 * blocks.passing
+    second_count = second_bytes + rows_bytes * with_rows
 
     @device_function
-    def load(base, turn, maps, row, first_head, second_head, batch, rows, apart):
+    def load(base, turn, maps, row, first_head, second_head, batch, rows):
         stage, parity = place_of(turn)
         mbarrier_wait_parity(base + empty + 8 * stage, parity ^ types.uint32(1))
         full = types.uint32(base + first_full + 8 * stage)
@@ -292,10 +292,8 @@ def pair_loader(kind: Kind, blocks: Blocks, with_rows: bool) -> Any:
             batch,
         )  # fmt: skip
         if with_rows:
-            target = types.uint32(base + numbers + stage * (2 * rows_bytes))
-            source = rows + types.uint64(4 * row)
-            cp_async_bulk(target, source, rows_bytes, full)
-            cp_async_bulk(target + rows_bytes, source + apart, rows_bytes, full)
+            target = base + numbers + stage * rows_bytes
+            cp_async_bulk(target, rows + types.uint64(8 * row), rows_bytes, full)
 
     return load
 

@@ -70,59 +70,41 @@ def put_work(item, table, own, passing, sizes, together, keys_are_own):
 
 @cache
 def prepare_kernel(precision_name: str, value_dim: int, vectors: bool, has_grad: bool) -> Any:
-    """Delta of all queries and their logsumexp in units of log 2; work of both other kernels.
+    """Numbers of all queries, and the work of both other kernels.
 
-    A row that saw no key, and those that the workspace has past the last, get L = +inf, with which
-    all their P are 0. `vectors`: rows come in whole pieces of 16 bytes.
+    The numbers lie in the workspace from `rows` on, for each head `padded_q` queries: 16 of L in
+    units of log 2, then 16 of delta, and so on. A query that saw no key, and those past the last,
+    get L = +inf, with which all their P are 0. `vectors`: rows come in whole pieces of 16 bytes.
     """
     numbers, threads = precision(precision_name), row_threads(value_dim)
     storage, load = getattr(types, numbers.storage.name), numbers.load
     at_once = PIECE if vectors else 1
     read, _ = vector_access(at_once)
     nothing, infinity, log2_e = NEGATIVE_INFINITY, float("inf"), 1.4426950408889634
-    f32, own_step, all_threads = types.float32, at_once * threads, THREADS
+    f32, i64, u32, u64 = types.float32, types.int64, types.uint32, types.uint64
+    own_step, own_rows, all_threads = at_once * threads, THREADS // threads, THREADS
 
     @kernel(THREADS)
     def flash_backward_prepare_hopper(
         out, grad_out, logsumexp, grad_logsumexp, out_steps, grad_steps, sizes, workspace, rows,
-        apart, padded_q, value_dim, tables, blocks, together,
+        padded_q, value_dim, tables, blocks, together,
     ):  # fmt: skip
-        thread = types.int64(cuda.blockIdx.x) * all_threads + cuda.threadIdx.x
         batch, heads, seqlen_q = sizes[0], sizes[1], sizes[2]
         space = global_address(workspace)
-        if thread < COUNTERS:
-            st_global_b32(space + types.uint64(COUNTER_BYTES * thread), 0)
-        count = types.int64(cuda.gridDim.x) * all_threads
-        for item in range(thread, tables[1], count):
-            put_work(
-                item,
-                space + types.uint64(tables[0]),
-                blocks[0],
-                blocks[1],
-                sizes,
-                together[0],
-                True,
-            )
-        for item in range(thread, tables[3], count):
-            put_work(
-                item,
-                space + types.uint64(tables[2]),
-                blocks[2],
-                blocks[3],
-                sizes,
-                together[1],
-                False,
-            )
-        place = thread // threads
-        batch_head, row = place // padded_q, place % padded_q
-        inside = batch_head < batch * heads and row < seqlen_q
+        # All rows of a block are of one head.
+        blocks_of_head = u32(padded_q) // u32(own_rows)
+        batch_head = u32(u32(cuda.blockIdx.x) // u32(blocks_of_head))
+        first_row = u32(u32(cuda.blockIdx.x) - batch_head * blocks_of_head) * u32(own_rows)
+        b = u32(batch_head // u32(heads))
+        h = u32(batch_head - b * u32(heads))
+        row = i64(first_row) + cuda.threadIdx.x // threads
+        lane = cuda.threadIdx.x % threads
         total = f32(0.0)
-        if inside:
-            b, h = batch_head // heads, batch_head % heads
+        if row < seqlen_q:
             x = b * out_steps[0] + h * out_steps[1] + row * out_steps[2]
             y = b * grad_steps[0] + h * grad_steps[1] + row * grad_steps[2]
             mine, other = cuda.local.array(at_once, storage), cuda.local.array(at_once, storage)
-            for c in range(thread % threads * at_once, value_dim, own_step):
+            for c in range(lane * at_once, value_dim, own_step):
                 read(out, x + c, mine)
                 read(grad_out, y + c, other)
                 for n in range(at_once):
@@ -131,18 +113,30 @@ def prepare_kernel(precision_name: str, value_dim: int, vectors: bool, has_grad:
         while lane_mask:
             total += shuffle_xor(total, lane_mask)
             lane_mask //= 2
-        if thread % threads == 0 and batch_head < batch * heads:
-            shift = f32(infinity)
-            number = batch_head * seqlen_q + row
-            if inside and logsumexp[number] != nothing:
+        if lane == 0:
+            shift, number = f32(infinity), i64(batch_head) * seqlen_q + row
+            if row < seqlen_q and logsumexp[number] != nothing:
                 if has_grad:
                     total -= grad_logsumexp[number]
                 shift = logsumexp[number] * f32(log2_e)
             else:
                 total = f32(0.0)
-            target = space + types.uint64(rows + 4 * place)
+            of_head = space + u64(rows) + u64(batch_head) * u64(8 * padded_q)
+            target = of_head + u64(row // 16 * 128 + row % 16 * 4)
             st_global_f32(target, f32(shift))
-            st_global_f32(target + types.uint64(apart), f32(total))
+            st_global_f32(target + u64(64), f32(total))
+
+        thread, count = (
+            i64(cuda.blockIdx.x) * all_threads + cuda.threadIdx.x,
+            i64(cuda.gridDim.x) * all_threads,
+        )  # fmt: skip
+        if thread < COUNTERS:
+            st_global_b32(space + u64(COUNTER_BYTES * thread), 0)
+        table, other_table = space + u64(tables[0]), space + u64(tables[2])
+        for item in range(thread, tables[1], count):
+            put_work(item, table, blocks[0], blocks[1], sizes, together[0], True)
+        for item in range(thread, tables[3], count):
+            put_work(item, other_table, blocks[2], blocks[3], sizes, together[1], False)
 
     return flash_backward_prepare_hopper
 

@@ -67,7 +67,7 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
             load_own(base, stage, maps, full, whole(work[2]), h, h, b)
             row, end = whole(whole(work[3]) * passing), whole(whole(more[0]) * passing)
             while row < end:
-                load_pair(base, turn, maps, row, k_head, v_head, b, unused, unused)
+                load_pair(base, turn, maps, row, k_head, v_head, b, unused)
                 row += whole(passing)
                 turn += types.uint32(1)
             number += types.uint32(1)
@@ -111,7 +111,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, _, head_dim, _ = sizes
-        counter, table, rows, pitch, apart, count = places
+        counter, table, count, rows, pitch = places
         space = global_address(workspace)
         thread = whole(cuda.threadIdx.x)
         if thread < WARPGROUP:
@@ -133,10 +133,9 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 row0 = whole(row0 + consumer * queries)
                 batch_head = b * types.int64(heads) + h
                 row = whole(row0 + my_row)
-                of_row = space + u64(rows + batch_head * pitch + 4 * row)
+                of_row = space + u64(rows + batch_head * pitch + row // 16 * 128 + row % 16 * 4)
                 logsumexp = (ld_global_f32(of_row), ld_global_f32(of_row + u64(32)))
-                of_row += u64(apart)
-                delta = (ld_global_f32(of_row), ld_global_f32(of_row + u64(32)))
+                delta = (ld_global_f32(of_row + u64(64)), ld_global_f32(of_row + u64(96)))
                 q = of_own(base + q_at + own_stage * q_bytes + consumer * (queries * 128))
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
                 mask_place = (
@@ -184,10 +183,10 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     turn += types.uint32(1)
                 if lane == 0:
                     mbarrier_arrive(base + own_empty + 8 * own_stage)
-                place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2] + my_column
+                place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
                 write_dq(
                     dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps[2],
-                    band[2] - row, head_dim - my_column,
+                    band[2] - row, head_dim, lane,
                 )  # fmt: skip
                 number += types.uint32(1)
                 left, work, own_stage = read_item(base, number)

@@ -8,7 +8,7 @@ its rows are queries and its columns keys. In the kernel for dK and dV it is the
 there the tile is S^T, which makes P^T and dS^T, as they lie, the first factors of P^T dO and dS^T Q.
 Functions take either, and `keys_are_rows` says which. The numbers of a query, its logsumexp L and
 delta = rowsum(dO * O), are two of a lane's registers if queries are rows; if they are columns, they
-are read from shared memory where they are needed.
+are read from shared memory where they are needed: 16 numbers L, then 16 of delta, and so on.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from ..ptx import (
     pack_pair,
     shfl_sync_idx_b32,
     st_global_b16_if,
-    st_global_b32_if,
     st_global_f32_if,
+    st_global_v4_b32_if,
 )
 from ..runtime import device_function, types
-from ..traced import exp2, fma, i64, select, traced, u32
+from ..traced import exp2, fma, i64, select, traced, u32, u64
+from .hopper_store import _transposed as transposed
 from .hopper_scores import LOG2_E, bits_type, loaded, places
 from .hopper_tiles import PAIR, Kind, tile_type
 from .mma_scores import philox_words
@@ -45,7 +46,7 @@ def _of_queries(keys_are_rows: bool, given: Any) -> Any:
 
     def number(j: int, r: int, c: int) -> Any:
         if j not in pairs:
-            pairs[j] = ld_shared_v2_f32(given + 32 * j)
+            pairs[j] = ld_shared_v2_f32(given + (j // 2 * 128 + j % 2 * 32))
         return pairs[j][c]
 
     return number
@@ -267,30 +268,39 @@ def keep_bits_of_keys(columns: int) -> Any:
 
 
 @cache
-def write_rows(precision: str, columns: int, pairs: bool) -> Any:
+def write_rows(precision: str, columns: int, vectors: bool) -> Any:
     """Traced `(tile, factor, address, row_step, rows, columns)`: a warpgroup's tile times a factor,
     rounded to 16 bits, to global memory.
 
-    `address` is that of the lane's first number, `row_step` counts bytes. Of the rows and columns
-    from the lane's first ones on, `rows` and `columns` are to be written; with `pairs` columns are
-    even, and rows begin at multiples of 4 bytes.
+    `address` is that of the lane's row, `row_step` counts bytes. Of the rows from the lane's first
+    one on, and of all columns, `rows` and `columns` are to be written. With `vectors` rows begin at
+    multiples of 16 bytes and are as long: then each lane of a quad writes eight neighbours.
     """
     pack = pack_pair(precision)
+    arguments = (tile_type(columns), types.float32, types.uint64, types.uint64, WHOLE, WHOLE, WHOLE)
 
-    @traced(types.void, tile_type(columns), types.float32, types.uint64, types.uint64, WHOLE, WHOLE)
-    def run(tile, factor, address, row_step, rows, wanted):
-        starts = [address, address + row_step * 8]
-        inside = [rows > 8 * r for r in range(2)]
-        for j in range(columns // 8):
-            for r in range(2):
-                word = pack(*(tile[4 * j + 2 * r + c] * factor for c in range(2)))
-                place = starts[r] + 16 * j
-                if pairs:
-                    st_global_b32_if(u32(inside[r] & (wanted > 8 * j)), place, word)
-                    continue
+    @traced(types.void, *arguments)
+    def run(tile, factor, address, row_step, rows, wanted, lane):
+        quarter = lane & 3
+        odd, high = (lane & 1) != 0, (lane & 2) != 0
+        for r, start in enumerate((address, address + row_step * 8)):
+            inside = rows > 8 * r
+            words = [
+                pack(*(tile[4 * j + 2 * r + c] * factor for c in range(2)))
+                for j in range(columns // 8)
+            ]
+            if vectors:
+                left = wanted - quarter * 8
+                for j in range(0, columns // 8, 4):
+                    own = transposed(words[j : j + 4], odd, high)
+                    place = start + u64(quarter) * 16 + 16 * j
+                    st_global_v4_b32_if(u32(inside & (left > 8 * j)), place, own)
+                continue
+            left = wanted - quarter * 2
+            for j, word in enumerate(words):
                 for c, half in enumerate(mov_b32_halves(word)):
-                    valid = u32(inside[r] & (wanted > 8 * j + c))
-                    st_global_b16_if(valid, place + 2 * c, half)
+                    place = start + u64(quarter) * 4 + (16 * j + 2 * c)
+                    st_global_b16_if(u32(inside & (left > 8 * j + c)), place, half)
 
     return run
 
