@@ -14,6 +14,7 @@ from typing import Any
 from ..runtime import Instance, ceil_div, cuda, launch, precision, types
 from ..tensor_map import constant, matrices_map, on_device
 from .cuda import Architecture, Heads, Inputs, Ints, Matrices, arguments_of, mask_of
+from .hopper_backward import backward, backward_workspace
 from .hopper_forward import forward_kernel, forward_memory
 from .hopper_schedule import AT_ONCE, order, tile_costs
 from .hopper_tiles import HEAD_SIZES, ROWS, Blocks, Kind, padded
