@@ -116,7 +116,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
 
-    @kernel(blocks.threads)
+    @kernel(blocks.threads, blocks=1)
     def flash_backward_keys_hopper(
         maps, mask, offset, workspace, places, dk_out, dv_out, mask_steps, dk_steps, dv_steps, sizes, scale,
         seed, threshold, keep,

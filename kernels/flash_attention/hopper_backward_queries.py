@@ -103,7 +103,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     write_ds = write_scores(passing)
     queries, whole, u64 = ROWS, types.int32, types.uint64
 
-    @kernel(blocks.threads)
+    @kernel(blocks.threads, blocks=1)
     def flash_backward_queries_hopper(
         maps, mask, offset, workspace, places, dq_out, ds_out, mask_steps, dq_steps, sizes, scale, seed,
         threshold, keep,
