@@ -13,8 +13,8 @@ from typing import Any
 from ..runtime import SIMULATED, Instance, ceil_div, launch, precision, types
 from . import cuda
 from .cuda import Architecture, Gradients, Heads, Inputs, Matrices
-from .cuda_backward import DELTA_ROWS, DELTA_THREADS, delta_kernel
 from .mma_backward import backward_memory, key_value_kernel, query_kernel
+from .mma_delta import DELTA_THREADS, delta_kernel, delta_team
 from .mma_forward import forward_kernel, forward_memory
 from .mma_tiles import Kind, Tiles
 from .problem import AttentionProblem
@@ -58,8 +58,13 @@ def _kind(problem: AttentionProblem, inputs: Inputs, architecture: Architecture)
         problem.fp32_precision if name == "float32" else name,
         problem.head_dim, problem.value_dim, inputs.mask_kind, problem.dropout_p > 0,
         problem.scale <= 0 or inputs.mask_kind not in ("none", "bool"),
-        architecture < FIRST_WITH_ALL and not SIMULATED,
+        is_turing(architecture),
     )  # fmt: skip
+
+
+def is_turing(architecture: Architecture) -> bool:
+    """Whether kernels go without cp.async, and with half the depth of a product."""
+    return architecture < FIRST_WITH_ALL and not SIMULATED
 
 
 # ----- sizes of tiles: the first in a list that fits -----
@@ -184,10 +189,11 @@ def backward(
     rows = problem.batch_heads * problem.seqlen_q
     if rows:
         launch(
-            delta_kernel(problem.dtype.name, grad_logsumexp is not None),
-            ceil_div(rows, DELTA_ROWS), DELTA_THREADS, out.array, grad_out.array, logsumexp,
+            delta_kernel(kind, grad_logsumexp is not None),
+            ceil_div(rows, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
+            out.array, grad_out.array, logsumexp,
             logsumexp if grad_logsumexp is None else grad_logsumexp, delta, logsumexp2,
-            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, rows,
+            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, rows,
         )  # fmt: skip
     read = (q.array, k.array, v.array, mask, inputs.offset, grad_out.array, logsumexp2, delta)
     strides = (q.strides, k.strides, v.strides, mask_strides, grad_out.strides)
@@ -224,6 +230,7 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     scalars = (types.float64, types.uint64, types.int64, types.float64)
     read = (array, array, array, mask, word)
     return {
+        "delta": (array, array, *[rows] * 4, strides, strides, *[types.int64] * 3),
         "forward": (*read, array, rows, *[strides] * 5, sizes, *scalars),
         "key_value": (
             *read, array, rows, rows, array, array, *[strides] * 7, types.UniTuple(types.int64, 8),

@@ -1,9 +1,9 @@
 """FlashAttention's backward pass on tensor cores, with `mma.sync`: Turing, Ampere, Ada.
 
-Algorithm 2 of "FlashAttention-2" (Dao, 2023), in three kernels, of which `delta_kernel` of
-cuda_backward.py is the first. P is computed anew from the logsumexp L:
+Algorithm 2 of "FlashAttention-2" (Dao, 2023), in three kernels. P is computed anew from the
+logsumexp L:
 
-    delta = rowsum(dO * O) - dL
+    delta = rowsum(dO * O) - dL                 mma_delta.py
     S^T = K Q^T,  P^T = exp(S^T - L)            `key_value_kernel`: a block owns keys, its tiles'
     dP^T = V dO^T                               rows; queries pass by
     dS^T = P^T * (dP^T - delta)                 (keys, queries)
@@ -44,6 +44,8 @@ from .mma_tiles import (
     multiply_columns,
     multiply_rows,
 )  # fmt: skip
+
+# ----- shared memory -----
 
 
 class BackwardMemory(NamedTuple):
@@ -143,12 +145,14 @@ def row_copier(tiles: Tiles, plan: BackwardMemory) -> Any:
 
 @cache
 def key_value_place(tiles: Tiles) -> Any:
-    """Device function `(key_tiles, slots)`: a block's batch, slot of dK and dV, first key and part."""
+    """Device function `(block, key_tiles, slots)`: a block's batch, slot of dK and dV, first key,
+    and part.
+    """
     rows, parts = tiles.rows, tiles.parts
 
     @device_function
-    def place_of(key_tiles, slots):
-        item, part = divide(block_number(), parts)
+    def place_of(block, key_tiles, slots):
+        item, part = divide(block, parts)
         number, tile = divide(item, key_tiles)
         b, slot = divide(number, slots)
         return b, slot, tile * rows, part
@@ -201,7 +205,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         lane, warp_row = thread % 32, thread // 32 * 16 * row_blocks
         key_tiles = (seqlen_k + block_n - 1) // block_n
         slots, _ = divide(heads, group)  # of heads that share dK and dV
-        b, slot, key0, my_part = place_of(key_tiles, slots)
+        b, slot, key0, my_part = place_of(cuda.blockIdx.x, key_tiles, slots)
         first_head = slot * group
         keys = (k, b * k_steps[0] + divide(first_head, k_group)[0] * k_steps[1], k_steps[2])
         values = (v, b * v_steps[0] + divide(first_head, v_group)[0] * v_steps[1], v_steps[2])
@@ -276,7 +280,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
 
         wait()  # for the keys, where there was no tile of queries
         cuda.syncthreads()
-        b, slot, key0, my_part = place_of(key_tiles, slots)
+        b, slot, key0, my_part = place_of(block_number(), key_tiles, slots)
         row = key0 + warp_row
         write_dk(
             memory, base, warp_row * part_step, scale_dk(dk_sums, fill_rows(types.float32(scale))),
@@ -333,7 +337,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         base, thread = shared_address(memory), cuda.threadIdx.x
         lane, warp_row = thread % 32, thread // 32 * 16 * row_blocks
         row_tiles = (seqlen_q + block_m - 1) // block_m
-        batch_head, tile = divide(block_number(), row_tiles)
+        batch_head, tile = divide(cuda.blockIdx.x, row_tiles)
         row0 = (row_tiles - 1 - tile) * block_m
         b, h = divide(batch_head, heads)
         queries = (q, b * q_steps[0] + h * q_steps[1], q_steps[2])
@@ -399,7 +403,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
             if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
                 s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, log2_scale)
             dp = products_of(own_do, types.uint32(v_place + at))
-            p, ds = gradients(
+            _, ds = gradients(
                 s, dp, shift, less, exponent_scale, my_row, key0 + my_key, dropout_of,
                 types.float32(keep),
             )  # fmt: skip

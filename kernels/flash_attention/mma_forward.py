@@ -11,8 +11,8 @@ some of its rows; tiles of keys and values pass by, and for each of them
 
 and in the end O = diag(1/l) O and logsumexp = m + log(l). S, P and O stay in the warp's registers:
 the sums of S, rounded, are the operand of the next product as they lie. While a tile is computed
-with, the next one is copied to the other half of shared memory (`cp.async`). Exponentials are powers
-of two, with log2(e) in the scale.
+with, the next one is copied to the other half of shared memory (`cp.async`). Exponentials are
+powers of two, with log2(e) in the scale.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         pick_row(row_blocks),
     )
     reciprocal, changes = reciprocal_rows(row_blocks), any_changes(row_blocks)
+    lazy = tiles.lazy
     write_o = row_writer(kind, row_blocks, kind.value_dim, value_width)
     dropout, scaled_first = kind.dropout, kind.scaled_first
     always_masked = scaled_first or kind.mask != "none"
@@ -117,7 +118,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         lane, warp_row = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32 * 16 * row_blocks
         row_tiles = (seqlen_q + block_m - 1) // block_m
         # The last rows, which see the most keys under a causal mask, come first.
-        batch_head, number = divide(block_number(), row_tiles)
+        batch_head, number = divide(cuda.blockIdx.x, row_tiles)
         row0 = (row_tiles - 1 - number) * block_m
         b, h = divide(batch_head, heads)
         keys = (k, b * k_steps[0] + divide(h, k_group)[0] * k_steps[1], k_steps[2])
@@ -176,7 +177,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
             m_new = largest(s, m)
             p, l, alpha = softmax(s, m, m_new, l, softmax_scale)
             m = m_new
-            if changes(alpha):
+            if not lazy or changes(alpha):
                 o = rescale(o, alpha)
             if dropout:  # after l: the softmax is over all keys
                 p = apply_dropout(p, my_row, key0 + my_key, dropout_of)

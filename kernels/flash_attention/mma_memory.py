@@ -54,8 +54,8 @@ _key_of_row = device_function(key_of_row)
 def tile_copier(
     kind: Kind, threads: int, rows: int, columns: int, width: int, order: int = PLAIN
 ) -> Any:
-    """Device function `(memory, base, place, x, start, row_step, count)` that begins to copy rows of
-    a matrix to a tile, filled up with zeros.
+    """Device function `(memory, base, place, x, start, row_step, count)` that begins to copy rows
+    of a matrix to a tile, filled up with zeros.
 
     The tile is `place` bytes from the beginning `base` of `memory`; the matrix begins at x[start],
     has `count` rows and `columns` columns, in rows that begin at multiples of 16 bytes, less than
@@ -81,7 +81,8 @@ def tile_copier(
 
     @device_function
     def copy(memory, base, place, x, start, row_step, count):
-        row, column = cuda.threadIdx.x // team, cuda.threadIdx.x % team * lanes
+        thread = types.int32(opaque(uint(cuda.threadIdx.x)))
+        row, column = thread // team, thread % team * lanes
         size = 16 if exact else min(max((columns - column) * itemsize, 0), 16)
         if (team == of_row or column < width) and (apart <= rows or row < rows):
             target = place + row * step + column * itemsize
@@ -108,14 +109,13 @@ def tile_copier(
 
 def _piece_copier(turns: int, apart: int, step: int, order: int) -> Any:
     """Traced `(target, source, row_bytes, row, count, size)`: a thread's pieces of a tile, in the
-    rows row, row + apart, ..., whose first is copied to `target`. `source` is where the row 0 of the
+    rows row, row + apart, ..., whose first is copied to `target`. `source` is where row 0 of the
     matrix has the piece; `size` bytes of it are read, none in rows past `count`.
     """
     word = types.uint32
 
     @traced(types.void, word, types.uint64, word, word, types.int32, types.int32)
     def copy(target, source, row_bytes, row, count, size):
-        row = opaque(row)
         key = key_of_row(row, order)
         for turn in range(turns):
             more = key_of_row(turn * apart, order)
@@ -148,9 +148,9 @@ def copy_barriers(kind: Kind) -> Any:
 def pair_copier(
     kind: Kind, tiles: Tiles, rows: int, places: tuple[int, int], order: int = PLAIN
 ) -> Any:
-    """Device function `(memory, base, at, first, second, row, length)` that begins to copy two tiles
-    of the same rows, `row` and on, of matrices of `length` rows, D and Dv columns, each given as
-    (array, start, row_step). They go `at` bytes behind their places.
+    """Device function `(memory, base, at, first, second, row, length)` that begins to copy two
+    tiles of the same rows, `row` and on, of matrices of `length` rows, D and Dv columns, each given
+    as (array, start, row_step). They go `at` bytes behind their places.
     """
     place, place_2 = places
     copy = tile_copier(kind, tiles.threads, rows, kind.head_dim, kind.width, order)
@@ -195,8 +195,8 @@ def put_rows(kind: Kind, row_blocks: int, width: int, step: int) -> Any:
 @cache
 def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int = PLAIN) -> Any:
     """Device function `(memory, base, place, tile, out, start, row_step, count, first)` that writes
-    a warp's tile of sums to the columns `first` and on of a matrix, by way of its own part of shared
-    memory.
+    a warp's tile of sums to the columns `first` and on of a matrix, by way of its own part of
+    shared memory.
 
     That part is `place` bytes from `base`, 16 * row_blocks rows of `kind.step(width)` bytes; the
     matrix's first row of this warp is at out[start], and `count` are left of it.

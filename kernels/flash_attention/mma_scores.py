@@ -56,7 +56,7 @@ def _distances(row_blocks: int, columns: int, keys_are_rows: bool) -> list[tuple
 
 @cache
 def constant_rows(row_blocks: int, columns: int) -> Any:
-    """Traced `(x)`: a tile of sums full of x. With 0 columns one number for each of a lane's rows."""
+    """Traced `(x)`: a tile of sums full of x; with 0 columns a number for each of a lane's rows."""
     kind = sums_type(row_blocks, columns) if columns else rows_type(row_blocks)
 
     @traced(kind, types.float32)
@@ -177,8 +177,8 @@ def scale_rows(row_blocks: int, columns: int) -> Any:
 
 @cache
 def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool = False) -> Any:
-    """Traced `(scores, row, key, band, mask, mask_place, scale)`: scores as the mask leaves them, in
-    units of log 2 if the kind says so. -inf where the query may not see the key.
+    """Traced `(scores, row, key, band, mask, mask_place, scale)`: scores as the mask leaves them,
+    in units of log 2 if the kind says so. -inf where the query may not see the key.
 
     `row` and `key` are the lane's first query and key (see `_distances`), `band` is (lower, upper,
     seqlen_q, seqlen_k), and `mask_place` where the head's mask begins, and its strides.
@@ -315,8 +315,8 @@ def drop(row_blocks: int, columns: int) -> Any:
 
 @cache
 def read_own_rows(row_blocks: int) -> Any:
-    """Traced `(x, start, row, length, beyond)`: of the lane's rows the numbers x[start + row + ...],
-    and `beyond` for rows past `length`.
+    """Traced `(x, start, row, length, beyond)`: of the lane's rows the numbers x[start + row] and
+    on, and `beyond` for rows past `length`.
     """
     whole = types.int32
 

@@ -4,8 +4,9 @@ A warp computes `mma` tiles of 16 x 8 sums; several of them, 16 * row_blocks row
 columns, make what is called a tile of sums here: a tuple of float32, in which lane t has of the row
 block i and the column block j (8 columns)
 
-    rows      16 i + t // 4 + 8 r                r = 0, 1
-    columns   8 j + 2 (t % 4) + c                c = 0, 1       at place  4 (i * blocks + j) + 2 r + c
+    rows       16 i + t // 4 + 8 r             r = 0, 1
+    columns    8 j + 2 (t % 4) + c             c = 0, 1
+    at         4 (i * blocks + j) + 2 r + c    `blocks` column blocks in all
 
 Operands are read from shared memory by `ldmatrix`: matrices of 8 rows of 16 bytes, four at a time.
 A step along the depth of a product is 32 bytes of a row: 16 numbers of 16 bits, 8 of float32.
@@ -99,6 +100,7 @@ class Tiles:
         in_registers: the warp's own operands stay in registers.
         at_once: blocks that a multiprocessor's registers are to be enough for.
         parts: 2 if a block computes one half of the gradients' columns, and another the other.
+        lazy: the output is rescaled only where a row's maximum has grown.
 
     """
 
@@ -109,6 +111,7 @@ class Tiles:
     in_registers: bool = False
     at_once: int = 1
     parts: int = 1
+    lazy: bool = False
 
     @property
     def threads(self) -> int:
@@ -195,7 +198,7 @@ def divide(number, by):
 
 @device_function
 def block_number():
-    """cuda.blockIdx.x, read anew: what is made of it at a kernel's end is not kept until then."""
+    """cuda.blockIdx.x, anew: what a kernel's end makes of it is not kept from its beginning."""
     return opaque(types.uint32(cuda.blockIdx.x))
 
 
@@ -293,9 +296,9 @@ def multiply_rows(kind: Kind, row_blocks: int, columns: int, width: int, in_regi
 
 @cache
 def multiply_columns(kind: Kind, row_blocks: int, depth: int, width: int, step: int) -> Any:
-    """Traced `(sums, tile, b)`: sums + tile B, from a tile of `depth` columns and as many rows of B,
-    of which `width` numbers are multiplied, in rows `step` bytes apart. `b` is where the lane reads
-    B.
+    """Traced `(sums, tile, b)`: sums + tile B, from a tile of `depth` columns and as many rows of
+    B, of which `width` numbers are multiplied, in rows `step` bytes apart. `b` is where the lane
+    reads B.
     """
     of_step = DEPTH // kind.itemsize
     blocks, depth_blocks = width // 8, depth // 8

@@ -1,0 +1,76 @@
+"""What FlashAttention's backward pass does first: delta, and the logsumexp in units of log 2.
+
+    delta = rowsum(dO * O) - dL
+    L = log2(e) logsumexp
+
+("FlashAttention-2", Dao, 2023, algorithm 2, line 4.) A few threads share a row and read 16 bytes at
+a time: it is as fast as memory.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from ..runtime import NEGATIVE_INFINITY, WARP, cuda, kernel, precision, shuffle_xor, types
+from ..vectors_cuda import vector_access
+from .mma_tiles import Kind
+
+DELTA_THREADS = 128
+
+
+def delta_team(kind: Kind) -> tuple[int, int]:
+    """How many threads share a row of the output, a power of two, and how many of its numbers each
+    reads at once.
+    """
+    at_once = kind.lanes if kind.value_dim % kind.lanes == 0 else 1
+    pieces = max(-(-kind.value_dim // at_once), 1)
+    return min(1 << (pieces - 1).bit_length(), WARP), at_once
+
+
+@cache
+def delta_kernel(kind: Kind, has_grad_logsumexp: bool) -> Any:
+    """A row that saw no key gets L = +inf, with which all its P are 0."""
+    team, at_once = delta_team(kind)
+    load, storage = precision(kind.precision).load, precision(kind.precision).storage.name
+    element, value_dim = getattr(types, storage), kind.value_dim
+    rows_of_block, step = DELTA_THREADS // team, team * at_once
+    masks = tuple(1 << bit for bit in range(team.bit_length() - 1))
+    (read, _), nothing, infinity = vector_access(at_once), NEGATIVE_INFINITY, float("inf")
+
+    @kernel(DELTA_THREADS)
+    def flash_delta_mma(
+        out, grad_out, logsumexp, grad_logsumexp, delta, logsumexp2, out_steps, grad_steps, heads,
+        seqlen_q, count,
+    ):  # fmt: skip
+        x, y = cuda.local.array(at_once, element), cuda.local.array(at_once, element)
+        member = cuda.threadIdx.x % team
+        number = types.int64(cuda.blockIdx.x) * rows_of_block + cuda.threadIdx.x // team
+        row = min(number, count - 1)  # all threads take part in the sums
+        batch_head = row // seqlen_q
+        b, h, r = batch_head // heads, batch_head % heads, row % seqlen_q
+        out_place = b * out_steps[0] + h * out_steps[1] + r * out_steps[2]
+        grad_place = b * grad_steps[0] + h * grad_steps[1] + r * grad_steps[2]
+        total = types.float32(0.0)
+        for first in range(0, value_dim, step):
+            column = first + member * at_once
+            if column < value_dim:
+                read(out, out_place + column, x)
+                read(grad_out, grad_place + column, y)
+                for n in range(at_once):
+                    total += load(x[n]) * load(y[n])
+        for mask in masks:
+            total += shuffle_xor(total, mask)
+        if number == row and member == 0:
+            if logsumexp[row] == nothing:
+                delta[row], logsumexp2[row] = types.float32(0.0), types.float32(infinity)
+            else:
+                if has_grad_logsumexp:
+                    total -= grad_logsumexp[row]
+                delta[row] = total
+                logsumexp2[row] = logsumexp[row] * types.float32(1.4426950408889634)
+
+    return flash_delta_mma
+
+
+__all__ = ["DELTA_THREADS", "delta_kernel", "delta_team"]
