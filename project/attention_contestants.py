@@ -201,7 +201,7 @@ def standard(
     q, k, v = (x.detach().requires_grad_(backward) for x in inputs[:3])
 
     def attend() -> Any:
-        weights = torch.softmax(q @ k.mT * (1.0 / math.sqrt(case.head_dim)), -1)
+        weights = torch.softmax((q * case.head_dim**-0.5) @ k.mT, -1)
         if case.dropout_p:
             weights = torch.dropout(weights, case.dropout_p, train=True)
         return weights @ v

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from project.attention_contestants import Case, Contestant
 from project.attention_report import decode_rate
 from project.gpu_timing import Recorder, Work
 
+Cells = Iterator[dict[str, Any]]
 COMMAND = Path(__file__).with_name("bench_attention_cuda.py")
 HIDDEN, TOKENS = 2048, 16384
 DECODE_KEYS, DECODE_HEADS = 65536, 32
@@ -44,11 +45,15 @@ def measure(
 
     inputs = case.inputs()
     torch.cuda.synchronize()
-    running = {
-        name: made
-        for name, enter in entrants.items()
-        if (made := enter(recorder, case, inputs, backward)) is not None
-    }
+    running: dict[str, Contestant] = {}
+    for name, enter in entrants.items():
+        try:
+            made = enter(recorder, case, inputs, backward)
+        except Exception as error:  # the others are measured all the same
+            print(f"  {name}: {(str(error) or repr(error)).splitlines()[0][:120]}", flush=True)
+            continue
+        if made is not None:
+            running[name] = made
     cell: dict[str, Any] = asdict(case)
     forward = {name: made.forward for name, made in running.items()}
     cell["forward"] = recorder.medians(forward, rounds)
@@ -57,10 +62,10 @@ def measure(
     if not case.dropout_p:
         wanted = contestants.reference(case, inputs)
         for name, made in running.items():
-            found = contestants.errors(made, wanted)
-            for what, error in zip(("forward", "backward"), found, strict=True):
-                if error is not None:
-                    cell[what][name]["error"] = error
+            errors = contestants.errors(made, wanted)
+            for what, largest in zip(("forward", "backward"), errors, strict=True):
+                if largest is not None:
+                    cell[what][name]["error"] = largest
         del wanted
     for made in running.values():
         made.close()
@@ -94,8 +99,8 @@ def cases(lengths: list[int], head_dims: list[int], **more: Any) -> list[Case]:
     ]
 
 
-def show(cell: dict[str, Any]) -> None:
-    """A line of output for a cell."""
+def shown(cell: dict[str, Any]) -> dict[str, Any]:
+    """The cell, after a line of output for each pass."""
     tflop = Case(**{name: cell[name] for name in Case.__dataclass_fields__}).tflop
     for what, factor in (("forward", 1.0), ("backward", 2.5)):
         if cell[what]:
@@ -105,6 +110,7 @@ def show(cell: dict[str, Any]) -> None:
                 f"{'causal' if cell['causal'] else 'full'} {what}: {', '.join(rates)} TFLOP/s",
                 flush=True,
             )
+    return cell
 
 
 # ----- parts -----
@@ -133,56 +139,46 @@ def measure_ceilings(recorder: Recorder, arguments: argparse.Namespace) -> dict[
     return found
 
 
-def measure_grid(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_grid(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
     """Forward and backward passes alone."""
-    cells = []
     entrants = entrants_of(arguments.ours, ["flash", "cudnn"])
     for case in cases(
         arguments.lengths, arguments.head_dims, dtype=arguments.dtype, seed=arguments.seed
     ):
-        cells.append(measure(recorder, case, entrants, arguments.rounds, backward=True))
-        show(cells[-1])
-    return cells
+        yield shown(measure(recorder, case, entrants, arguments.rounds, backward=True))
 
 
-def measure_dropout(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_dropout(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
     """The grid's cells with dropout, which cuDNN does not take in PyTorch."""
-    cells = []
     entrants = entrants_of([n for n in arguments.ours if n != "simt"], ["flash"])
     head_dims = [d for d in arguments.head_dims if d <= 128]
     for case in cases(
         arguments.lengths, head_dims, dtype=arguments.dtype, seed=arguments.seed, dropout_p=0.2
     ):
-        cells.append(measure(recorder, case, entrants, arguments.rounds, backward=True))
-        show(cells[-1])
-    return cells
+        yield shown(measure(recorder, case, entrants, arguments.rounds, backward=True))
 
 
-def measure_published(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_published(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
     """The experiment published for a T4: 1.0446 s by standard attention, 0.3437 s by flash."""
     case = Case(32, 8, 2048, 2048, 64, dtype="float16", dropout_p=0.2, seed=arguments.seed)
     entrants = entrants_of(["ours"], ["flash"])
     entrants["standard"] = contestants.standard
-    cells = [measure(recorder, case, entrants, arguments.rounds, backward=False)]
-    show(cells[0])
-    return cells
+    yield shown(measure(recorder, case, entrants, arguments.rounds, backward=False))
 
 
-def measure_decode(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_decode(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
     """One query of each head against a long cache of keys and values."""
-    cells = []
     entrants = entrants_of(["ours"], ["flash", "cudnn"])
     for head_dim in (64, 128):
         for dtype in ("float16", "bfloat16"):
             case = Case(1, DECODE_HEADS, 1, DECODE_KEYS, head_dim, dtype=dtype, seed=arguments.seed)
-            cells.append(measure(recorder, case, entrants, arguments.rounds, backward=False))
-            rates = {n: decode_rate(cells[-1], n) for n in cells[-1]["forward"]}
-            shown = ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items())
-            print(f"decode, D {head_dim}, {dtype}: {shown} TB/s", flush=True)
-    return cells
+            cell = measure(recorder, case, entrants, arguments.rounds, backward=False)
+            rates = (f"{name} {decode_rate(cell, name):.2f}" for name in cell["forward"])
+            print(f"decode, D {head_dim}, {dtype}: {', '.join(rates)} TB/s", flush=True)
+            yield cell
 
 
-def measure_float32(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_float32(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
     """In float32: exactly, and by tensor cores; standard attention of ours; PyTorch's."""
     import minitorch
 
@@ -193,24 +189,21 @@ def measure_float32(recorder: Recorder, arguments: argparse.Namespace) -> list[d
 
         return made
 
-    cells = []
     entrants = {name: enter(name) for name in ("ieee", "tf32", "tf32x3")}
     entrants |= {"own standard": contestants.our_standard, **entrants_of([], ["efficient"])}
     for causal in (False, True):
         for n in FLOAT32_LENGTHS:
             case = Case(TOKENS // n, 16, n, n, 64, causal, "float32", seed=arguments.seed)
-            cells.append(measure(recorder, case, entrants, max(5, arguments.rounds // 5), True))
-            show(cells[-1])
-    return cells
+            rounds = max(5, arguments.rounds // 5)
+            yield shown(measure(recorder, case, entrants, rounds, backward=True))
 
 
-def measure_memory(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_memory(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
     """Peak of forward + backward beyond the inputs, MiB, flash and standard, in float32."""
     import torch
 
     import minitorch
 
-    rows = []
     for length in MEMORY_LENGTHS:
         row: dict[str, Any] = {"length": length, "heads": MEMORY_HEADS}
         shape = (1, MEMORY_HEADS, length, MEMORY_HEAD_DIM)
@@ -229,14 +222,12 @@ def measure_memory(recorder: Recorder, arguments: argparse.Namespace) -> list[di
                 print(str(error).splitlines()[0], flush=True)
             del arrays, q, k, v, x
             minitorch.cuda.empty_cache()
-        rows.append(row)
         print(row, flush=True)
-    return rows
+        yield row
 
 
-def measure_compile(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_compile(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
     """First calls of a new process, with an empty cache and then with the one it has filled."""
-    rows = []
     for name in [n for n in arguments.ours if n != "simt"]:
         with tempfile.TemporaryDirectory() as folder:
             row: dict[str, Any] = {"kernel": name}
@@ -248,9 +239,8 @@ def measure_compile(recorder: Recorder, arguments: argparse.Namespace) -> list[d
                     print(run.stderr[-300:], flush=True)
                     break
                 row[state] = json.loads(run.stdout.splitlines()[-1])
-            rows.append(row)
             print(row, flush=True)
-    return rows
+            yield row
 
 
 def first_call(name: str) -> None:
@@ -262,9 +252,9 @@ def first_call(name: str) -> None:
     length = 1 if name == "decode" else 256
     q, k = (
         minitorch.tensor_from_numpy(np.ones((1, 2, n, 128), np.float16), backend)
-        for n in (length, 256)
+        for n in (length, 4096)
     )
-    problem = attention.describe(q, k, k, is_causal=True)
+    problem = attention.describe(q, k, k, is_causal="bottom-right")
     ops: Any = q.f.ops
     minitorch.cuda.synchronize()
     seconds: dict[str, float] = {}
@@ -282,7 +272,7 @@ def first_call(name: str) -> None:
     print(json.dumps(seconds))
 
 
-def measure_triton(recorder: Recorder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_triton(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
     """PyTorch's flex_attention: a FlashAttention that Triton compiles, after Triton's tutorial."""
     import torch
     from torch.nn.attention import flex_attention as flex
@@ -302,15 +292,12 @@ def measure_triton(recorder: Recorder, arguments: argparse.Namespace) -> list[di
             return None
         return Contestant(work, None)
 
-    cells = []
     entrants = {"triton": enter, **entrants_of(["ours"], [])}
     for case in cases([4096], [64, 128], dtype=arguments.dtype, seed=arguments.seed):
-        cells.append(measure(recorder, case, entrants, arguments.rounds, backward=False))
-        show(cells[-1])
-    return cells
+        yield shown(measure(recorder, case, entrants, arguments.rounds, backward=False))
 
 
-PARTS: dict[str, Callable[[Recorder, argparse.Namespace], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[Recorder, argparse.Namespace], Cells]] = {
     "grid": measure_grid,
     "dropout": measure_dropout,
     "published": measure_published,

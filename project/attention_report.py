@@ -165,6 +165,7 @@ def other_bars(result: dict[str, Any]) -> Iterator[Bar]:
     shares = {
         f"D {cell['head_dim']}, {cell['dtype']}": decode_rate(cell, "ours") / copy
         for cell in result.get("decode", [])
+        if "ours" in cell["forward"]
     }
     yield Bar("decode, share of the rate of a copy", 0.7, 0.9, shares)
     for state, most in (("cold", 10.0), ("warm", 1.0)):

@@ -103,11 +103,17 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
     return list(cells.values())
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
-    """The results so far: JSON and page; the pictures where matplotlib is installed."""
+def keep(result: dict[str, Any], folder: Path) -> Path:
+    """Write the results so far, so that nothing is lost if a later part fails."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "attention_cuda.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """JSON and page; the pictures where matplotlib is installed."""
+    path = keep(result, folder)
     path.with_suffix(".md").write_text(attention_report.markdown(result))
     try:
         attention_report.draw(result, folder)
@@ -156,9 +162,13 @@ def main(words: list[str] | None = None) -> None:
     gc.freeze()  # each capture looks for garbage
     result["ceilings"] = measure_ceilings(recorder, arguments)
     for part in arguments.parts:
-        found = PARTS[part](recorder, arguments)
-        result[part] = merged(result.get(part, []), found) if arguments.add else found
-        write(result, arguments.out)
+        former = result.get(part, []) if arguments.add else []
+        found: list[dict[str, Any]] = []
+        for cell in PARTS[part](recorder, arguments):
+            found.append(cell)
+            result[part] = merged(former, found)
+            keep(result, arguments.out)
+    write(result, arguments.out)
 
 
 if __name__ == "__main__":
