@@ -239,16 +239,16 @@ def forward_signature(kind: Kind) -> tuple[Any, ...]:
 
 def instances() -> Iterator[Instance]:
     """Head sizes, dtypes, and each feature."""
-    kinds = [
-        *(Kind("float16", size, size) for size in HEAD_SIZES),
-        *(Kind("bfloat16", size, size, banded=True) for size in HEAD_SIZES),
-        Kind("float16", 64, 64, dropout=True),
-        Kind("bfloat16", 128, 128, dropout=True, banded=True, vectors=False),
-        Kind("float16", 64, 64, "bool"),
-        Kind("bfloat16", 128, 128, "bfloat16", scaled_first=True, dropout=True),
-        Kind("float16", 256, 256, "float32", scaled_first=True, banded=True),
+    kinds = (
+        Kind("float16", 64, 64),
+        Kind("bfloat16", 64, 64, banded=True),
+        Kind("float16", 128, 128, banded=True),
+        Kind("bfloat16", 128, 128),
+        Kind("float16", 256, 256, banded=True),
         Kind("float16", 192, 128),
-    ]
+        Kind("bfloat16", 128, 128, "bfloat16", scaled_first=True, dropout=True, vectors=False),
+        Kind("float16", 64, 64, "bool"),
+    )
     for kind in kinds:
         blocks = forward_blocks(kind, 4096)
         features = [kind.mask] * (kind.mask != "none") + ["dropout"] * kind.dropout
@@ -262,4 +262,7 @@ def instances() -> Iterator[Instance]:
         )
 
 
-__all__ = ["Blocks", "Kind", "forward", "instances", "matrices_on_device", "why_not"]
+__all__ = [
+    "Blocks", "Kind", "backward", "backward_workspace", "forward", "instances",
+    "matrices_on_device", "why_not",
+]  # fmt: skip

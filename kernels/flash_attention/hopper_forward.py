@@ -58,6 +58,7 @@ from .hopper_store import store_rows
 from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Blocks, Kind, own_place, parts, ring, row_bytes
 
 LN_2, LOG2_E = math.log(2.0), math.log2(math.e)
+LOWEST = NEGATIVE_INFINITY
 WARPS = 4  # of a warpgroup
 LOADERS_REGISTERS = {2: 40, 3: 32}  # of a loading thread, by the number of computing warpgroups
 REGISTERS = {2: 232, 3: 160}  # of a computing thread
@@ -204,9 +205,10 @@ def barrier_maker(kind: Kind, blocks: Blocks) -> Any:
 
 @cache
 def softmax(kind: Kind, block_n: int) -> Any:
-    """Device function: from a tile of scores S and m to the weights
-    P = exp2(scale S - scale m_new), m_new, scale m_new, and the lane's part of rowsum(P).
-    Dropped weights are 0 in P alone.
+    """Device function: from a tile of scores S, and m of its rows so far, to m_new, the weights
+    P = exp2(scale S - scale m_new), scale m_new and the lane's part of rowsum(P), in which weights
+    count that are dropped from P. Of a row that has seen no key scale m_new is 0 here, so that
+    nothing is subtracted from -inf.
     """
     tile = RegisterTile(block_n)
     row_max, shift_of, exp2, own_row_sum = tile.row_max, tile.shift, tile.exp2, tile.own_row_sum
@@ -229,30 +231,32 @@ def softmax(kind: Kind, block_n: int) -> Any:
         m = row_max(s, m)
         shift = shift_of(m, scale)
         weights = exp2(s, scale, shift)
-        l = own_row_sum(weights, (f32(0.0), f32(0.0)))
+        sums = own_row_sum(weights, (f32(0.0), f32(0.0)))
         if drops:
             seed, threshold = dropout
             words, lane = (u32(seed), u32(seed >> 32)), u32(cuda.threadIdx.x)
             bits = bits_of(own_row, own_key, lane, words, batch * heads + head, threshold)
             weights = drop_some(weights, bits)
-        return weights, m, shift, l
+        return m, weights, shift, sums
 
     return softmax_of
 
 
 @cache
-def row_writer(kind: Kind) -> Any:
+def row_writer(kind: Kind, blocks: Blocks) -> Any:
     """Device function: writes a warpgroup's tile O / l to rows of the output, and the logsumexp."""
     tile = RegisterTile(kind.value_dim)
     scale_rows, quad_sum, store = tile.scale_rows, tile.quad_sum, store_rows(kind)
     f32, i32, zero = types.float32, types.int32, types.float32(0.0)
+    _, tile_of = tile_finder(kind, blocks)
 
     @device_function
-    def write(o, l, shift, tile, out, steps, logsumexp, sizes, keep):
-        (row0, batch, head), heads, seqlen_q = tile, sizes[0], sizes[1]
+    def write(o, l, scaled_m, number, warpgroup, out, steps, logsumexp, sizes, keep):
+        row0, batch, head, _, _ = tile_of(number, sizes)
+        heads, seqlen_q = sizes[0], sizes[1]
         l = quad_sum(l)
         own_row, _ = own_place()
-        row, lane = row0 + own_row, i32(cuda.threadIdx.x) & i32(31)
+        row, lane = row0 + ROWS * warpgroup + own_row, i32(cuda.threadIdx.x) & i32(31)
         inside = (row < seqlen_q, row + 8 < seqlen_q)
         # A row that sees no key: 0, and a logsumexp of -inf, which log2(0) is.
         factor = (
@@ -266,7 +270,7 @@ def row_writer(kind: Kind) -> Any:
             place = (batch * heads + head) * seqlen_q + row
             for r in range(2):
                 if inside[r]:
-                    logsumexp[place + 8 * r] = (shift[r] + lg2_approx_ftz_f32(l[r])) * f32(LN_2)
+                    logsumexp[place + 8 * r] = (scaled_m[r] + lg2_approx_ftz_f32(l[r])) * f32(LN_2)
 
     return write
 
@@ -291,11 +295,11 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     # What is done in registers.
     output, as_operand = RegisterTile(value_dim), RegisterTile(block_n).to_operand(kind.precision)
     no_output, scale_rows, exp2 = output.zero, output.scale_rows, ex2_approx_ftz_f32
-    softmax_of, write = softmax(kind, block_n), row_writer(kind)
+    softmax_of, write = softmax(kind, block_n), row_writer(kind, blocks)
+    scaled_first = kind.scaled_first
     give_registers = setmaxnreg("dec", LOADERS_REGISTERS[warpgroups])
     take_registers = setmaxnreg("inc", REGISTERS[warpgroups])
     f32, i32, u32, u64 = types.float32, types.int32, types.uint32, types.uint64
-    nothing = NEGATIVE_INFINITY
 
     @kernel(blocks.threads, blocks=1)
     def hopper_forward(
@@ -323,13 +327,15 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 bar_arrive(1, 2 * WARPGROUP)  # the first turn is warpgroup 0's
             q_full, q_free = memory + plan.q_full + 8 * me, memory + plan.q_free + 8 * me
             tiles, scale = sizes[5], f32(scale * LOG2_E)
+            factor = f32(1.0) if scaled_first else scale  # of scores in the softmax
             dropout = seed + offset[0], u32(threshold)
             # The first tile of keys: S = Q K^T, P = softmax(S).
-            row0, batch, head, number, end = tile_of(tile_number(order, 0), sizes)
-            turn, n, following = u32(0), u32(0), tile_number(order, 1)
+            number, following = tile_number(order, 0), tile_number(order, 1)
+            turn, n = u32(0), u32(0)
+            row0, batch, head, key, end = tile_of(number, sizes)
             row0 = i32(row0 + ROWS * warpgroup)
             q = u64(q_tile) | u64((memory + plan.q + me * plan.q_bytes) >> u32(4))
-            o, adds, m = no_output(), u32(0), (f32(nothing), f32(nothing))
+            o, adds, nothing = no_output(), u32(0), (f32(LOWEST), f32(LOWEST))
             mbarrier_wait_parity(q_full, 0)
             mbarrier_wait_parity(memory + plan.k_full, 0)
             o = fence(o)
@@ -338,25 +344,26 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             s = wait_s(s)
             if is_first_lane:
                 mbarrier_arrive(memory + plan.k_free)
-                if number + 1 == end:
+                if key + 1 == end:
                     mbarrier_arrive(q_free)
-            weights, m, shift, l = softmax_of(
-                s, m, row0, number * block_n, batch, head, scale, sizes, mask, mask_steps, dropout
+            m, key0 = nothing, i32(key * block_n)
+            m, weights, _, l = softmax_of(
+                s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout
             )
+            scaled_m = m[0] * factor, m[1] * factor
             p = as_operand(weights)
             while True:
-                # Here P is of the n-th tile of keys. Which tile is the next one?
-                done = row0, batch, head
-                number = i32(number + 1)
-                is_last = number == end
+                # P is of the n-th tile of keys. Which one is next?
+                done, key = number, i32(key + 1)
+                is_last = key == end
                 if is_last:
                     if following >= tiles:
                         break
-                    row0, batch, head, number, end = tile_of(following, sizes)
-                    row0 = i32(row0 + ROWS * warpgroup)
-                    turn = u32(turn + 1)
+                    number, turn = following, u32(turn + 1)
                     following = tile_number(order, turn + 1)
-                    m = f32(nothing), f32(nothing)
+                    row0, batch, head, key, end = tile_of(number, sizes)
+                    row0 = i32(row0 + ROWS * warpgroup)
+                    m = nothing
                 v_place, v_parity = place_of(n)
                 n = u32(n + 1)
                 k_place, k_parity = place_of(n)
@@ -378,31 +385,33 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 s = wait_first(s)
                 if is_first_lane:
                     mbarrier_arrive(k_barrier + plan.k_free)
-                    if number + 1 == end:
+                    if key + 1 == end:
                         mbarrier_arrive(q_free)
-                # m, P and l, while O += P V goes on
-                weights, m, new_shift, new_l = softmax_of(
-                    s, m, row0, number * block_n, batch, head, scale, sizes, mask, mask_steps,
-                    dropout,
-                )  # fmt: skip
+                # m, P and its row sums, while O += P V goes on
+                key0 = i32(key * block_n)
+                m, weights, shift, sums = softmax_of(
+                    s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout
+                )
                 o = wait_o(o)
                 if is_first_lane:
                     mbarrier_arrive(v_barrier + plan.v_free)
-                if is_last:  # the next O begins with a product that does not add
-                    write(o, l, shift, done, out, out_steps, logsumexp, sizes, keep)
-                    l, shift = (f32(0.0), f32(0.0)), new_shift
-                adds = u32(0) if is_last else u32(1)
-                # O = diag(exp(m - m_new)) O
-                alpha = exp2(shift[0] - new_shift[0]), exp2(shift[1] - new_shift[1])
-                l = l[0] * alpha[0] + new_l[0], l[1] * alpha[1] + new_l[1]
-                o, shift, p = scale_rows(o, alpha), new_shift, as_operand(weights)
+                if is_last:
+                    write(o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, sizes, keep)
+                    l, scaled_m = (f32(0.0), f32(0.0)), nothing
+                adds = u32(0) if is_last else u32(1)  # whether the next P V adds to O, or begins it
+                # l = alpha l + rowsum(P), O = diag(alpha) O, where alpha = exp(m - m_new)
+                alpha = exp2(scaled_m[0] - shift[0]), exp2(scaled_m[1] - shift[1])
+                l = l[0] * alpha[0] + sums[0], l[1] * alpha[1] + sums[1]
+                scaled_m = m[0] * factor, m[1] * factor
+                o, p = scale_rows(o, alpha), as_operand(weights)
             v_place, v_parity = place_of(n)
             mbarrier_wait_parity(memory + plan.v_full + 8 * v_place, v_parity)
             o = fence(o)
             v = u64(tile) | u64((memory + plan.v + v_place * plan.v_bytes) >> u32(4))
             o = add_values(o, p, v, adds)
             wgmma_commit_group()
-            write(wait_o(o), l, shift, done, out, out_steps, logsumexp, sizes, keep)
+            o = wait_o(o)
+            write(o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, sizes, keep)
 
     return hopper_forward
 
