@@ -91,7 +91,7 @@ class Turns:
     def _wake_after(self, place: int, thread: TurnThread | None) -> None:
         """Wake the first thread after a place that waits for nothing; let `thread` sleep."""
         count = len(self.threads)
-        order = [n % count for n in range(place + 1, place + 1 + count)]
+        order = (n % count for n in range(place + 1, place + 1 + count))
         free = next((n for n in order if self._can_go_on(self.threads[n])), None)
         if free is None and all(other.waits for other in self.threads):  # all have come
             for other in self.threads:
@@ -100,7 +100,7 @@ class Turns:
             free = 0
         if free is None:
             self.failure = Deadlock("every thread waits for what another would have to do")
-            free = order[0]
+            free = (place + 1) % count
         self.awake = free
         if self.threads[free] is not thread:
             self.threads[free].go.release()
