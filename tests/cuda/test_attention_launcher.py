@@ -48,14 +48,14 @@ def use(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Spy:
     return spy
 
 
-@pytest.mark.parametrize("layout", ["plain", "heads", "transposed", "part"])
-@pytest.mark.parametrize(("dtype", "columns"), [("float16", 8), ("float16", 5), ("float32", 6)])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "part"])
+@pytest.mark.parametrize(("dtype", "columns"), [("float16", 5), ("float32", 8)])
 def test_rows_lie_as_the_kernel_needs(
     monkeypatch: pytest.MonkeyPatch, layout: str, dtype: str, columns: int
 ) -> None:
     """Contiguous, at multiples of 16 bytes; results and gradients as they would be without."""
     spy = use(monkeypatch, ROW_ALIGNMENT=ALIGNMENT)
-    check([(2, 2, 9, columns), (2, 1, 11, columns), (2, 1, 11, columns)], dtype, (layout,) * 4)
+    check([(2, 2, 5, columns), (2, 1, 7, columns), (2, 1, 7, columns)], dtype, (layout,) * 4)
     itemsize = np.dtype(dtype).itemsize
     assert len(spy.given) == 7
     for matrices in spy.given:
