@@ -124,11 +124,6 @@ def st_shared_b32(address: u32, x: u32) -> None:
     """A word to an address of shared memory, a multiple of 4."""
 
 
-@ptx("st.shared.f32 [{address}], {x};", simulated=simulated.store_shared)
-def st_shared_f32(address: u32, x: f32) -> None:
-    """A float32 to an address of shared memory, a multiple of 4."""
-
-
 @ptx("st.shared.v4.b32 [{address}], {x};", simulated=simulated.store_shared)
 def st_shared_v4_b32(address: u32, x: u32[4]) -> None:
     """16 bytes to an address of shared memory, a multiple of 16."""
@@ -238,14 +233,6 @@ def ldmatrix(offsets: tuple[int, ...] = (0,), count: int = 4, trans: bool = Fals
 
 ldmatrix_x1, ldmatrix_x2, ldmatrix_x4 = (ldmatrix(count=n) for n in (1, 2, 4))
 ldmatrix_x2_trans, ldmatrix_x4_trans = (ldmatrix(count=n, trans=True) for n in (2, 4))
-
-
-@ptx(
-    "movmatrix.sync.aligned.m8n8.trans.b16 {out}, {x};",
-    simulated=simulated.movmatrix,
-)
-def movmatrix_trans(x: u32) -> u32:
-    """9.7.14.5.17: a matrix of 8 x 8 16-bit elements, transposed. Compute capability 7.5."""
 
 
 @cache

@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 from . import ptx_hopper_simulated as simulated
-from . import ptx_simulated as warp
 from .inline_ptx import f32, i32, instruction, lines, ptx, u32, u64
 from .ptx import SHORT
 
@@ -45,15 +44,6 @@ def mbarrier_arrive_expect_tx(barrier: u32, size: u32) -> None:
 
 
 @ptx(
-    "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{barrier}], {parity};"
-    " selp.u32 {out}, 1, 0, p; }",
-    simulated=simulated.mbarrier_try_wait,
-)
-def mbarrier_try_wait_parity(barrier: u32, parity: u32) -> u32:
-    """1 if the phase of that parity has ended, 0 if it has not within a time of the system's."""
-
-
-@ptx(
     "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [{barrier}], {parity};"
     " @!p bra again; }",
     simulated=simulated.mbarrier_wait,
@@ -79,48 +69,31 @@ def bar_arrive(barrier: u32, threads: u32) -> None:
 # ----- the copy engine (TMA): 9.7.9.25.4 and .5, compute capability 9.0 -----
 
 
-@ptx("prefetch.tensormap [{tensor_map}];", simulated=simulated.nothing)
-def prefetch_tensormap(tensor_map: u64) -> None:
-    """9.7.9.15: bring a tensor map, at a multiple of 64, into the cache."""
+@ptx(
+    "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+    " [{target}], [{tensor_map}, {{x}, {y}, {z}, {w}}], [{barrier}];",
+    simulated=simulated.copy_in,
+)
+def cp_async_bulk_tensor_4d(
+    target: u32, tensor_map: u64, barrier: u32, x: i32, y: i32, z: i32, w: i32
+) -> None:
+    """Begin to copy one box of a tensor of four dimensions from global to shared memory.
 
-
-_AXES = ("x", "y", "z", "w", "v")
-
-
-def _copy(rank: int, store: bool) -> Any:
-    """One box of a tensor of `rank` dimensions, between global and shared memory.
-
-    The load is called as (target, tensor_map, barrier, x, y, ...), the store as (tensor_map,
-    source, x, y, ...): addresses, and the box's first element along each dimension, the innermost
-    first. One thread calls it. A load counts its bytes at the barrier and gives zeros for what is
-    outside of the tensor; a store leaves that out.
+    `tensor_map` is the map's address (tensor_map.py), x, y, z, w is the box's first element, the
+    innermost dimension first; what is outside of the tensor becomes zeros. The box's bytes count at
+    the barrier. One thread calls it.
     """
-    axes = _AXES[:rank]
-    box = f"[{{tensor_map}}, {{{', '.join(f'{{{x}}}' for x in axes)}}}]"
-    places = dict.fromkeys(axes, i32)
-    name = f"cp_async_bulk_tensor_{rank}d"
-    if store:
-        return instruction(
-            f"{name}_store",
-            f"cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group {box}, [{{source}}];",
-            {"tensor_map": u64, "source": u32} | places, doc=_copy.__doc__ or "",
-            simulated=simulated.copy_out,
-        )  # fmt: skip
-    return instruction(
-        name,
-        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        f" [{{target}}], {box}, [{{barrier}}];",
-        {"target": u32, "tensor_map": u64, "barrier": u32} | places, doc=_copy.__doc__ or "",
-        simulated=simulated.copy_in,
-    )  # fmt: skip
 
 
-cp_async_bulk_tensor_2d, cp_async_bulk_tensor_3d, cp_async_bulk_tensor_4d = (
-    _copy(rank, store=False) for rank in (2, 3, 4)
+@ptx(
+    "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group"
+    " [{tensor_map}, {{x}, {y}, {z}, {w}}], [{source}];",
+    simulated=simulated.copy_out,
 )
-cp_async_bulk_tensor_2d_store, cp_async_bulk_tensor_3d_store, cp_async_bulk_tensor_4d_store = (
-    _copy(rank, store=True) for rank in (2, 3, 4)
-)
+def cp_async_bulk_tensor_4d_store(
+    tensor_map: u64, source: u32, x: i32, y: i32, z: i32, w: i32
+) -> None:
+    """Begin to copy one box from shared memory to a tensor; what is outside of it is left out."""
 
 
 @ptx(
@@ -298,22 +271,3 @@ def setmaxnreg(direction: str, count: int) -> Any:
         {},
         simulated=simulated.nothing,
     )
-
-
-# ----- matrices to shared memory: 9.7.14 -----
-
-
-@cache
-def stmatrix(count: int = 4, trans: bool = False) -> Any:
-    """`stmatrix.sync.aligned.m8n8.x{count}{.trans}.shared.b16`, 9.7.14.5.16: what `ldmatrix` loads,
-    in the same registers, stored. Compute capability 9.0.
-    """
-    suffix = f"x{count}" + ".trans" * trans
-    return instruction(
-        f"stmatrix_{suffix.replace('.', '_')}",
-        f"stmatrix.sync.aligned.m8n8.{suffix}.shared.b16 [{{address}}], {{x}};",
-        {"address": u32, "x": u32[count]}, simulated=warp.stmatrix(count, trans),
-    )  # fmt: skip
-
-
-stmatrix_x4, stmatrix_x4_trans = stmatrix(), stmatrix(trans=True)

@@ -346,30 +346,6 @@ def ldmatrix(offsets: tuple[int, ...], count: int, trans: bool) -> Callable[[Any
     return load
 
 
-def stmatrix(count: int, trans: bool) -> Callable[[Any, Any], None]:
-    """stmatrix: lane 8 m + r writes row r of matrix m."""
-
-    def store(address: Any, x: Any) -> None:
-        words = exchange([int(w) for w in x])
-        m, row = divmod(lane(), 8)
-        if m < count:
-            matrix = np.array([w[m] for w in words], np.uint32).view(np.uint16).reshape(8, 8)
-            _check(int(address), 16)
-            write_shared(int(address), (matrix.T if trans else matrix)[row].tobytes())
-
-    return store
-
-
-def movmatrix(x: Any) -> Any:
-    """movmatrix.trans."""
-
-    def transposed(words: list[Any]) -> Any:
-        matrix = np.array([int(w) for w in words], np.uint32).view(np.uint16).reshape(8, 8)
-        return np.ascontiguousarray(matrix.T).view(np.uint32).reshape(WARP)
-
-    return together(x, transposed)
-
-
 def numbers(words: Any, dtype: str) -> Any:
     """The float64 numbers in registers: (..., 2) of 16 bits each, (..., 1) of tf32."""
     array = np.array(words, np.uint32)
