@@ -131,9 +131,10 @@ class RegisterTile:
         def row_max(tile, before):
             found = []
             for numbers, largest in zip(self._by_row(tile), before, strict=True):
-                for x in numbers:
-                    largest = maximum(largest, x)
-                found.append(largest)
+                other = numbers[0]
+                for x, y in zip(numbers[::2], numbers[1::2], strict=True):
+                    largest, other = maximum(largest, x), maximum(other, y)
+                found.append(maximum(largest, other))  # two chains: half the time
             return _over_quad(found, maximum)
 
         return row_max
