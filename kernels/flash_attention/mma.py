@@ -16,6 +16,7 @@ from .cuda import Architecture, Gradients, Heads, Inputs, Matrices
 from .mma_backward import backward_memory, key_value_kernel, query_kernel
 from .mma_delta import DELTA_THREADS, delta_kernel, delta_team
 from .mma_forward import forward_kernel, forward_memory
+from .mma_memory import copy_team
 from .mma_tiles import Kind, Tiles
 from .problem import AttentionProblem
 
@@ -52,13 +53,12 @@ def _text(architecture: Architecture) -> str:
     return "compute capability {}.{}".format(*architecture)
 
 
-def _kind(problem: AttentionProblem, inputs: Inputs, architecture: Architecture) -> Kind:
+def _kind(problem: AttentionProblem, mask_kind: str, architecture: Architecture) -> Kind:
     name = problem.dtype.name
     return Kind(
         problem.fp32_precision if name == "float32" else name,
-        problem.head_dim, problem.value_dim, inputs.mask_kind, problem.dropout_p > 0,
-        problem.scale <= 0 or inputs.mask_kind not in ("none", "bool"),
-        is_turing(architecture),
+        problem.head_dim, problem.value_dim, mask_kind, problem.dropout_p > 0,
+        problem.scale <= 0 or mask_kind not in ("none", "bool"), is_turing(architecture),
     )  # fmt: skip
 
 
@@ -67,65 +67,96 @@ def is_turing(architecture: Architecture) -> bool:
     return architecture < FIRST_WITH_ALL and not SIMULATED
 
 
-# ----- sizes of tiles: the first in a list that fits -----
+# ----- sizes of tiles -----
+#
+# The first in a list that fits: in shared memory, and in registers, which hold a warp's sums.
+# Addresses, fragments and the masks' bounds take about 60 of the 255. The order is that of the
+# speed on an H200.
 
-
-def _forward_choices(kind: Kind) -> tuple[Tiles, ...]:
-    if SIMULATED:
-        return (Tiles(16, 16, 1, 2),)
-    return (
-        Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 1),
-        Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(32, 16, 2, 1),
+FORWARD: tuple[Tiles, ...]
+KEY_VALUE: tuple[Tiles, ...]
+QUERY: tuple[Tiles, ...]
+if SIMULATED:
+    FORWARD = KEY_VALUE = QUERY = (Tiles(16, 16, 1, 2),)
+else:
+    FORWARD = (
+        Tiles(128, 64, 4, 2, in_registers=True), Tiles(128, 64, 4, 2),
+        Tiles(128, 64, 4, 2, lazy=True), Tiles(128, 32, 4, 2, lazy=True), Tiles(64, 64, 4, 2),
+        Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1),
+        Tiles(32, 16, 2, 1),
     )  # fmt: skip
+    KEY_VALUE = (
+        Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1),
+        Tiles(64, 16, 4, 1), Tiles(64, 32, 4, 2, parts=2), Tiles(64, 32, 4, 1, parts=2),
+        Tiles(64, 16, 4, 1, parts=2), Tiles(32, 16, 2, 1, parts=2),
+    )  # fmt: skip
+    QUERY = (
+        Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2),
+        Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(32, 16, 2, 1),
+    )  # fmt: skip
+SUMS = 192  # of a lane at most, 4 bytes each
+SUMS_OF_SOFTMAX = 160  # if all of them are rescaled while there are scores
+SUMS_WITH_DROPOUT = 160
+SCORES_WITH_MASK = 32  # of a lane, for each of which a number of the mask is on its way
+
+
+def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums: int) -> bool:
+    """Whether tiles of `size` bytes in all, and `sums` numbers of a lane, can be."""
+    if size > MEMORY.get(architecture, LITTLE_MEMORY):
+        return False
+    for width in (kind.width, kind.value_width):
+        rows_at_once = tiles.threads // copy_team(kind, width)
+        if any(n > rows_at_once and n % rows_at_once for n in (tiles.rows, tiles.columns)):
+            return False
+    scores = tiles.row_blocks * tiles.columns // 2
+    if kind.mask != "none" and scores > SCORES_WITH_MASK // 2:
+        return False
+    return not kind.dropout or (sums <= SUMS_WITH_DROPOUT and not tiles.in_registers)
 
 
 @cache
 def forward_tiles(kind: Kind, architecture: Architecture) -> Tiles:
     """The forward kernel's tiles."""
-    most = MEMORY.get(architecture, LITTLE_MEMORY)
-    for tiles in _forward_choices(kind):
-        sums = tiles.row_blocks * (kind.value_width + tiles.columns) // 2
-        if forward_memory(kind, tiles).size <= most and sums <= 200:
-            return tiles
-    raise AssertionError(f"no tiles fit {kind}")
 
+    def fits(tiles: Tiles) -> bool:
+        own = kind.width * kind.itemsize // 4 if tiles.in_registers else 0
+        sums = tiles.row_blocks * (kind.value_width + tiles.columns + own) // 2
+        size = forward_memory(kind, tiles).size
+        most = SUMS if tiles.lazy else SUMS_OF_SOFTMAX
+        return sums <= most and _fits(kind, tiles, architecture, size, sums)
 
-def _key_value_choices(kind: Kind) -> tuple[Tiles, ...]:
-    if SIMULATED:
-        return (Tiles(16, 16, 1, 2), Tiles(16, 16, 1, 2, parts=2))
-    return (
-        Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 16, 4, 2),
-        Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(64, 32, 4, 2, parts=2),
-        Tiles(64, 32, 4, 1, parts=2), Tiles(64, 16, 4, 1, parts=2), Tiles(32, 16, 2, 1, parts=2),
-    )  # fmt: skip
-
-
-def _query_choices(kind: Kind) -> tuple[Tiles, ...]:
-    if SIMULATED:
-        return (Tiles(16, 16, 1, 2),)
-    return (
-        Tiles(128, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1),
-        Tiles(32, 16, 2, 1),
-    )  # fmt: skip
+    return next(filter(fits, FORWARD))
 
 
 @cache
 def backward_tiles(kind: Kind, architecture: Architecture) -> tuple[Tiles, Tiles]:
     """The tiles of the kernel for dK and dV, and of that for dQ."""
-    most = MEMORY.get(architecture, LITTLE_MEMORY)
 
     def key_value_fits(tiles: Tiles) -> bool:
         widths = (kind.width + kind.value_width) // tiles.parts
         sums = tiles.row_blocks * (widths + 2 * tiles.columns) // 2
-        return sums <= 200 and backward_memory(kind, tiles, True).size <= most
+        size = backward_memory(kind, tiles, True).size
+        return sums <= SUMS and _fits(kind, tiles, architecture, size, sums)
 
     def query_fits(tiles: Tiles) -> bool:
         sums = tiles.row_blocks * (kind.width + 2 * tiles.columns) // 2
-        return sums <= 200 and backward_memory(kind, tiles, False).size <= most
+        size = backward_memory(kind, tiles, False).size
+        return sums <= SUMS and _fits(kind, tiles, architecture, size, sums)
 
+    return next(filter(key_value_fits, KEY_VALUE)), next(filter(query_fits, QUERY))
+
+
+def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:
+    """The sizes of the tiles, for people."""
+    mask = {"none": "none", "bool": "bool", "additive": "float32"}[problem.mask_kind]
+    kind = _kind(problem, mask, architecture)
+    if not backward:
+        found = forward_tiles(kind, architecture)
+        return f"{found.rows} queries x {found.columns} keys, {found.warps} warps"
+    keys, queries = backward_tiles(kind, architecture)
     return (
-        next(filter(key_value_fits, _key_value_choices(kind))),
-        next(filter(query_fits, _query_choices(kind))),
+        f"{keys.rows} keys x {keys.columns} queries for dK and dV, {queries.rows} queries x "
+        f"{queries.columns} keys for dQ, {keys.warps} warps"
     )
 
 
@@ -148,7 +179,7 @@ def forward(
     """
     if not problem.batch_heads * problem.seqlen_q:
         return
-    kind = _kind(problem, inputs, architecture)
+    kind = _kind(problem, inputs.mask_kind, architecture)
     tiles = blocks or forward_tiles(kind, architecture)
     mask, mask_strides = cuda.mask_of(inputs)
     sizes, numbers = cuda.arguments_of(problem, heads)
@@ -180,7 +211,7 @@ def backward(
     """
     if not problem.batch_heads:
         return
-    kind = _kind(problem, inputs, architecture)
+    kind = _kind(problem, inputs.mask_kind, architecture)
     for_keys, for_queries = blocks or backward_tiles(kind, architecture)
     mask, mask_strides = cuda.mask_of(inputs)
     sizes, numbers = cuda.arguments_of(problem, heads)
@@ -240,43 +271,38 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     }  # fmt: skip
 
 
-ARCHITECTURES = {
-    "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0),
-}  # fmt: skip
-
-
 def instances() -> Iterator[Instance]:
-    """Numbers, head sizes, masks and dropout; every shape of tiles for the GPUs that pick it."""
-    for turing in (False, True):
-        for kind in (
-            Kind("float16", 64, 64, "none", False, False, turing),
-            Kind("float16", 128, 128, "none", True, False, turing),
-            Kind("float16", 256, 256, "float32", False, True, turing),
-            Kind("float16", 40, 72, "bool", True, False, turing),
-            Kind("bfloat16", 128, 128, "none", False, False, False),
-            Kind("tf32", 64, 64, "none", False, False, False),
-            Kind("tf32x3", 64, 64, "none", True, False, False),
-            Kind("tf32x3", 256, 256, "bool", False, False, False),
-        ):
-            if kind.turing == turing:
-                yield from _instances_of(kind)
+    """Numbers, head sizes, masks and dropout; each for some of the GPUs, and all GPUs have some."""
+    for kind, architectures in (
+        (Kind("float16", 64, 64, "none", True, False, True), {"sm_75": (7, 5)}),
+        (
+            Kind("float16", 64, 64, "none", False, False, False),
+            {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
+        ),
+        (Kind("bfloat16", 128, 128, "none", False, False, False), {"sm_90a": (9, 0)}),
+        (Kind("float16", 128, 128, "float32", True, True, False), {"sm_86": (8, 6)}),
+        (Kind("float16", 256, 256, "none", False, False, False), {"sm_80": (8, 0)}),
+        (Kind("tf32x3", 64, 64, "bool", False, False, False), {"sm_80": (8, 0)}),
+    ):
+        yield from _instances_of(kind, architectures)
+    kind = Kind("float16", 64, 64, "none", False, False, False)
+    yield Instance("mma_delta[float16, 64]", delta_kernel(kind, True), _signatures(kind)["delta"])
 
 
-def _instances_of(kind: Kind) -> Iterator[Instance]:
+def _instances_of(kind: Kind, architectures: dict[str, Architecture]) -> Iterator[Instance]:
     picked: dict[tuple[str, Any], tuple[str, ...]] = {}
-    for name, capability in ARCHITECTURES.items():
-        if (capability < FIRST_WITH_ALL) == kind.turing:
-            for_keys, for_queries = backward_tiles(kind, capability)
-            for what, kernel in (
-                ("forward", forward_kernel(kind, forward_tiles(kind, capability))),
-                ("key_value", key_value_kernel(kind, for_keys)),
-                ("query", query_kernel(kind, for_queries, kind.mask == "float32")),
-            ):
-                picked[what, kernel] = (*picked.get((what, kernel), ()), name)
-    for (what, kernel), architectures in picked.items():
+    for name, capability in architectures.items():
+        for_keys, for_queries = backward_tiles(kind, capability)
+        for what, kernel in (
+            ("forward", forward_kernel(kind, forward_tiles(kind, capability))),
+            ("key_value", key_value_kernel(kind, for_keys)),
+            ("query", query_kernel(kind, for_queries, kind.mask == "float32")),
+        ):
+            picked[what, kernel] = (*picked.get((what, kernel), ()), name)
+    for (what, kernel), names in picked.items():
         yield Instance(
-            f"mma_{what}[{_name(kind)}, {', '.join(architectures)}]", kernel,
-            _signatures(kind)[what], architectures=architectures,
+            f"mma_{what}[{_name(kind)}, {', '.join(names)}]", kernel, _signatures(kind)[what],
+            architectures=names,
         )  # fmt: skip
 
 
@@ -294,5 +320,6 @@ __all__ = [
     "forward",
     "forward_tiles",
     "instances",
+    "tiles",
     "why_not",
 ]

@@ -43,6 +43,7 @@ from .mma_tiles import (
     load_rows,
     multiply_columns,
     multiply_rows,
+    thread_number,
 )  # fmt: skip
 
 # ----- shared memory -----
@@ -281,6 +282,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         wait()  # for the keys, where there was no tile of queries
         cuda.syncthreads()
         b, slot, key0, my_part = place_of(block_number(), key_tiles, slots)
+        warp_row = thread_number() // 32 * 16 * row_blocks
         row = key0 + warp_row
         write_dk(
             memory, base, warp_row * part_step, scale_dk(dk_sums, fill_rows(types.float32(scale))),
@@ -419,6 +421,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         cuda.syncthreads()
         batch_head, tile = divide(block_number(), row_tiles)
         b, h = divide(batch_head, heads)
+        warp_row = thread_number() // 32 * 16 * row_blocks
         row = (row_tiles - 1 - tile) * block_m + warp_row
         write_dq(
             memory, base, warp_row * step, scale_dq(dq_sums, fill_rows(types.float32(scale))), dq,

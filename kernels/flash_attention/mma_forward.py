@@ -47,6 +47,7 @@ from .mma_tiles import (
     load_rows,
     multiply_columns,
     multiply_rows,
+    thread_number,
 )  # fmt: skip
 
 LN_2 = math.log(2.0)
@@ -189,8 +190,9 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         batch_head, number = divide(block_number(), row_tiles)
         b, h = divide(batch_head, heads)
         row0 = (row_tiles - 1 - number) * block_m
-        n = cuda.threadIdx.x % 4  # a lane writes the logsumexp of one of its rows
-        row = row0 + warp_row + cuda.threadIdx.x % 32 // 4 + 8 * n
+        thread = thread_number()
+        warp_row, n = thread // 32 * 16 * row_blocks, thread % 4
+        row = row0 + warp_row + thread % 32 // 4 + 8 * n  # a lane writes one of its rows' logsumexp
         if n < 2 * row_blocks and row < seqlen_q:
             sum_of_row = pick(l, n)
             logsumexp[types.int64(batch_head) * seqlen_q + row] = (

@@ -16,7 +16,6 @@ from ..ptx import (
     cp_async_wait_group,
     global_address,
     mad_wide_u32,
-    opaque,
     pack_pair,
     st_shared_b32,
 )  # fmt: skip
@@ -24,7 +23,7 @@ from ..runtime import cuda, device_function, precision, types
 from ..traced import i32, select, traced, u32, word_of
 from ..vectors_cuda import vector_access
 from .cuda_tiles import warp_barrier
-from .mma_tiles import Kind, Tiles, sums_type
+from .mma_tiles import Kind, Tiles, sums_type, thread_number
 
 PLAIN, COLUMNS = 0, -1  # orders of a tile's rows; a positive one: see `key_of_row`
 
@@ -50,6 +49,11 @@ def key_of_row(row: Any, order: int) -> Any:
 _key_of_row = device_function(key_of_row)
 
 
+def copy_team(kind: Kind, width: int) -> int:
+    """How many threads copy a row of a tile, a power of two."""
+    return 1 << (width // kind.lanes - 1).bit_length()
+
+
 @cache
 def tile_copier(
     kind: Kind, threads: int, rows: int, columns: int, width: int, order: int = PLAIN
@@ -72,7 +76,7 @@ def tile_copier(
     """
     step, lanes, itemsize, turing = kind.step(width), kind.lanes, kind.itemsize, kind.turing
     of_row = width // lanes  # pieces
-    team = 1 << (of_row - 1).bit_length()  # threads of a row, some of them idle
+    team = copy_team(kind, width)  # some of them idle
     apart, exact = threads // team, columns == width
     turns = -(-rows // apart)
     storage = getattr(types, precision(kind.precision).storage.name)
@@ -81,7 +85,7 @@ def tile_copier(
 
     @device_function
     def copy(memory, base, place, x, start, row_step, count):
-        thread = types.int32(opaque(uint(cuda.threadIdx.x)))
+        thread = thread_number()
         row, column = thread // team, thread % team * lanes
         size = 16 if exact else min(max((columns - column) * itemsize, 0), 16)
         if (team == of_row or column < width) and (apart <= rows or row < rows):
@@ -219,7 +223,7 @@ def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int
 
     @device_function
     def write_rows(memory, base, place, tile, out, start, row_step, count, first):
-        lane = cuda.threadIdx.x % 32
+        lane = thread_number() % 32
         put(tile, uint(base + place + lane // 4 * step + lane % 4 * 2 * itemsize))
         warp_barrier()
         found = cuda.local.array(at_once, storage)

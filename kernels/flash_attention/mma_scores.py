@@ -13,7 +13,7 @@ from typing import Any
 
 from ..ptx import ld_shared_v2_f32, opaque, shfl_sync_bfly_f32, st_global_f32_if
 from ..runtime import NEGATIVE_INFINITY, device_function, types
-from ..traced import exp2, f32, float_of, fma, i64, maximum, select, traced, u32, u64
+from ..traced import exp2, f32, float_of, fma, i32, i64, maximum, select, traced, u32, u64
 from .mma_tiles import Kind, rows_type, sums_type
 
 LOG2_E = 1.4426950408889634
@@ -197,7 +197,7 @@ def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool =
     def run(scores, row, key, band, mask, mask_place, scale):
         lower, upper, seqlen_q, seqlen_k = band
         start, row_step, column_step = mask_place
-        out = list(scores)
+        row, key, out = i32(opaque(u32(row))), i32(opaque(u32(key))), list(scores)
         if keys_are_rows:  # bounds of the queries of a key
             first = {n: key + (n + 1) - upper - row for n in keys}
             end = {n: _least(key + (n + 1) - lower, seqlen_q) - row for n in keys}
@@ -352,7 +352,7 @@ def score_gradients(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bo
                 [ld_shared_v2_f32(x + 32 * j) for j in range(blocks)] for x in (logsumexp2, delta)
             ]
         rows_of = {place: own for place, own, *_ in _places(row_blocks, columns)}
-        keeps: Any = ((place, None) for place in rows_of)
+        keeps = ((place, None) for place in rows_of)
         if kind.dropout:
             keeps = _keeps(row_blocks, columns, keys_are_rows, row, key, dropout)
         for place, kept in keeps:

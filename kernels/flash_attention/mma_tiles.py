@@ -202,6 +202,12 @@ def block_number():
     return opaque(types.uint32(cuda.blockIdx.x))
 
 
+@device_function
+def thread_number():
+    """cuda.threadIdx.x, anew."""
+    return types.int32(opaque(types.uint32(cuda.threadIdx.x)))
+
+
 # ----- where a lane reads -----
 
 
@@ -271,7 +277,7 @@ def multiply_rows(kind: Kind, row_blocks: int, columns: int, width: int, in_regi
 
     @traced(sums_type(row_blocks, columns), given, types.uint32)
     def run(a, b):
-        sums: list[Any] = [[0.0] * 4] * (row_blocks * blocks)
+        sums = [[0.0] * 4] * (row_blocks * blocks)
         for k in range(steps):
             own = []
             for i in range(row_blocks):
@@ -335,4 +341,5 @@ __all__ = [
     "multiply_rows",
     "rows_type",
     "sums_type",
+    "thread_number",
 ]
