@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,13 @@ from project import tune_attention as tune
 
 
 def test_a_choice_is_for_one_gpu_head_size_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {("x", "forward", (9, 0), 64, True): (128, 64)}
+    table = {
+        ("x", "forward", (9, 0), 64, True, False): (128, 64),
+        ("x", "forward", (9, 0), 64, True, True): (64, 64),
+    }
     monkeypatch.setattr(tuning, "TABLE", table)
+    assert tuning.choice("x", "forward", (9, 0), 64, True, tuning.SHORT) == (64, 64)
+    assert tuning.choice("x", "forward", (9, 0), 64, True, tuning.SHORT + 1) == (128, 64)
     assert tuning.choice("x", "forward", (9, 0), 64, True) == (128, 64)
     assert tuning.choice("x", "forward", (9, 0), 64, False) is None
     assert tuning.choice("x", "forward", (8, 0), 64, True) is None
@@ -22,8 +28,8 @@ def test_a_choice_is_for_one_gpu_head_size_and_mask(monkeypatch: pytest.MonkeyPa
 def test_the_table_is_rewritten_and_the_rest_stays() -> None:
     source = tune.TABLE_FILE.read_text()
     table: dict[Any, Any] = {
-        ("mma", "query", (8, 0), 128, False): (64, 64, 4, 2),
-        ("hopper", "forward", (9, 0), 64, True): (3, 128, 2, 1),
+        ("mma", "query", (8, 0), 128, False, True): (64, 64, 4, 2),
+        ("hopper", "forward", (9, 0), 64, True, False): (3, 128, 2, 1),
     }
     text = tune.written(table, source)
     found: dict[str, Any] = {}
@@ -35,13 +41,20 @@ def test_the_table_is_rewritten_and_the_rest_stays() -> None:
 
 
 def test_entries_are_of_the_right_shape() -> None:
-    for (module, kernel, architecture, head_dim, causal), numbers in tuning.TABLE.items():
+    for (module, kernel, architecture, head_dim, causal, short), numbers in tuning.TABLE.items():
         assert kernel in ("forward", "key_value", "query"), module
         assert len(architecture) == 2
         assert head_dim > 0
         assert isinstance(causal, bool)
+        assert isinstance(short, bool)
         assert all(isinstance(n, int) for n in numbers)
 
 
-def test_the_fastest_has_the_smallest_geometric_mean() -> None:
-    assert tune.fastest({"a": [1.0, 9.0], "b": [2.0, 4.0], "c": [3.0, 3.1]}) == "b"
+def test_candidates() -> None:
+    """By head size, or by head size and mask."""
+    module = SimpleNamespace(CANDIDATES={"forward": {64: ((1,), (2,)), (64, True): ((3,),)}})
+    assert tune.candidates_of(module, "forward", 64, False) == ((1,), (2,))
+    assert tune.candidates_of(module, "forward", 64, True) == ((3,),)
+    assert tune.candidates_of(module, "query", 64, True) == ()
+    assert tune.head_dims_of(module, "forward") == [64]
+    assert tune.head_dims_of(module, "query") == []

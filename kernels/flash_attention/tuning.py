@@ -1,4 +1,4 @@
-"""Sizes of tiles that were measured to be the fastest, by GPU, head size and causal mask.
+"""Sizes of tiles that were measured to be the fastest, by GPU, head size, causal mask and length.
 
 `python project/tune_attention.py` measures the candidates of each module on the GPU it finds and
 rewrites the table; other GPUs' entries stay. Where the table has no entry, a module's own choice
@@ -7,18 +7,25 @@ holds: the table makes a kernel faster, never possible.
 
 from __future__ import annotations
 
-Entry = tuple[str, str, tuple[int, int], int, bool]
+Entry = tuple[str, str, tuple[int, int], int, bool, bool]
 Numbers = tuple[int, ...]
 
-# (module, kernel, compute capability, head size, causal): the arguments of the module's class of
-# tile sizes
+SHORT = 2048  # queries, up to which a sequence is short: few tiles for each multiprocessor
+
+# (module, kernel, compute capability, head size, causal, short): the arguments of the module's
+# class of tile sizes
 # ----- written by project/tune_attention.py -----
 TABLE: dict[Entry, Numbers] = {}
 # ----- end -----
 
 
 def choice(
-    module: str, kernel: str, architecture: tuple[int, int], head_dim: int, causal: bool
+    module: str,
+    kernel: str,
+    architecture: tuple[int, int],
+    head_dim: int,
+    causal: bool,
+    length: int = SHORT + 1,
 ) -> Numbers | None:
     """The measured tile sizes; None where nothing was measured.
 
@@ -28,9 +35,10 @@ def choice(
         architecture: compute capability.
         head_dim: the compiled head size.
         causal: whether the problem has a right bound (`problem.right is not None`).
+        length: number of queries.
 
     """
-    return TABLE.get((module, kernel, architecture, head_dim, causal))
+    return TABLE.get((module, kernel, architecture, head_dim, causal, length <= SHORT))
 
 
-__all__ = ["TABLE", "choice"]
+__all__ = ["SHORT", "TABLE", "choice"]
