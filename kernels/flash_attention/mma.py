@@ -6,7 +6,7 @@ the host's side of a call. Nothing is allocated here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -89,29 +89,41 @@ else:
         Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1),
         Tiles(64, 16, 4, 1), Tiles(64, 32, 4, 2, parts=2), Tiles(64, 32, 4, 1, parts=2),
         Tiles(64, 16, 4, 1, parts=2), Tiles(32, 16, 2, 1, parts=2),
+        Tiles(32, 16, 2, 1, parts=4), Tiles(16, 16, 1, 1, parts=2),
     )  # fmt: skip
     QUERY = (
         Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2),
         Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(32, 16, 2, 1),
     )  # fmt: skip
 SUMS = 192  # of a lane at most, 4 bytes each
-SUMS_OF_SOFTMAX = 160  # if all of them are rescaled while there are scores
-SUMS_WITH_DROPOUT = 160
-SCORES_WITH_MASK = 32  # of a lane, for each of which a number of the mask is on its way
+SUMS_OF_SOFTMAX = 144  # if all of them are rescaled while there are scores
+SUMS_WITH_DROPOUT = 160  # of 16-bit numbers; the generator's words stand beside them
+SUMS_WITH_MASK = 144  # of float32
+SUMS_OF_TURING = 144  # for dK and dV: what is copied goes through registers
+OWN = 32  # words of a warp's own operand in registers
+SCORES_WITH_MASK = 16  # of a lane, for each of which a number of the mask is on its way
 
 
 def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums: int) -> bool:
     """Whether tiles of `size` bytes in all, and `sums` numbers of a lane, can be."""
-    if size > MEMORY.get(architecture, LITTLE_MEMORY):
-        return False
     for width in (kind.width, kind.value_width):
-        rows_at_once = tiles.threads // copy_team(kind, width)
-        if any(n > rows_at_once and n % rows_at_once for n in (tiles.rows, tiles.columns)):
+        at_once = tiles.threads // copy_team(kind, width)
+        if any(n > at_once and n % at_once for n in (tiles.rows, tiles.columns)):
             return False
-    scores = tiles.row_blocks * tiles.columns // 2
-    if kind.mask != "none" and scores > SCORES_WITH_MASK // 2:
-        return False
-    return not kind.dropout or (sums <= SUMS_WITH_DROPOUT and not tiles.in_registers)
+        if width // tiles.parts % 16:
+            return False
+    most = SUMS
+    if kind.dropout:
+        most = SUMS_WITH_DROPOUT
+    if kind.mask != "none":
+        if tiles.row_blocks * tiles.columns // 2 > SCORES_WITH_MASK:
+            return False
+        most = SUMS_WITH_MASK if kind.itemsize == 4 else most
+    return sums <= most and size <= MEMORY.get(architecture, LITTLE_MEMORY)
+
+
+def _first(choices: tuple[Tiles, ...], fits: Callable[[Tiles], bool]) -> Tiles:
+    return choices[0] if SIMULATED else next(filter(fits, choices))
 
 
 @cache
@@ -119,13 +131,15 @@ def forward_tiles(kind: Kind, architecture: Architecture) -> Tiles:
     """The forward kernel's tiles."""
 
     def fits(tiles: Tiles) -> bool:
-        own = kind.width * kind.itemsize // 4 if tiles.in_registers else 0
-        sums = tiles.row_blocks * (kind.value_width + tiles.columns + own) // 2
-        size = forward_memory(kind, tiles).size
-        most = SUMS if tiles.lazy else SUMS_OF_SOFTMAX
-        return sums <= most and _fits(kind, tiles, architecture, size, sums)
+        sums = tiles.row_blocks * (kind.value_width + tiles.columns) // 2
+        if not tiles.lazy and sums > SUMS_OF_SOFTMAX:
+            return False
+        own = tiles.row_blocks * kind.width * kind.itemsize // 8
+        if tiles.in_registers and (kind.dropout or own > OWN):
+            return False
+        return _fits(kind, tiles, architecture, forward_memory(kind, tiles).size, sums)
 
-    return next(filter(fits, FORWARD))
+    return _first(FORWARD, fits)
 
 
 @cache
@@ -135,15 +149,15 @@ def backward_tiles(kind: Kind, architecture: Architecture) -> tuple[Tiles, Tiles
     def key_value_fits(tiles: Tiles) -> bool:
         widths = (kind.width + kind.value_width) // tiles.parts
         sums = tiles.row_blocks * (widths + 2 * tiles.columns) // 2
-        size = backward_memory(kind, tiles, True).size
-        return sums <= SUMS and _fits(kind, tiles, architecture, size, sums)
+        if kind.turing and sums > SUMS_OF_TURING - 16 * (tiles.warps < 4):
+            return False
+        return _fits(kind, tiles, architecture, backward_memory(kind, tiles, True).size, sums)
 
     def query_fits(tiles: Tiles) -> bool:
         sums = tiles.row_blocks * (kind.width + 2 * tiles.columns) // 2
-        size = backward_memory(kind, tiles, False).size
-        return sums <= SUMS and _fits(kind, tiles, architecture, size, sums)
+        return _fits(kind, tiles, architecture, backward_memory(kind, tiles, False).size, sums)
 
-    return next(filter(key_value_fits, KEY_VALUE)), next(filter(query_fits, QUERY))
+    return _first(KEY_VALUE, key_value_fits), _first(QUERY, query_fits)
 
 
 def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:

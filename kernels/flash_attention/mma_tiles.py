@@ -77,7 +77,7 @@ class Kind:
         return self._padded(self.value_dim)
 
     def _padded(self, columns: int) -> int:
-        # Wide gradients are computed in two halves.
+        # Wide gradients are computed in two parts.
         unit = 16 if max(self.head_dim, self.value_dim) <= 128 else 32
         return max(-(-columns // unit), 1) * unit
 
@@ -99,7 +99,7 @@ class Tiles:
         stages: tiles in shared memory that pass by: with 2 the next one is on its way meanwhile.
         in_registers: the warp's own operands stay in registers.
         at_once: blocks that a multiprocessor's registers are to be enough for.
-        parts: 2 if a block computes one half of the gradients' columns, and another the other.
+        parts: of the gradients' columns, of which a block computes one.
         lazy: the output is rescaled only where a row's maximum has grown.
 
     """

@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 
 from minitorch import cuda_attention
 from minitorch.kernels.flash_attention import mma
-from minitorch.kernels.flash_attention.mma_backward import backward_memory
-from minitorch.kernels.flash_attention.mma_forward import forward_memory
-from minitorch.kernels.flash_attention.mma_tiles import Kind, Tiles
+from minitorch.kernels.flash_attention.mma_tiles import Tiles
 from minitorch.kernels.philox import attention_dropout_mask
 from minitorch.kernels.runtime import SIMULATED, compute_capability
 from tests.cuda import test_flash_attention_cuda as attention_tests
@@ -142,7 +140,7 @@ def test_nothing_outside_of_the_inputs_is_used() -> None:
         np.testing.assert_array_equal(got, want)
 
 
-# ----- kernels -----
+# ----- sizes of tiles -----
 
 
 @pytest.mark.parametrize(
@@ -171,24 +169,6 @@ def test_turing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mma, "forward_tiles", lambda *_: Tiles(16, 16, 1, 1))
     monkeypatch.setattr(mma, "backward_tiles", lambda *_: (Tiles(16, 16, 1, 1),) * 2)
     check(shapes(20, 7), "float16", dropout_p=0.2)
-
-
-@pytest.mark.parametrize("architecture", mma.MEMORY)
-@pytest.mark.parametrize("columns", [1, 16, 64, 80, 96, 128, 176, 192, 256])
-@pytest.mark.parametrize("numbers", ["float16", "tf32x3"])
-def test_tiles_fit_every_architecture(
-    architecture: tuple[int, int], columns: int, numbers: str
-) -> None:
-    turing = architecture < mma.FIRST_WITH_ALL
-    if turing and numbers != "float16":
-        pytest.skip("Turing's tensor cores take float16 alone")
-    for value_columns in (1, columns, 256):
-        kind = Kind(numbers, columns, value_columns, "float32", True, True, turing)
-        for_keys, for_queries = mma.backward_tiles(kind, architecture)
-        most = mma.MEMORY[architecture]
-        assert forward_memory(kind, mma.forward_tiles(kind, architecture)).size <= most
-        assert backward_memory(kind, for_keys, True).size <= most
-        assert backward_memory(kind, for_queries, False).size <= most
 
 
 # ----- everything together -----
