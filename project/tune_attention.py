@@ -3,8 +3,8 @@
     python project/tune_attention.py                       # every module with candidates
     python project/tune_attention.py --modules hopper --head-dims 128 --kernels forward
 
-A module takes part by a dict CANDIDATES: kernel ("forward", "key_value" or "query") -> head size, or
-(head size, causal) -> tuples of numbers, the arguments of its class of tile sizes; and by asking
+A module takes part by a dict CANDIDATES: kernel ("forward", "key_value" or "query") -> head size,
+or (head size, causal) -> tuples of numbers, the arguments of its class of tile sizes; and by asking
 `tuning.choice` when it launches. The candidates are timed as in the benchmark (`gpu_timing.py`),
 taking turns, with short and with long sequences. The fastest ones are written to the table in
 `kernels/flash_attention/tuning.py`, after each measurement.
