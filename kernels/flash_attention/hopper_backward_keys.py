@@ -9,10 +9,10 @@ For each tile of queries that see any of its keys, a warpgroup with 64 of them c
     dV += P^T dO                 (64, Dv), in registers until the last tile
     dK += dS^T Q                 (64, D)
 
-Because the tile is transposed, P^T and dS^T lie in registers just as the tensor cores want the first
-factor of a product: they never go through shared memory (as P of P V in "FlashAttention-3", Shah et
-al., 2024). For head sizes above 128 the registers do not hold dK and dV at once: there two launches
-compute one each.
+Because the tile is transposed, P^T and dS^T lie in registers just as the tensor cores want the
+first factor of a product: they never go through shared memory (as P of P V in "FlashAttention-3",
+Shah et al., 2024). For head sizes above 128 the registers do not hold dK and dV at once: there two
+launches compute one each.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..ptx_hopper import (
     wgmma_fence,
     wgmma_wait_group,
 )
+from ..register_tile import RegisterTile
 from ..runtime import cuda, device_function, kernel, types
 from .cuda_tiles import is_whole
 from .hopper_backward_pipeline import (
@@ -44,12 +45,10 @@ from .hopper_backward_pipeline import (
     score_product,
 )
 from .hopper_backward_tiles import (
-    as_factor,
     keep_bits_of_keys,
     score_gradients,
     weigher,
     write_rows,
-    zeros,
 )
 from .hopper_scores import drop
 from .hopper_tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
@@ -59,6 +58,7 @@ from .hopper_tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     """Device function: one thread has all tiles of all the block's items fetched.
 
+    `own_heads`: 1 if the tensor map of Q has a matrix for each head, 0 if one for all; so of dO.
     `rows` is the address of all queries' numbers, those of a head `pitch` bytes apart from those of
     the next.
     """
@@ -66,23 +66,28 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     load_pair, passing, whole = pair_loader(kind, blocks, True), blocks.passing, types.int32
 
     @device_function
-    def bring(base, maps, counter, table, count, heads, group, rows, pitch):
+    def bring(base, maps, own_heads, counter, table, count, heads, group, rows, pitch):
+        q_heads, do_heads = whole(own_heads[0]), whole(own_heads[1])
         turn, number = types.uint32(0), types.uint32(0)
-        left, work, more, stage, full = take_item(base, number, counter, table, count)
+        left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
         while left:
             b, first_head = whole(work[0]), whole(work[1])
-            load_own(base, stage, maps, full, whole(work[2]), whole(more[2]), whole(more[3]), b)
+            load_own(
+                base, stage, maps, full, whole(work[2]), (whole(more[2]), whole(more[3])),
+                (whole(batches[0]), whole(batches[1])),
+            )  # fmt: skip
+            others = whole(batches[2]), whole(batches[3])
             for h in range(first_head, first_head + group):
                 of_head = rows + types.uint64(b * heads + h) * pitch
                 # From the last tile to the first: with a causal mask early queries have the
                 # largest P, and a long sum is most accurate when these come last.
                 row, last = whole((whole(more[0]) - 1) * passing), whole(whole(work[3]) * passing)
                 while row >= last:
-                    load_pair(base, turn, maps, row, h, h, b, of_head)
+                    load_pair(base, turn, maps, row, (h * q_heads, h * do_heads), others, of_head)
                     row -= whole(passing)
                     turn += types.uint32(1)
             number += types.uint32(1)
-            left, work, more, stage, full = take_item(base, number, counter, table, count)
+            left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
 
     return bring
 
@@ -108,9 +113,10 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     products_done = wgmma_wait_group(0, passing // 2)
     dk_fence, dk_done = wgmma_fence(kind.head_dim // 2), wgmma_wait_group(0, kind.head_dim // 2)
     dv_fence, dv_done = wgmma_fence(kind.value_dim // 2), wgmma_wait_group(0, kind.value_dim // 2)
-    fence, zero_dk, zero_dv = wgmma_fence(), zeros(kind.head_dim), zeros(kind.value_dim)
+    fence, tile = wgmma_fence(), RegisterTile(passing)
+    zero_dk, zero_dv = RegisterTile(kind.head_dim).zero, RegisterTile(kind.value_dim).zero
     weigh, to_ds = weigher(kind, passing, True), score_gradients(passing, True)
-    to_factor, dropout = as_factor(kind.precision, passing), kind.dropout
+    to_factor, dropout = tile.to_operand(kind.precision), kind.dropout
     keep_bits, drop_from = keep_bits_of_keys(passing), drop(passing)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
@@ -118,8 +124,8 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_keys_hopper(
-        maps, mask, offset, workspace, places, dk_out, dv_out, mask_steps, dk_steps, dv_steps, sizes, scale,
-        seed, threshold, keep,
+        maps, own_heads, mask, offset, workspace, places, dk_out, dv_out, mask_steps, dk_steps,
+        dv_steps, sizes, scale, seed, threshold, keep,
     ):  # fmt: skip
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
@@ -131,8 +137,8 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                 counter, table, count, rows, pitch = places
                 space = global_address(workspace)
                 bring_tiles(
-                    base, maps, space + u64(counter), space + u64(table), count, heads, group,
-                    space + u64(rows), u64(pitch),
+                    base, maps, own_heads, space + u64(counter), space + u64(table), count, heads,
+                    group, space + u64(rows), u64(pitch),
                 )  # fmt: skip
         else:
             take_registers()
@@ -154,8 +160,8 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                     mask_place = (
                         b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
                     )  # fmt: skip
-                    row0 = whole(end * passing)
-                    for _ in range(first, end):
+                    row0, stop = whole(end * passing), whole(first * passing)
+                    while row0 > stop:
                         row0 -= whole(passing)
                         stage, parity = place_of(turn)
                         q = of_passing(base + q_at + stage * q_bytes)

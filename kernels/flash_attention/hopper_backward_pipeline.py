@@ -2,8 +2,10 @@
 
 A block stays on its multiprocessor and takes one item of work after the other: a tile of rows that
 it owns (keys in one kernel, queries in the other), which many tiles of the other kind pass by. Its
-first warpgroup only brings what the others, the consumers, compute with: one of its threads takes the number of an item, lets the copy engine (TMA) fetch the block's own two
-tiles (K and V, or Q and dO), and after them the pairs that pass by.
+first warpgroup only brings what the others, the consumers, compute with: one of its threads takes
+an item, has the copy engine (TMA) fetch the block's own two tiles (K and V, or Q and dO), and after
+them the pairs that pass by. As soon as a place in shared memory is free it goes on, to the next
+item too: no consumer waits for what could have been asked for earlier.
 
 Tiles go through rings in shared memory. Each place of a ring has barriers `full` and `empty`, so
 that the next item's tiles are on their way while this one's are computed with, and its results are
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ..ptx import atom_global_add_u32, ld_global_v4_b32, ld_shared_b32, st_shared_v4_b32
@@ -33,6 +36,7 @@ from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Kind, parts, ring, row_bytes
 
 MAP_BYTES = 128  # of a tensor map
 BARRIER_BYTES = 8
+ITEM_BYTES = 32  # of shared memory: what the consumers are told of an item
 COUNTER_BYTES = 64  # distance of the counters at the workspace's beginning
 
 
@@ -86,18 +90,24 @@ class Memory(NamedTuple):
 @cache
 def memory_plan(kind: Kind, blocks: Blocks) -> Memory:
     """The plan of shared memory; swizzled tiles begin at multiples of 1024."""
-    widths = row_bytes(kind.head_dim), row_bytes(kind.value_dim)
-    ring_sizes = [blocks.own_stages * blocks.own * width for width in widths]
-    ring_sizes += [blocks.stages * blocks.passing * width for width in widths]
-    small = [8 * blocks.stages * blocks.passing, WORK_BYTES * blocks.own_stages]
-    small += [BARRIER_BYTES * blocks.own_stages] * 2 + [BARRIER_BYTES * blocks.stages] * 3
-    starts = [0]
-    for size in ring_sizes + small:
-        starts.append(starts[-1] + size)
+    widths, stages = (row_bytes(kind.head_dim), row_bytes(kind.value_dim)), blocks.stages
+    sizes = [blocks.own_stages * blocks.own * width for width in widths]
+    sizes += [stages * blocks.passing * width for width in widths]
+    sizes += [8 * stages * blocks.passing, ITEM_BYTES * blocks.own_stages]
+    sizes += [BARRIER_BYTES * blocks.own_stages] * 2 + [BARRIER_BYTES * stages] * 3
+    starts = list(accumulate(sizes, initial=0))
+    own, passing, full = starts[0:2], starts[2:4], starts[8:10]
     return Memory(
-        (starts[0], starts[1]), (starts[2], starts[3]), *starts[4:8], (starts[8], starts[9]),
-        *starts[10:],
-    )  # fmt: skip
+        own=(own[0], own[1]),
+        passing=(passing[0], passing[1]),
+        rows=starts[4],
+        items=starts[5],
+        own_full=starts[6],
+        own_empty=starts[7],
+        full=(full[0], full[1]),
+        empty=starts[10],
+        size=starts[11],
+    )
 
 
 @cache
@@ -125,12 +135,12 @@ def make_barriers(kind: Kind, blocks: Blocks) -> Any:
 
 # ----- items of work -----
 #
-# A table of them is in global memory (`hopper_backward_prepare.py` writes it), the longest first. One
-# thread takes the next one, and passes it on in shared memory.
+# A table of them is in global memory (`hopper_backward_prepare.py` writes it), the longest first.
+# Whichever block is done takes the next one, so all end at about the same time.
 
 
 class Work(NamedTuple):
-    """An item of work, eight int32: where the block's own tiles are, and which tiles pass by."""
+    """An item of work, twelve int32: where the block's own tiles are, and which tiles pass by."""
 
     batch: Any
     head: Any  # of the queries, the first if a group of them shares keys
@@ -140,6 +150,10 @@ class Work(NamedTuple):
     slot: Any  # of the block's own head
     k_head: Any
     v_head: Any
+    k_batch: Any  # in the tensor maps, where a batch that is repeated is number 0
+    v_batch: Any
+    q_batch: Any
+    do_batch: Any
 
 
 WORK_BYTES = 4 * len(Work._fields)
@@ -148,7 +162,7 @@ WORK_BYTES = 4 * len(Work._fields)
 @cache
 def item_taker(kind: Kind, blocks: Blocks) -> Any:
     """Device function `(base, turn, counter, table, count)`: one thread takes the next item, when
-    its place in the ring is empty. Whether there is one, its `Work` in two halves, the place, and
+    its place in the ring is empty. Whether there is one, its `Work` in three parts, the place, and
     the place's barrier `full`.
     """
     plan, place_of = memory_plan(kind, blocks), ring(blocks.own_stages)
@@ -162,14 +176,15 @@ def item_taker(kind: Kind, blocks: Blocks) -> Any:
         left = item < count
         entry = table + types.uint64(item if left else 0) * types.uint64(WORK_BYTES)
         work, more = ld_global_v4_b32(entry), ld_global_v4_b32(entry + types.uint64(16))
+        batches = ld_global_v4_b32(entry + types.uint64(32))
         mbarrier_wait_parity(base + own_empty + 8 * stage, parity ^ types.uint32(1))
-        target = types.uint32(base + items + WORK_BYTES * stage)
+        target = types.uint32(base + items + ITEM_BYTES * stage)
         st_shared_v4_b32(target, work)
-        # Of the second half the others need two numbers, and whether there is an item.
+        # Of the others the consumers need two numbers, and whether there is an item.
         st_shared_v4_b32(target + 16, (more[0], more[1], types.uint32(left), types.uint32(0)))
         full = types.uint32(base + own_full + 8 * stage)
         mbarrier_arrive_expect_tx(full, own_bytes if left else 0)
-        return left, work, more, stage, full
+        return left, work, more, batches, stage, full
 
     return take
 
@@ -186,7 +201,7 @@ def item_reader(kind: Kind, blocks: Blocks) -> Any:
     def read(base, turn):
         stage, parity = place_of(turn)
         mbarrier_wait_parity(base + own_full + 8 * stage, parity)
-        source = types.uint32(base + items + WORK_BYTES * stage)
+        source = types.uint32(base + items + ITEM_BYTES * stage)
         work = (
             whole(ld_shared_b32(source)), whole(ld_shared_b32(source + 4)),
             whole(ld_shared_b32(source + 8)), whole(ld_shared_b32(source + 12)),
@@ -220,8 +235,8 @@ def tile_loader(columns: int, rows: int) -> Any:
 
 @cache
 def own_loader(kind: Kind, blocks: Blocks) -> Any:
-    """Device function `(base, stage, maps, full, row, first_head, second_head, batch)`: begin to
-    copy the block's own pair of tiles from the tensor maps 0 and 1.
+    """Device function `(base, stage, maps, full, row, heads, batches)`: begin to copy the block's
+    own pair of tiles from the tensor maps 0 and 1; each has its head and its batch.
     """
     first, second = memory_plan(kind, blocks).own
     load_first = tile_loader(kind.head_dim, blocks.own)
@@ -230,31 +245,10 @@ def own_loader(kind: Kind, blocks: Blocks) -> Any:
     second_bytes = blocks.own * row_bytes(kind.value_dim)
 
     @device_function
-    def load(base, stage, maps, full, row, first_head, second_head, batch):
-        load_first(base + first + stage * first_bytes, maps, full, row, first_head, batch)
+    def load(base, stage, maps, full, row, heads, batches):
+        load_first(base + first + stage * first_bytes, maps, full, row, heads[0], batches[0])
         load_second(
-            base + second + stage * second_bytes, maps + MAP_BYTES, full, row, second_head, batch
-        )
-
-    return load
-
-
-@cache
-def own_loader(kind: Kind, blocks: Blocks) -> Any:
-    """Device function `(base, stage, maps, full, row, first_head, second_head, batch)`: begin to
-    copy the block's own pair of tiles from the tensor maps 0 and 1.
-    """
-    first, second = memory_plan(kind, blocks).own
-    load_first = tile_loader(kind.head_dim, blocks.own)
-    load_second = tile_loader(kind.value_dim, blocks.own)
-    first_bytes = blocks.own * row_bytes(kind.head_dim)
-    second_bytes = blocks.own * row_bytes(kind.value_dim)
-
-    @device_function
-    def load(base, stage, maps, full, row, first_head, second_head, batch):
-        load_first(base + first + stage * first_bytes, maps, full, row, first_head, batch)
-        load_second(
-            base + second + stage * second_bytes, maps + MAP_BYTES, full, row, second_head, batch
+            base + second + stage * second_bytes, maps + MAP_BYTES, full, row, heads[1], batches[1]
         )
 
     return load
@@ -262,10 +256,9 @@ def own_loader(kind: Kind, blocks: Blocks) -> Any:
 
 @cache
 def pair_loader(kind: Kind, blocks: Blocks, with_rows: bool) -> Any:
-    """Device function `(base, turn, maps, row, first_head, second_head, batch, rows)`: begin
-    to copy the pair of passing tiles number `turn` from the tensor maps 2 and 3, when its place in
-    the ring is empty; `with_rows` also the numbers of these rows, of which those of the first row
-    of all are at the address `rows`.
+    """Device function `(base, turn, maps, row, heads, batches, rows)`: begin to copy the pair of
+    passing tiles number `turn` from the tensor maps 2 and 3, when its place in the ring is empty;
+    `with_rows` also the numbers of these rows, those of the head's first being at address `rows`.
     """
     plan, place_of = memory_plan(kind, blocks), ring(blocks.stages)
     (first, second), (first_full, second_full), empty = plan.passing, plan.full, plan.empty
@@ -277,19 +270,20 @@ def pair_loader(kind: Kind, blocks: Blocks, with_rows: bool) -> Any:
     second_count = second_bytes + rows_bytes * with_rows
 
     @device_function
-    def load(base, turn, maps, row, first_head, second_head, batch, rows):
+    def load(base, turn, maps, row, heads, batches, rows):
         stage, parity = place_of(turn)
         mbarrier_wait_parity(base + empty + 8 * stage, parity ^ types.uint32(1))
         full = types.uint32(base + first_full + 8 * stage)
         mbarrier_arrive_expect_tx(full, first_bytes)
         load_first(
-            base + first + stage * first_bytes, maps + 2 * MAP_BYTES, full, row, first_head, batch
-        )
+            base + first + stage * first_bytes, maps + 2 * MAP_BYTES, full, row, heads[0],
+            batches[0],
+        )  # fmt: skip
         full = types.uint32(base + second_full + 8 * stage)
         mbarrier_arrive_expect_tx(full, second_count)
         load_second(
-            base + second + stage * second_bytes, maps + 3 * MAP_BYTES, full, row, second_head,
-            batch,
+            base + second + stage * second_bytes, maps + 3 * MAP_BYTES, full, row, heads[1],
+            batches[1],
         )  # fmt: skip
         if with_rows:
             target = base + numbers + stage * rows_bytes
@@ -334,12 +328,10 @@ def gradient_product(kind: Kind, blocks: Blocks, columns: int) -> Any:
 
 __all__ = [
     "COUNTER_BYTES",
+    "WORK_BYTES",
     "Blocks",
     "Memory",
-    "WORK_BYTES",
     "Work",
-    "descriptor",
-    "gradient_product",
     "descriptor",
     "gradient_product",
     "item_reader",

@@ -42,7 +42,7 @@ def put_work(item, table, own, passing, sizes, together, keys_are_own):
     Items go through the tiles of `together` heads, whose passing tiles the L2 cache holds at once:
     first the longest tiles of all of these, and so on.
     """
-    batch, heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes
+    batch, heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes[:9]
     length, other_length = (seqlen_k, seqlen_q) if keys_are_own else (seqlen_q, seqlen_k)
     if not keys_are_own:
         group = 1
@@ -65,6 +65,11 @@ def put_work(item, table, own, passing, sizes, together, keys_are_own):
     st_global_v4_b32(entry, (u32(b), u32(h), u32(row0), u32(first)))
     st_global_v4_b32(
         entry + types.uint64(16), (u32(end), u32(slot), u32(h // k_group), u32(h // v_group))
+    )
+    steps = sizes[9], sizes[10], sizes[11], sizes[12]
+    st_global_v4_b32(
+        entry + types.uint64(32),
+        (u32(b * steps[0]), u32(b * steps[1]), u32(b * steps[2]), u32(b * steps[3])),
     )
 
 
@@ -89,7 +94,7 @@ def prepare_kernel(precision_name: str, value_dim: int, vectors: bool, has_grad:
         out, grad_out, logsumexp, grad_logsumexp, out_steps, grad_steps, sizes, workspace, rows,
         padded_q, value_dim, tables, blocks, together,
     ):  # fmt: skip
-        batch, heads, seqlen_q = sizes[0], sizes[1], sizes[2]
+        heads, seqlen_q = sizes[1], sizes[2]
         space = global_address(workspace)
         # All rows of a block are of one head.
         blocks_of_head = u32(padded_q) // u32(own_rows)

@@ -8,8 +8,8 @@ For each tile of keys a warpgroup with 64 of the queries computes
     dS = P * (dP - delta)
     dQ += dS K                   (64, D), in registers until the last tile
 
-It is the kernel of hopper_backward_keys.py with the parts of queries and keys exchanged: S and dP are
-computed a second time, and no two blocks add to one number.
+It is the kernel of hopper_backward_keys.py with the parts of queries and keys exchanged: S and dP
+are computed a second time, and no two blocks add to one number.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..ptx_hopper import (
     wgmma_fence,
     wgmma_wait_group,
 )
+from ..register_tile import RegisterTile
 from ..runtime import cuda, device_function, kernel, types
 from .cuda_tiles import is_whole
 from .hopper_backward_pipeline import (
@@ -40,38 +41,39 @@ from .hopper_backward_pipeline import (
     pair_loader,
     score_product,
 )
-from .hopper_backward_tiles import (
-    as_factor,
-    score_gradients,
-    weigher,
-    write_rows,
-    write_scores,
-    zeros,
-)
+from .hopper_backward_tiles import score_gradients, weigher, write_rows, write_scores
 from .hopper_scores import drop, keep_bits
 from .hopper_tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
 @cache
 def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
-    """Device function: one thread has all tiles of all the block's items fetched."""
+    """Device function: one thread has all tiles of all the block's items fetched.
+
+    `own_heads`: 1 if the tensor map of Q has a matrix for each head, 0 if one for all; so of dO.
+    """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, False), blocks.passing, types.int32
 
     @device_function
-    def bring(base, maps, counter, table, count):
+    def bring(base, maps, own_heads, counter, table, count):
         turn, number, unused = types.uint32(0), types.uint32(0), types.uint64(0)
-        left, work, more, stage, full = take_item(base, number, counter, table, count)
+        left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
         while left:
-            b, h, k_head, v_head = whole(work[0]), whole(work[1]), whole(more[2]), whole(more[3])
-            load_own(base, stage, maps, full, whole(work[2]), h, h, b)
-            row, end = whole(whole(work[3]) * passing), whole(whole(more[0]) * passing)
+            h, row, end = whole(work[1]), whole(work[3]), whole(more[0])
+            load_own(
+                base, stage, maps, full, whole(work[2]), (h * own_heads[0], h * own_heads[1]),
+                (whole(batches[2]), whole(batches[3])),
+            )  # fmt: skip
+            heads = whole(more[2]), whole(more[3])
+            others = whole(batches[0]), whole(batches[1])
+            row, end = whole(row * passing), whole(end * passing)
             while row < end:
-                load_pair(base, turn, maps, row, k_head, v_head, b, unused)
+                load_pair(base, turn, maps, row, heads, others, unused)
                 row += whole(passing)
                 turn += types.uint32(1)
             number += types.uint32(1)
-            left, work, more, stage, full = take_item(base, number, counter, table, count)
+            left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
 
     return bring
 
@@ -95,9 +97,9 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     scores_done = wgmma_wait_group(1, passing // 2)
     products_done = wgmma_wait_group(0, passing // 2)
     dq_fence, dq_done = wgmma_fence(kind.head_dim // 2), wgmma_wait_group(0, kind.head_dim // 2)
-    fence, zero_dq = wgmma_fence(), zeros(kind.head_dim)
+    fence, zero_dq = wgmma_fence(), RegisterTile(kind.head_dim).zero
     weigh, to_ds = weigher(kind, passing, False), score_gradients(passing, False)
-    to_factor, dropout = as_factor(kind.precision, passing), kind.dropout
+    to_factor, dropout = RegisterTile(passing).to_operand(kind.precision), kind.dropout
     keep_bits_of, drop_from = keep_bits(passing), drop(passing)
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_ds = write_scores(passing)
@@ -105,8 +107,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_queries_hopper(
-        maps, mask, offset, workspace, places, dq_out, ds_out, mask_steps, dq_steps, sizes, scale, seed,
-        threshold, keep,
+        maps, own_heads, mask, offset, workspace, places, dq_out, ds_out, mask_steps, dq_steps,
+        sizes, scale, seed, threshold, keep,
     ):  # fmt: skip
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
@@ -117,7 +119,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
         if thread < WARPGROUP:
             give_registers()
             if thread == 0:
-                bring_tiles(base, maps, space + u64(counter), space + u64(table), count)
+                bring_tiles(base, maps, own_heads, space + u64(counter), space + u64(table), count)
         else:
             take_registers()
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))

@@ -3,9 +3,9 @@
     P  = exp2(scale S - L)             0 where the query may not see the key
     dS = P * (Z dP - delta)            Z = 1 / (1 - p) where dropout keeps the weight, else 0
 
-How a warpgroup's tile of 64 rows lies in registers is told in hopper_tiles.py. In the kernel for dQ
-its rows are queries and its columns keys. In the kernel for dK and dV it is the other way round:
-there the tile is S^T, which makes P^T and dS^T, as they lie, the first factors of P^T dO and dS^T Q.
+How a warpgroup's tile of 64 rows lies in registers is told in register_tile.py. In the kernel for
+dQ its rows are queries and its columns keys. In the kernel for dK and dV it is the other way round:
+there the tile is S^T, which makes P^T and dS^T, as they lie, first factors of P^T dO and dS^T Q.
 Functions take either, and `keys_are_rows` says which. The numbers of a query, its logsumexp L and
 delta = rowsum(dO * O), are two of a lane's registers if queries are rows; if they are columns, they
 are read from shared memory where they are needed: 16 numbers L, then 16 of delta, and so on.
@@ -13,10 +13,9 @@ are read from shared memory where they are needed: 16 numbers L, then 16 of delt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
-
-import numpy as np
 
 from ..ptx import (
     ld_shared_v2_f32,
@@ -27,24 +26,27 @@ from ..ptx import (
     st_global_f32_if,
     st_global_v4_b32_if,
 )
+from ..register_tile import Place, RegisterTile
 from ..runtime import device_function, types
 from ..traced import exp2, fma, i64, select, traced, u32, u64
-from .hopper_store import _transposed as transposed
-from .hopper_scores import LOG2_E, bits_type, loaded, places
-from .hopper_tiles import PAIR, Kind, tile_type
+from .hopper_scores import LOG2_E, bits_type, loaded
+from .hopper_store import transposed
+from .hopper_tiles import Kind
 from .mma_scores import philox_words
 
 WORD, WHOLE = types.uint32, types.int32
+BAND = types.UniTuple(WHOLE, 4)
 FAR = types.UniTuple(types.int64, 3)
 
 
-def _of_queries(keys_are_rows: bool, given: Any) -> Any:
-    """A function of j, r and c: the number of that place's query."""
+def _of_queries(keys_are_rows: bool, given: Any) -> Callable[[Place], Any]:
+    """A function of a place: the number of its query."""
     if not keys_are_rows:
-        return lambda j, r, c: given[r]
+        return lambda place: given[place.own_row]
     pairs: dict[int, Any] = {}
 
-    def number(j: int, r: int, c: int) -> Any:
+    def number(place: Place) -> Any:
+        j, c = divmod(place.column, 8)
         if j not in pairs:
             pairs[j] = ld_shared_v2_f32(given + (j // 2 * 128 + j % 2 * 32))
         return pairs[j][c]
@@ -52,19 +54,8 @@ def _of_queries(keys_are_rows: bool, given: Any) -> Any:
     return number
 
 
-@cache
-def zeros(columns: int) -> Any:
-    """Traced `()`: a tile of zeros."""
-
-    @traced(tile_type(columns))
-    def run():
-        return [np.float32(0)] * (columns // 2)
-
-    return run
-
-
 def _given(keys_are_rows: bool) -> Any:
-    return WORD if keys_are_rows else PAIR
+    return WORD if keys_are_rows else types.UniTuple(types.float32, 2)
 
 
 # ----- P -----
@@ -73,24 +64,22 @@ def _given(keys_are_rows: bool) -> Any:
 @cache
 def probabilities(columns: int, keys_are_rows: bool) -> Any:
     """Traced `(scores, scale, logsumexp)`: exp2(scale * scores - logsumexp)."""
-    tile = tile_type(columns)
+    tile = RegisterTile(columns)
 
-    @traced(tile, tile, types.float32, _given(keys_are_rows))
+    @traced(tile.type, tile.type, types.float32, _given(keys_are_rows))
     def run(scores, scale, logsumexp):
-        shift, out = _of_queries(keys_are_rows, logsumexp), list(scores)
-        for place, j, r, c in places(columns):
-            out[place] = exp2(fma(scores[place], scale, -shift(j, r, c)))
-        return out
+        shift = _of_queries(keys_are_rows, logsumexp)
+        return [exp2(fma(scores[p.register], scale, -shift(p))) for p in tile.places()]
 
     return run
 
 
 def _bounds(keys_are_rows: bool, row: Any, column: Any, band: Any) -> tuple[list[Any], list[Any]]:
-    """For each of a lane's rows, the first of the lane's columns in the band, and one past the last.
+    """For each of a lane's rows the first of its columns in the band, and one past the last.
 
-    `row` and `column` are the lane's first ones: column 8 j + c of the tile is number 8 j + c here.
+    `row` and `column` are the lane's first ones; columns count from there.
     """
-    lower, upper, seqlen_q, seqlen_k = band
+    lower, upper, _, seqlen_k = band
     rows = [row - column, row - column + 8]
     if keys_are_rows:  # query i sees key j iff j - upper < i <= j - lower
         return [x - upper + 1 for x in rows], [x - lower + 1 for x in rows]
@@ -108,19 +97,18 @@ def hide(mask: str, columns: int, keys_are_rows: bool) -> Any:
     query i sees keys i + lower ... i + upper - 1. `mask_place` is where the head's mask begins,
     and its strides.
     """
-    tile, band = tile_type(columns), types.UniTuple(WHOLE, 4)
-    is_bool = mask == "bool"
+    tile, is_bool = RegisterTile(columns), mask == "bool"
 
-    @traced(tile, tile, WHOLE, WHOLE, band, None, FAR)
-    def run(p, row, column, band, mask, mask_place):
+    @traced(tile.type, tile.type, WHOLE, WHOLE, BAND, None, FAR)
+    def run(weights, row, column, band, mask, mask_place):
         first, end = _bounds(keys_are_rows, row, column, band)
         number = _mask_reader(keys_are_rows, row, column, band, mask, mask_place)
-        out = list(p)
-        for place, j, r, c in places(columns):
-            visible = (first[r] <= 8 * j + c) & (end[r] > 8 * j + c)
+        out = []
+        for p in tile.places():
+            visible = (first[p.own_row] <= p.column) & (end[p.own_row] > p.column)
             if is_bool:
-                visible = visible & (number(j, r, c) != 0)
-            out[place] = select(visible, p[place], 0.0)
+                visible = visible & (number(p) != 0)
+            out.append(select(visible, weights[p.register], 0.0))
         return out
 
     return run
@@ -128,26 +116,25 @@ def hide(mask: str, columns: int, keys_are_rows: bool) -> Any:
 
 @cache
 def add_mask(mask: str, columns: int, keys_are_rows: bool) -> Any:
-    """Traced `(scores, scale, row, column, band, mask, mask_place)`: scale * scores plus an additive
-    mask, in units of log 2.
+    """Traced `(scores, scale, row, column, band, mask, mask_place)`: scale * scores plus a mask,
+    in units of log 2.
     """
-    tile, band, kind = tile_type(columns), types.UniTuple(WHOLE, 4), mask
+    tile, kind = RegisterTile(columns), mask
 
-    @traced(tile, tile, types.float32, WHOLE, WHOLE, band, None, FAR)
+    @traced(tile.type, tile.type, types.float32, WHOLE, WHOLE, BAND, None, FAR)
     def run(scores, scale, row, column, band, mask, mask_place):
         number = _mask_reader(keys_are_rows, row, column, band, mask, mask_place)
-        out = list(scores)
-        for place, j, r, c in places(columns):
-            out[place] = fma(scores[place], scale, loaded(kind, number(j, r, c)) * LOG2_E)
-        return out
+        return [
+            fma(scores[p.register], scale, loaded(kind, number(p)) * LOG2_E) for p in tile.places()
+        ]
 
     return run
 
 
 def _mask_reader(
     keys_are_rows: bool, row: Any, column: Any, band: Any, mask: Any, mask_place: Any
-) -> Any:
-    """A function of j, r and c: the mask's number there.
+) -> Callable[[Place], Any]:
+    """A function of a place: the mask's number there.
 
     Where there is none another is read, to no effect: no branch.
     """
@@ -155,17 +142,18 @@ def _mask_reader(
     last_query, last_key = band[2] - 1, band[3] - 1
     row_end, column_end = (last_key, last_query) if keys_are_rows else (last_query, last_key)
     row_step, column_step = (key_step, query_step) if keys_are_rows else (query_step, key_step)
-    found: dict[tuple[str, int], Any] = {}
+    known: dict[tuple[bool, int], Any] = {}
 
-    def offset(name: str, n: int, x: Any, end: Any, step: Any) -> Any:
-        if (name, n) not in found:
-            place = x + n
-            found[name, n] = i64(select(place < end, place, end)) * step
-        return found[name, n]
+    def offset(is_row: bool, n: int, first: Any, end: Any, step: Any) -> Any:
+        if (is_row, n) not in known:
+            place = first + n
+            known[is_row, n] = i64(select(place < end, place, end)) * step
+        return known[is_row, n]
 
-    def number(j: int, r: int, c: int) -> Any:
-        across = offset("column", 8 * j + c, column, column_end, column_step)
-        return mask[start + offset("row", 8 * r, row, row_end, row_step) + across]
+    def number(place: Place) -> Any:
+        down = offset(True, place.row, row, row_end, row_step)
+        across = offset(False, place.column, column, column_end, column_step)
+        return mask[start + down + across]
 
     return number
 
@@ -201,30 +189,12 @@ def weigher(kind: Kind, columns: int, keys_are_rows: bool) -> Any:
 @cache
 def score_gradients(columns: int, keys_are_rows: bool) -> Any:
     """Traced `(p, dp, keep, delta)`: P * (keep * dP - delta); `keep` is 1 without dropout."""
-    tile = tile_type(columns)
+    tile = RegisterTile(columns)
 
-    @traced(tile, tile, tile, types.float32, _given(keys_are_rows))
-    def run(p, dp, keep, delta):
-        shift, out = _of_queries(keys_are_rows, delta), list(p)
-        for place, j, r, c in places(columns):
-            out[place] = p[place] * fma(dp[place], keep, -shift(j, r, c))
-        return out
-
-    return run
-
-
-@cache
-def as_factor(precision: str, columns: int) -> Any:
-    """Traced `(tile)`: rounded to 16 bits, in pairs, as the first factor of a product.
-
-    The factor's registers of a step of 16 along k are those of 16 columns, in the same order
-    (`wgmma_rs`).
-    """
-    pack = pack_pair(precision)
-
-    @traced(types.UniTuple(WORD, columns // 4), tile_type(columns))
-    def run(tile):
-        return [pack(tile[n], tile[n + 1]) for n in range(0, columns // 2, 2)]
+    @traced(tile.type, tile.type, tile.type, types.float32, _given(keys_are_rows))
+    def run(weights, dp, keep, delta):
+        shift = _of_queries(keys_are_rows, delta)
+        return [weights[p.register] * fma(dp[p.register], keep, -shift(p)) for p in tile.places()]
 
     return run
 
@@ -277,7 +247,15 @@ def write_rows(precision: str, columns: int, vectors: bool) -> Any:
     multiples of 16 bytes and are as long: then each lane of a quad writes eight neighbours.
     """
     pack = pack_pair(precision)
-    arguments = (tile_type(columns), types.float32, types.uint64, types.uint64, WHOLE, WHOLE, WHOLE)
+    arguments = (
+        RegisterTile(columns).type,
+        types.float32,
+        types.uint64,
+        types.uint64,
+        WHOLE,
+        WHOLE,
+        WHOLE,
+    )
 
     @traced(types.void, *arguments)
     def run(tile, factor, address, row_step, rows, wanted, lane):
@@ -307,25 +285,26 @@ def write_rows(precision: str, columns: int, vectors: bool) -> Any:
 
 @cache
 def write_scores(columns: int) -> Any:
-    """Traced `(tile, address, row_step, rows, columns)`: a tile of float32, as `write_rows` does."""
+    """Traced `(tile, address, row_step, rows, columns)`: a tile of float32 to global memory.
 
-    @traced(types.void, tile_type(columns), types.uint64, types.uint64, WHOLE, WHOLE)
-    def run(tile, address, row_step, rows, wanted):
+    `address` is that of the lane's first number; `rows` and `columns` count from there.
+    """
+    tile = RegisterTile(columns)
+
+    @traced(types.void, tile.type, types.uint64, types.uint64, WHOLE, WHOLE)
+    def run(scores, address, row_step, rows, wanted):
         starts = [address, address + row_step * 8]
-        inside = [rows > 8 * r for r in range(2)]
-        for place, j, r, c in places(columns):
-            there = starts[r] + 4 * (8 * j + c)
-            st_global_f32_if(u32(inside[r] & (wanted > 8 * j + c)), there, tile[place])
+        for p in tile.places():
+            inside = u32((rows > p.row) & (wanted > p.column))
+            st_global_f32_if(inside, starts[p.own_row] + 4 * p.column, scores[p.register])
 
     return run
 
 
 __all__ = [
-    "as_factor",
     "keep_bits_of_keys",
     "score_gradients",
     "weigher",
     "write_rows",
     "write_scores",
-    "zeros",
 ]

@@ -42,7 +42,7 @@ def store_rows(kind: Kind) -> Any:
                     pack(sums[4 * j + 2 * r], sums[4 * j + 2 * r + 1])
                     for j in range(first, first + 4)
                 ]
-                words = _transposed(words, odd, high)
+                words = transposed(words, odd, high)
                 inside = u32(valid[r] & (left > 8 * first))
                 address = addresses[r] + u64(quarter) * 16
                 st_global_v4_b32_if(inside, address + 16 * first, words)
@@ -62,7 +62,7 @@ def _store_each(kind: Kind) -> Any:
     return store
 
 
-def _transposed(words: list[Any], odd: Any, high: Any) -> list[Any]:
+def transposed(words: list[Any], odd: Any, high: Any) -> list[Any]:
     """Word n of the quad's lane m becomes word m of lane n: each exchange of two words in two lanes
     swaps one bit of m with one of n.
     """
@@ -80,4 +80,4 @@ def _exchange(a: Any, b: Any, second: Any, lane_mask: int) -> tuple[Any, Any]:
     return select(second, other, a), select(second, b, other)
 
 
-__all__ = ["store_rows"]
+__all__ = ["store_rows", "transposed"]

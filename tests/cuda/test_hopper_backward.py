@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from minitorch import cuda_attention
+from minitorch import cuda_attention as launcher
 from minitorch.kernels.flash_attention import cuda, hopper, hopper_backward
+from minitorch.kernels.flash_attention.hopper_backward_pipeline import memory_plan
 from minitorch.kernels.flash_attention.hopper_tiles import Kind
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.philox import attention_dropout_mask
-from minitorch.kernels.runtime import SIMULATED
+from minitorch.kernels.runtime import SIMULATED, compute_capability
 from tests import references
 from tests.cuda.test_flash_attention_cuda import on_gpu, random
 from tests.cuda.test_hopper_forward import BACKEND, PAIRS, calls, on_hopper
@@ -25,7 +26,6 @@ from tests.cuda.test_hopper_forward import BACKEND, PAIRS, calls, on_hopper
 # Of the largest gradient. A 16-bit product of 16-bit factors is right to a few of its last places.
 TOLERANCE = {"float16": 5e-3, "bfloat16": 4e-2}
 attention: Any = references.attention
-ROWS_ARE_QUERIES, ROWS_ARE_KEYS = False, True
 
 
 def gradients(
@@ -35,16 +35,16 @@ def gradients(
 
     Output and logsumexp are those of the SIMT kernels.
     """
-    monkeypatch.setattr(cuda_attention, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(launcher, "compute_capability", lambda: (9, 0))
     q, k, v = (t.shape for t in tensors)
     problem = AttentionProblem.of(q, k, v, tensors[0].dtype, attn_mask=mask, **arguments)
     ops: Any = BACKEND.ops
     on_device = ops.attention_mask(mask)
-    monkeypatch.setattr(cuda_attention, "FLASH_ATTENTION", (cuda,))
+    monkeypatch.setattr(launcher, "FLASH_ATTENTION", (cuda,))
     out, lse = ops.flash_attention_forward(*tensors, on_device, problem)
     do = on_gpu(random(*problem.out_shape, seed=8), problem.dtype.name)
     dl = on_gpu(random(*problem.logsumexp_shape, seed=9)) if with_lse else None
-    monkeypatch.setattr(cuda_attention, "FLASH_ATTENTION", (hopper,))
+    monkeypatch.setattr(launcher, "FLASH_ATTENTION", (hopper,))
     wants_dmask = mask is not None and mask.dtype != bool
     got = ops.flash_attention_backward(
         do, dl, *tensors, on_device, out, lse, problem, wants_dmask
@@ -93,6 +93,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "shapes": [(1, 2, 40, 64), (1, 1, 50, 64), (1, 1, 50, 64)],
         "enable_gqa": True,
     },
+    "keys of one batch for two": {"shapes": [(2, 2, 20, 64), (30, 64), (1, 2, 30, 64)]},
+    "queries of one batch for two": {"shapes": [(1, 1, 20, 64), (2, 2, 30, 64), (2, 2, 30, 64)]},
     "two head sizes": {"shapes": [(1, 1, 40, 59), (1, 1, 30, 59), (1, 1, 30, 96)]},
     "dropout": {
         "shapes": [(1, 1, 70, 64), (1, 1, 90, 64), (1, 1, 90, 64)],
@@ -121,7 +123,7 @@ def test_small_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             "backward_blocks",
             lambda kind: tuple(replace(b, passing=min(b.passing, 48)) for b in find(kind)),
         )
-    elif cuda_attention.compute_capability() != (9, 0):
+    elif compute_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
     check(monkeypatch, **SMALL[name])
 
@@ -219,5 +221,5 @@ def test_equal_bits(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 def test_tiles_fit_in_shared_memory(size: int, dropout: bool, mask: str) -> None:
     kind = Kind("float16", size, size, mask, dropout)
     for blocks in hopper_backward.backward_blocks(kind):
-        assert hopper_backward.memory_plan(kind, blocks).size <= 227 * 1024
+        assert memory_plan(kind, blocks).size <= 227 * 1024
         assert blocks.own % 64 == 0 and blocks.passing % 16 == 0
