@@ -158,6 +158,23 @@ def wgmma_wait_group(pending: int, *counts: int) -> Any:
     return _through("wgmma_wait_group", f"wgmma.wait_group.sync.aligned {pending};", counts)
 
 
+@cache
+def wgmma_wait_group_after(pending: int, count: int) -> Any:
+    """`acc = f(acc, x)`: `wgmma_wait_group` that does not begin to wait before x is there.
+
+    The assembler moves a wait in front of all that does not depend on it, so that no arithmetic
+    would run beside the products. It cannot know that x is never this one of the NaNs (arithmetic
+    gives another), and it moves no wait past a trap.
+    """
+    acc = f32[count]
+    return instruction(
+        "wgmma_wait_group_after",
+        "{ .reg .pred p; .reg .b32 b; mov.b32 b, {x}; setp.eq.u32 p, b, 0x7FC12345; @p trap;"
+        f" wgmma.wait_group.sync.aligned {pending}; }}",
+        {"acc": acc, "x": f32}, acc, tied="acc", simulated=simulated.first,
+    )  # fmt: skip
+
+
 def _through(name: str, text: str, counts: tuple[int, ...]) -> Any:
     accumulators = {f"acc{n}": f32[count] for n, count in enumerate(counts)}
     return instruction(

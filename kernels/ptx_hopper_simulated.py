@@ -127,6 +127,11 @@ def nothing(*arguments: Any) -> None:
     """Fences, hints, registers; to wait for what is done already."""
 
 
+def first(accumulator: Any, x: Any) -> Any:
+    """A wait for the accumulator that begins with x."""
+    return accumulator
+
+
 def same(*accumulators: Any) -> Any:
     """The accumulators that a fence or a wait takes and returns."""
     return accumulators if len(accumulators) > 1 else next(iter(accumulators), None)

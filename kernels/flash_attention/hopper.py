@@ -14,7 +14,7 @@ from typing import Any
 from ..runtime import Instance, ceil_div, cuda, launch, precision, types
 from ..tensor_map import constant, matrices_map, on_device
 from .cuda import Architecture, Heads, Inputs, Ints, Matrices, arguments_of, mask_of
-from .hopper_backward import backward, backward_workspace
+from .hopper_backward import backward, backward_tiles, backward_workspace
 from .hopper_forward import forward_kernel, forward_memory
 from .hopper_schedule import AT_ONCE, order, tile_costs
 from .hopper_tiles import HEAD_SIZES, ROWS, Blocks, Kind, padded
@@ -48,27 +48,28 @@ def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None
 # registers enough, and more of them hide more of the softmax; from 192 on tiles are as large as
 # shared memory allows.
 FORWARD = {
-    (64, False): Blocks(3, 128), (64, True): Blocks(3, 128, 4),
+    (64, False): Blocks(3, 128, overlap=False), (64, True): Blocks(3, 128, overlap=False),
     (96, False): Blocks(2, 128), (96, True): Blocks(2, 128),
     (128, False): Blocks(2, 128), (128, True): Blocks(2, 128),
     (192, False): Blocks(2, 96), (192, True): Blocks(2, 96),
-    (256, False): Blocks(2, 64), (256, True): Blocks(2, 64),
+    (256, False): Blocks(2, 80), (256, True): Blocks(2, 80),
 }  # fmt: skip
-FEW_QUERIES = 1024  # up to which 192 rows fit a causal mask's triangle, or the length, too badly
+FEW_QUERIES = 1024  # up to which tiles of 192 rows fit a causal mask's triangle too badly
 CANDIDATES = {
     "forward": {
-        64: ((3, 128, 2), (3, 128, 4), (2, 128, 2), (2, 176, 2)),
-        96: ((2, 128, 2), (2, 144, 2)),
-        128: ((2, 128, 2), (2, 144, 2), (2, 160, 2), (2, 176, 2)),
-        192: ((2, 80, 2), (2, 96, 2), (2, 112, 2)),
-        256: ((2, 64, 2), (2, 80, 2)),
+        64: ((3, 128, 2, 1, 0), (3, 112, 2, 1, 1), (2, 128, 2, 1, 1), (3, 96, 2, 1, 1)),
+        96: ((2, 128, 2, 1, 1),),
+        128: ((2, 128, 2, 1, 1), (2, 160, 2, 1, 1), (2, 128, 2, 1, 0), (2, 128, 2, 0, 1)),
+        192: ((2, 96, 2, 1, 1),),
+        256: ((2, 80, 2, 1, 1), (2, 80, 2, 0, 1), (2, 64, 2, 1, 1), (2, 64, 2, 1, 0)),
     }
 }
 
 
 def blocks_of(kernel: str, numbers: Ints) -> Blocks:
     """The tiles that a row of the tuning table, or of CANDIDATES, stands for."""
-    return Blocks(*numbers)
+    warpgroups, block_n, stages, ping_pong, overlap = numbers
+    return Blocks(warpgroups, block_n, stages, bool(ping_pong), bool(overlap))
 
 
 @cache
@@ -76,17 +77,21 @@ def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
     """The forward kernel's tiles."""
     size = max(kind.head_dim, kind.value_dim)
     measured = choice(NAME, "forward", ARCHITECTURE, size, kind.banded)
-    blocks = Blocks(*measured) if measured else FORWARD[size, kind.banded]
-    if kind.dropout or kind.mask != "none" or (kind.banded and seqlen_q <= FEW_QUERIES):
-        # What is done with each score takes registers, which two warpgroups have more of.
-        blocks = Blocks(2, blocks.block_n)
+    blocks = blocks_of("forward", measured) if measured else FORWARD[size, kind.banded]
+    if kind.banded and seqlen_q <= FEW_QUERIES and blocks.warpgroups > 2:
+        blocks = Blocks(2, 128)
+    # What is done with each score takes registers, of which two warpgroups have more each.
+    if kind.dropout:
+        blocks = Blocks(2, min(blocks.block_n, 128), overlap=False)
     if kind.mask != "none":
-        blocks = Blocks(2, min(blocks.block_n, 64))
+        blocks = Blocks(2, min(blocks.block_n, 64), overlap=False)
     return blocks
 
 
 def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:
     """The tiles, in words."""
+    if backward:
+        return backward_tiles(problem)
     mask = "none" if problem.mask_kind == "none" else "bool"
     kind = _kind(problem, mask, vectors=True)
     blocks = forward_blocks(kind, problem.seqlen_q)

@@ -31,7 +31,7 @@ import math
 from functools import cache
 from typing import Any, NamedTuple
 
-from ..ptx import ex2_approx_ftz_f32, lg2_approx_ftz_f32, shared_address
+from ..ptx import ex2_approx_ftz_f32, lg2_approx_ftz_f32, shared_address, shfl_sync_idx_b32
 from ..ptx_hopper import (
     bar_arrive,
     bar_sync,
@@ -47,6 +47,7 @@ from ..ptx_hopper import (
     wgmma_rs,
     wgmma_ss,
     wgmma_wait_group,
+    wgmma_wait_group_after,
 )
 from ..register_tile import RegisterTile
 from ..runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, types
@@ -60,8 +61,8 @@ from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Blocks, Kind, own_place, par
 LN_2, LOG2_E = math.log(2.0), math.log2(math.e)
 LOWEST = NEGATIVE_INFINITY
 WARPS = 4  # of a warpgroup
-LOADERS_REGISTERS = {2: 40, 3: 32}  # of a loading thread, by the number of computing warpgroups
-REGISTERS = {2: 232, 3: 160}  # of a computing thread
+LOADERS_REGISTERS = {2: 56, 3: 32}  # of a loading thread, by the number of computing warpgroups
+REGISTERS = {2: 224, 3: 160}  # of a computing thread
 MAP_BYTES = 128  # of a tensor map
 
 
@@ -292,6 +293,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     s_registers, o_registers = block_n // 2, value_dim // 2
     fence, wait_first = wgmma_fence(o_registers), wgmma_wait_group(1, s_registers)
     wait_s, wait_o = wgmma_wait_group(0, s_registers), wgmma_wait_group(0, o_registers)
+    wait_after, overlap = wgmma_wait_group_after(0, o_registers), blocks.overlap
     # What is done in registers.
     output, as_operand = RegisterTile(value_dim), RegisterTile(block_n).to_operand(kind.precision)
     no_output, scale_rows, exp2 = output.zero, output.scale_rows, ex2_approx_ftz_f32
@@ -308,7 +310,8 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     ):  # fmt: skip
         memory = shared_address(cuda.shared.array(0, types.uint8))
         thread = i32(cuda.threadIdx.x)
-        warpgroup = i32(thread >> i32(7)) - 1
+        # The same in all lanes of a warp, which the shuffle tells the compiler.
+        warpgroup = i32(shfl_sync_idx_b32(u32(thread >> i32(7)), 0)) - 1
         if thread == 0:
             make_barriers(memory)
         cuda.syncthreads()
@@ -392,7 +395,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 m, weights, shift, sums = softmax_of(
                     s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout
                 )
-                o = wait_o(o)
+                o = wait_after(o, sums[0] + sums[1]) if overlap else wait_o(o)
                 if is_first_lane:
                     mbarrier_arrive(v_barrier + plan.v_free)
                 if is_last:

@@ -58,6 +58,7 @@ class Blocks:
         block_n: keys of a tile, a multiple of 16.
         stages: tiles of keys, and of values, that shared memory has room for.
         ping_pong: the warpgroups take turns in beginning products.
+        overlap: a warpgroup's softmax runs beside its own product P V.
 
     """
 
@@ -65,6 +66,7 @@ class Blocks:
     block_n: int
     stages: int = 2
     ping_pong: bool = True
+    overlap: bool = True
 
     @property
     def block_m(self) -> int:

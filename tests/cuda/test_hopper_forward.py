@@ -288,13 +288,12 @@ def test_nothing_outside_is_read_or_written(monkeypatch: pytest.MonkeyPatch, siz
 
 
 @on_hopper
-@pytest.mark.parametrize("blocks", ["first", "second", "third"])
+@pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_every_tile_that_can_be_chosen(
-    monkeypatch: pytest.MonkeyPatch, blocks: str, size: int
+    monkeypatch: pytest.MonkeyPatch, number: int, size: int
 ) -> None:
     candidates = hopper.CANDIDATES["forward"][size]
-    number = ("first", "second", "third").index(blocks)
     if number >= len(candidates):
         pytest.skip("there are fewer")
     chosen = hopper.blocks_of("forward", candidates[number])
