@@ -132,7 +132,8 @@ def forward_tiles(kind: Kind, architecture: Architecture) -> Tiles:
 
     def fits(tiles: Tiles) -> bool:
         sums = tiles.row_blocks * (kind.value_width + tiles.columns) // 2
-        if not tiles.lazy and sums > SUMS_OF_SOFTMAX:
+        three = kind.numbers == "tf32x3" and kind.mask != "none"  # with parts of both operands
+        if not tiles.lazy and sums > SUMS_OF_SOFTMAX - 8 * three:
             return False
         own = tiles.row_blocks * kind.width * kind.itemsize // 8
         if tiles.in_registers and (kind.dropout or own > OWN):
