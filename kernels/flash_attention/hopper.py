@@ -8,8 +8,9 @@ for each set of addresses and shapes, the copy engine's tensor maps and the orde
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 from ..runtime import Instance, ceil_div, cuda, launch, precision, types
 from ..tensor_map import constant, matrices_map, on_device
@@ -76,9 +77,11 @@ def blocks_of(kernel: str, numbers: Ints) -> Blocks:
 def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
     """The forward kernel's tiles."""
     size = max(kind.head_dim, kind.value_dim)
-    measured = choice(NAME, "forward", ARCHITECTURE, size, kind.banded)
-    blocks = blocks_of("forward", measured) if measured else FORWARD[size, kind.banded]
-    if kind.banded and seqlen_q <= FEW_QUERIES and blocks.warpgroups > 2:
+    measured = choice(NAME, "forward", ARCHITECTURE, size, kind.banded, seqlen_q)
+    blocks = FORWARD[size, kind.banded]
+    if measured:
+        blocks = blocks_of("forward", measured)
+    elif kind.banded and seqlen_q <= FEW_QUERIES and blocks.warpgroups > 2:
         blocks = Blocks(2, 128)
     # What is done with each score takes registers, of which two warpgroups have more each.
     if kind.dropout:
@@ -189,41 +192,69 @@ def forward(
         blocks: of one's choice.
 
     """
-    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
-    if not problem.batch_heads * seqlen_q:
+    if not problem.batch_heads * problem.seqlen_q:
         return
-    kind = _kind(problem, inputs.mask_kind, _has_vectors(out, problem.value_dim))
-    blocks = blocks or forward_blocks(kind, seqlen_q)
-    q, k, v = inputs.q, inputs.k, inputs.v
-    if not seqlen_k:  # nothing of them is read
-        k = v = q
-    widths = problem.head_dim, problem.value_dim if seqlen_k else problem.head_dim
-    q_map, q_share = matrices_on_device(problem, heads, 1, q, ROWS, (seqlen_q, widths[0]))
-    keys = max(seqlen_k, 1)
-    k_map, k_share = matrices_on_device(
-        problem, heads, heads.k_group if seqlen_k else 1, k, blocks.block_n, (keys, widths[0])
-    )
-    v_map, v_share = matrices_on_device(
-        problem, heads, heads.v_group if seqlen_k else 1, v, blocks.block_n, (keys, widths[1])
-    )
-    sizes, numbers = arguments_of(problem, heads)
-    lower, upper = sizes[3:5]
-    count = ceil_div(seqlen_q, blocks.block_m) * problem.batch_heads
-    grid = min(count, processors())
-    table = 0
+    places = tuple((x.address, x.strides) for x in (inputs.q, inputs.k, inputs.v))
+    vectors = _has_vectors(out, problem.value_dim)
+    without_seed = replace(problem, seed=0) if problem.dropout_p else problem
+    plan = _planned(without_seed, heads, places, inputs.mask_kind, vectors, blocks)
+    _, numbers = arguments_of(problem, heads)
+    mask, mask_strides = mask_of(inputs)
+    launch(
+        plan.kernel, plan.grid, plan.threads, plan.maps, plan.order, out.address, logsumexp, mask,
+        inputs.offset, out.strides, mask_strides, plan.sizes, plan.shares, *numbers,
+        shared_bytes=plan.shared_bytes,
+    )  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What the forward pass launches for given shapes and addresses."""
+
+    kernel: Any
+    grid: int
+    threads: int
+    shared_bytes: int
+    maps: int
+    order: int
+    sizes: Ints
+    shares: Ints
+
+
+@lru_cache(maxsize=1024)
+def _planned(
+    problem: AttentionProblem,
+    heads: Heads,
+    places: tuple[tuple[int, Ints], ...],
+    mask_kind: str,
+    vectors: bool,
+    blocks: Blocks | None,
+) -> Plan:
+    """Remembered: a model's layers ask for the same again and again, and it takes longer than a
+    launch. `places` are the addresses and strides of queries, keys and values.
+    """
+    kind = _kind(problem, mask_kind, vectors)
+    blocks = blocks or forward_blocks(kind, problem.seqlen_q)
+    keys, head_dim = max(problem.seqlen_k, 1), problem.head_dim
+    q, k, v = (Matrices(None, *place) for place in places)
+    groups, value_dim = (heads.k_group, heads.v_group), problem.value_dim
+    if not problem.seqlen_k:  # nothing of them is read
+        k, v, groups, value_dim = q, q, (1, 1), head_dim
+    block_n, queries = blocks.block_n, (problem.seqlen_q, head_dim)
+    q_map, q_share = matrices_on_device(problem, heads, 1, q, ROWS, queries)
+    k_map, k_share = matrices_on_device(problem, heads, groups[0], k, block_n, (keys, head_dim))
+    v_map, v_share = matrices_on_device(problem, heads, groups[1], v, block_n, (keys, value_dim))
+    sizes, _ = arguments_of(problem, heads)
+    count = ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads
+    grid, table = min(count, processors()), 0
     if kind.banded:
         head_bytes = 2 * keys * (problem.head_dim + problem.value_dim)
         together = max(heads.k_group * (AT_ONCE // head_bytes), 1)
-        table = _order_on_device(
-            (seqlen_q, seqlen_k), (lower, upper), blocks, problem.batch_heads, together, grid
-        )
-    mask, mask_strides = mask_of(inputs)
-    launch(
-        forward_kernel(kind, blocks), grid, blocks.threads,
-        int(on_device(q_map, k_map, v_map)), table, out.address, logsumexp, mask, inputs.offset,
-        out.strides, mask_strides, (*sizes[:5], count, problem.value_dim),
-        (*q_share, *k_share, *v_share), *numbers,
-        shared_bytes=forward_memory(kind, blocks).size,
+        lengths, band = (problem.seqlen_q, problem.seqlen_k), sizes[3:5]
+        table = _order_on_device(lengths, band, blocks, problem.batch_heads, together, grid)
+    return Plan(
+        forward_kernel(kind, blocks), grid, blocks.threads, forward_memory(kind, blocks).size,
+        int(on_device(q_map, k_map, v_map)), table, (*sizes[:5], count, problem.value_dim),
+        (*q_share, *k_share, *v_share),
     )  # fmt: skip
 
 
