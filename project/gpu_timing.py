@@ -111,10 +111,13 @@ class Recorder:
                 if turns[name] == rounds:
                     self.time_once(work.replay)
         times: dict[str, list[float]] = {name: [] for name in works}
+        names = list(works)
         for number in range(rounds):
-            for name, work in works.items():
+            # Who comes after a hot one finds lower clocks: each has every neighbour in turn.
+            first = number % len(names) if names else 0
+            for name in (*names[first:], *names[:first]):
                 if number < turns[name]:
-                    times[name].append(self.time_once(work.replay))
+                    times[name].append(self.time_once(works[name].replay))
         return {
             name: {"ms": statistics.median(record), "rounds": len(record)}
             for name, record in times.items()
