@@ -7,6 +7,7 @@ Before each repeat the cache (L2) is overwritten, which also gives the host a he
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,11 +112,10 @@ class Recorder:
                 if turns[name] == rounds:
                     self.time_once(work.replay)
         times: dict[str, list[float]] = {name: [] for name in works}
-        names = list(works)
+        order, shuffled = list(works), random.Random(0)
         for number in range(rounds):
-            # Who comes after a hot one finds lower clocks: each has every neighbour in turn.
-            first = number % len(names) if names else 0
-            for name in (*names[first:], *names[:first]):
+            shuffled.shuffle(order)  # who comes after a hot one finds lower clocks
+            for name in order:
                 if number < turns[name]:
                     times[name].append(self.time_once(works[name].replay))
         return {
