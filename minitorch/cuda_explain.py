@@ -45,7 +45,8 @@ class Pass:
         found = [self.kernel + (f": {self.tiles}" if self.tiles else "")]
         found += [f"    not {name}: {reason}" for name, reason in self.passed_over]
         if self.copied:
-            names = " and ".join(self.copied)
+            *others, last = self.copied
+            names = f"{', '.join(others)} and {last}" if others else last
             found.append(f"    {names} will be copied: rows must be contiguous and aligned")
         return found
 
@@ -63,7 +64,9 @@ class Explanation:
         p = self.problem
         what = [f"query {p.query_shape}, key {p.key_shape}, value {p.value_shape}, {p.dtype.name}"]
         if p.left is not None or p.right is not None:
-            what.append(f"keys i{p.lower:+} to i{p.upper - 1:+} of query i")
+            first = "" if p.left is None else f" from i{p.lower:+}"
+            last = "" if p.right is None else f" to i{p.upper - 1:+}"
+            what.append(f"query i sees keys{first}{last}")
         if p.mask_kind != "none":
             what.append(f"{p.mask_kind} mask")
         if p.dropout_p:
@@ -158,12 +161,14 @@ def _capability(architecture: str | Architecture | None) -> Architecture:
             raise RuntimeError("there is no GPU here: say which is meant, architecture='sm_80'")
         return compute_capability()
     if isinstance(architecture, str):
-        match = re.fullmatch(r"sm_(\d+)(\d)[a-z]?", architecture)
-        if match is None:
-            raise ValueError(f"architecture is {architecture!r}; wanted one such as 'sm_80'.")
-        return int(match[1]), int(match[2])
-    major, minor = architecture
-    return int(major), int(minor)
+        match = re.fullmatch(r"sm_([1-9]\d*)(\d)[a-z]?", architecture)
+        if match is not None:
+            return int(match[1]), int(match[2])
+    elif isinstance(architecture, tuple | list) and len(architecture) == 2:
+        major, minor = architecture
+        if all(isinstance(n, int | np.integer) for n in architecture) and major > 0 <= minor:
+            return int(major), int(minor)
+    raise ValueError(f"architecture is {architecture!r}; wanted one such as 'sm_80' or (8, 0).")
 
 
 def _dtype(name: str, x: Any) -> np.dtype[Any]:

@@ -16,11 +16,12 @@ _setting: dict[str, Float32Precision] = {"attention": "ieee"}
 class Restored:
     """What `fp32_precision(name)` returns: as a context it puts the former setting back."""
 
-    def __init__(self, former: Float32Precision) -> None:
-        self._former = former
+    def __init__(self, name: Float32Precision, former: Float32Precision) -> None:
+        self._name, self._former = name, former
 
     def __enter__(self) -> None:
-        """The setting holds inside the block."""
+        """The setting holds inside the block, be it the second one of this object."""
+        _setting["attention"] = self._name
 
     def __exit__(self, *exception: object) -> None:
         _setting["attention"] = self._former
@@ -33,9 +34,10 @@ def fp32_precision(name: Float32Precision) -> Restored: ...
 def fp32_precision(name: Float32Precision | None = None) -> Float32Precision | Restored:
     """Say, or ask, how flash attention of float32 tensors on a GPU may multiply.
 
-    The names are those of `torch.backends` and Triton. The setting belongs to the process; a
-    backward pass uses that of its forward pass. Tensors on the CPU do not heed it. For matrix
-    products there is `set_float32_matmul_precision`.
+    The names are those of `torch.backends` and Triton. The setting belongs to the process: one
+    thread's holds for all, so threads must not have blocks `with fp32_precision(...)` at the same
+    time. A backward pass uses that of its forward pass. Tensors on the CPU do not heed it. For
+    matrix products there is `set_float32_matmul_precision`.
 
     Args:
         name: "ieee" (the default): in float32. "tf32": on tensor cores, errors of about 1e-3 of a
@@ -54,7 +56,7 @@ def fp32_precision(name: Float32Precision | None = None) -> Float32Precision | R
     if name is None:
         return former
     _setting["attention"] = checked_fp32_precision(name)
-    return Restored(former)
+    return Restored(_setting["attention"], former)
 
 
 __all__ = ["fp32_precision"]

@@ -120,7 +120,7 @@ def test_explain_without_a_gpu() -> None:
     assert found.forward.kernel == "decode"
     assert ("decode", "it has a forward pass alone") in found.backward.passed_over
     text = str(found)
-    assert "keys i" in text
+    assert "query i sees keys" in text
     assert "query (2, 4, 1, 64)" in text
     assert "compute capability 9.0" in text
     assert "not decode: it has a forward pass alone" in text
@@ -166,6 +166,24 @@ def test_explain_refuses_what_attention_refuses() -> None:
             minitorch.cuda.explain(q, q, q)
 
 
+@pytest.mark.parametrize("wrong", ["sm_9", "8.0", "sm_00", 80, (8,), (8, 0, 0), (9.5, 0), (-8, 0)])
+def test_explain_refuses_what_is_no_architecture(wrong: Any) -> None:
+    q = np.zeros((4, 64), np.float16)
+    with pytest.raises(ValueError, match=r"architecture is .*; wanted one such as 'sm_80' or"):
+        minitorch.cuda.explain(q, q, q, architecture=wrong)
+
+
+def test_explain_says_which_keys_a_query_sees() -> None:
+    q = np.zeros((4, 64), np.float16)
+    for arguments, words in (
+        ({"is_causal": True}, ", query i sees keys to i+0;"),
+        ({"window": (2, None)}, ", query i sees keys from i-2;"),
+        ({"window": (2, 1)}, ", query i sees keys from i-2 to i+1;"),
+        ({}, "float16;"),
+    ):
+        assert words in str(minitorch.cuda.explain(q, q, q, **arguments, architecture=(8, 0)))
+
+
 # ----- precision of float32 -----
 
 
@@ -182,6 +200,14 @@ def test_fp32_precision() -> None:
     minitorch.cuda.fp32_precision("tf32x3")
     assert minitorch.cuda.fp32_precision() == "tf32x3"
     minitorch.cuda.fp32_precision("ieee")
+
+
+def test_fp32_precision_holds_in_every_block_of_one_context() -> None:
+    context = minitorch.cuda.fp32_precision("tf32")
+    for _ in range(2):
+        with context:
+            assert minitorch.cuda.fp32_precision() == "tf32"
+        assert minitorch.cuda.fp32_precision() == "ieee"
 
 
 @pytest.mark.parametrize("name", ["tf16", "", "TF32", 32])
