@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minitorch.kernels.flash_attention import hopper, hopper_schedule
+from minitorch.kernels.flash_attention.hopper_forward import forward_memory
 from minitorch.kernels.flash_attention.hopper_schedule import NO_TILE, order, tile_costs
 from minitorch.kernels.flash_attention.hopper_tiles import HEAD_SIZES, Blocks, Kind, padded, parts
 from minitorch.kernels.flash_attention.problem import AttentionProblem
@@ -83,7 +84,7 @@ def test_tiles_fit_in_shared_memory(size: int, banded: bool, mask: str, dropout:
     kind = Kind("float16", size, size, mask, dropout, banded=banded)
     for length in (100, 10_000):
         blocks = hopper.forward_blocks(kind, length)
-        memory = hopper.forward_memory(kind, blocks)
+        memory = forward_memory(kind, blocks)
         assert memory.size <= 227 * 1024
         begins = (memory.q, memory.k, memory.v)
         assert all(begin % 1024 == 0 for begin in begins), "the swizzle repeats every 1024 bytes"

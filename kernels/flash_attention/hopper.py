@@ -163,11 +163,10 @@ def matrices_on_device(
 
 
 @cache
-def _order_on_device(
-    lengths: Ints, band: Ints, blocks: Blocks, heads: int, together: int, count: int
-) -> int:
+def _order_on_device(sizes: Ints, blocks: Blocks, heads: int, together: int, count: int) -> int:
     """The address of the order of the tiles."""
-    costs = tile_costs(*lengths, *band, blocks)
+    seqlen_q, seqlen_k, lower, upper = sizes
+    costs = tile_costs(seqlen_q, seqlen_k, lower, upper, blocks)
     return int(constant(order(costs, heads, together, count).tobytes()))
 
 
@@ -249,8 +248,7 @@ def _planned(
     if kind.banded:
         head_bytes = 2 * keys * (problem.head_dim + problem.value_dim)
         together = max(heads.k_group * (AT_ONCE // head_bytes), 1)
-        lengths, band = (problem.seqlen_q, problem.seqlen_k), sizes[3:5]
-        table = _order_on_device(lengths, band, blocks, problem.batch_heads, together, grid)
+        table = _order_on_device(sizes[1:5], blocks, problem.batch_heads, together, grid)
     return Plan(
         forward_kernel(kind, blocks), grid, blocks.threads, forward_memory(kind, blocks).size,
         int(on_device(q_map, k_map, v_map)), table, (*sizes[:5], count, problem.value_dim),

@@ -96,10 +96,13 @@ def forward_memory(kind: Kind, blocks: Blocks) -> ForwardMemory:
     v_bytes = blocks.block_n * row_bytes(kind.value_dim)
     k = blocks.warpgroups * q_bytes
     v = k + blocks.stages * k_bytes
-    places = [v + blocks.stages * v_bytes]
-    for count in (blocks.warpgroups, blocks.warpgroups, *[blocks.stages] * 4):
-        places.append(places[-1] + 8 * count)
-    return ForwardMemory(0, k, v, *places, q_bytes, k_bytes, v_bytes)
+    q_full = v + blocks.stages * v_bytes
+    q_free = q_full + 8 * blocks.warpgroups
+    k_full = q_free + 8 * blocks.warpgroups
+    k_free, v_full, v_free, size = (k_full + 8 * n * blocks.stages for n in (1, 2, 3, 4))
+    return ForwardMemory(
+        0, k, v, q_full, q_free, k_full, k_free, v_full, v_free, size, q_bytes, k_bytes, v_bytes
+    )
 
 
 # ----- the threads that load -----
