@@ -38,7 +38,7 @@ AT_ONCE = 24 << 20  # bytes of passing tiles that blocks work with at one time: 
 # consumer, allow no more.
 KEYS = {
     64: Blocks(128, 128, 2, 2), 96: Blocks(128, 64, 2, 2), 128: Blocks(128, 64, 2, 2),
-    192: Blocks(128, 64, 2, 1), 256: Blocks(128, 48, 2, 1),
+    192: Blocks(128, 64, 2, 1, 72), 256: Blocks(128, 48, 2, 1),
 }  # fmt: skip
 QUERIES = {
     64: Blocks(128, 128, 2, 2), 96: Blocks(128, 96, 2, 2), 128: Blocks(128, 96, 2, 2),
@@ -55,7 +55,7 @@ def backward_blocks(kind: Kind) -> tuple[Blocks, Blocks]:
         most = 48
     if kind.mask not in ("none", "bool"):
         most = 32
-    if kind.mask != "none" and size > 192:
+    if kind.mask != "none" and size + 64 * kind.dropout > 192:
         most = 16
     for_keys, for_queries = KEYS[size], QUERIES[size]
     return (

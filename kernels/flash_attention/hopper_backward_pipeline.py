@@ -49,6 +49,7 @@ class Blocks:
         passing: rows of the tiles that pass by, a multiple of 16.
         stages: pairs of passing tiles in shared memory.
         own_stages: own pairs there: with 2 the next item's are on their way.
+        registers_to_load: of a thread of the first warpgroup.
 
     """
 
@@ -56,6 +57,7 @@ class Blocks:
     passing: int
     stages: int = 2
     own_stages: int = 2
+    registers_to_load: int = 56
 
     @property
     def consumers(self) -> int:
@@ -68,9 +70,11 @@ class Blocks:
         return WARPGROUP * (self.consumers + 1)
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread of the first warpgroup, and of a consumer's."""
-        return {1: (56, 256), 2: (56, 224), 3: (32, 160)}[self.consumers]
+    def registers_to_compute(self) -> int:
+        """Of a consumer's thread: those that are left, in eights."""
+        threads = self.consumers + 1
+        at_entry = 65536 // WARPGROUP // threads // 8 * 8
+        return (at_entry * threads - self.registers_to_load) // self.consumers // 8 * 8
 
 
 class Memory(NamedTuple):
