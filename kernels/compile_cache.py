@@ -18,9 +18,12 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import re
 import sys
+import sysconfig
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
@@ -31,7 +34,11 @@ import numpy as np
 FOLDER_VARIABLE = "MINITORCH_CUDA_CACHE"
 PACKAGE = __name__.split(".", maxsplit=1)[0]
 SIMULATION = ".ptx_simulated"  # on which no machine code depends
+PYTHON = sysconfig.get_path("stdlib")
+CACHED = type(cache(len))  # what functools.cache returns
 DAYS_KEPT = 60  # after a file's last use
+UNFINISHED = "unfinished-"  # what a file's name begins with while it is being written
+OURS = re.compile(rf"{UNFINISHED}.*|.+-sm_\w+-[0-9a-f]{{32}}")  # the folder may hold other files
 
 
 class Unknown(Exception):
@@ -97,7 +104,7 @@ class _Description:
         elif isinstance(value, type):
             self._add_class(value)
         elif isinstance(value, ModuleType):
-            if _is_ours(value.__name__) and not value.__name__.endswith(SIMULATION):
+            if not _is_installed(value) and not value.__name__.endswith(SIMULATION):
                 raise Unknown(value)
             self.text(["module", value.__name__])
         elif isinstance(value, BuiltinFunctionType):
@@ -106,14 +113,17 @@ class _Description:
             self.add(type(value))
             self._add_all([getattr(value, f.name) for f in dataclasses.fields(value)])
         elif isinstance(value, (tuple, list)):
+            self.text(list(getattr(value, "_fields", ())))
             self._add_all(value)
         elif isinstance(value, dict):
             self._add_all([x for item in value.items() for x in item])
         elif isinstance(value, partial):
             self._add_all([value.func, value.args, value.keywords])
-        elif isinstance(value, (enum.Enum, np.dtype)) or _is_compilers(value):
+        elif isinstance(value, enum.Enum):
+            self.text([type(value).__qualname__, str(value), repr(value.value)])
+        elif isinstance(value, np.dtype) or _is_compilers(value):
             self.text([type(value).__qualname__, str(value)])
-        elif hasattr(value, "__wrapped__"):  # functools.cache
+        elif isinstance(value, CACHED):
             self.add(value.__wrapped__)
         else:
             raise Unknown(value)
@@ -124,11 +134,12 @@ class _Description:
             self.add(value)
 
     def _add_function(self, function: FunctionType) -> None:
-        if not _is_ours(function.__module__) and _is_installed(function):
+        if _is_installed(function):
             self.text(["function", function.__module__, function.__qualname__])
             return
         self.text(["function", _source(function.__code__)])
         self._add_all(list(function.__defaults__ or ()))
+        self.add(function.__kwdefaults__)
         for cell in function.__closure__ or ():
             try:
                 self.add(cell.cell_contents)
@@ -141,21 +152,46 @@ class _Description:
 
     def _add_class(self, value: type) -> None:
         self.text(["class", value.__module__, value.__qualname__])
-        if _is_ours(value.__module__):
-            self.text([inspect.getsource(value)])
+        if _is_installed(sys.modules.get(value.__module__)):
+            return
+        self.text([_source(value)])
+        for name, member in sorted(vars(value).items()):  # methods, for what they lead to
+            function = _function_of(member)
+            if function is not None and not _is_generated(function):
+                self.text([name])
+                self.add(function)
+        self._add_all(value.__bases__)
+
+
+def _function_of(member: Any) -> FunctionType | None:
+    """Of a method, a property, and so on."""
+    for name in ("__func__", "fget", "func"):
+        member = getattr(member, name, member)
+    return member if isinstance(member, FunctionType) else None
+
+
+def _is_generated(function: FunctionType) -> bool:
+    """Whether `dataclass` or `NamedTuple` has made it, from what the class's source says."""
+    return function.__code__.co_filename.startswith(("<", PYTHON))
 
 
 def _is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
-def _is_ours(module: str | None) -> bool:
-    return module is None or module.split(".", maxsplit=1)[0] == PACKAGE
-
-
-def _is_installed(function: FunctionType) -> bool:
-    """Whether it comes with Python or with a package, and changes with their versions alone."""
-    return any(x in function.__code__.co_filename for x in ("site-packages", sys.base_prefix))
+def _is_installed(value: Any) -> bool:
+    """Whether a function or module comes with Python or with a package other than this one, and
+    changes with their versions alone.
+    """
+    is_function = isinstance(value, FunctionType)
+    module = value.__module__ if is_function else getattr(value, "__name__", None)
+    if module is None or module.split(".", maxsplit=1)[0] in (PACKAGE, "__main__"):
+        return False
+    if is_function:
+        path = value.__code__.co_filename
+    else:
+        path = getattr(value, "__file__", None) or PYTHON  # without a file: built in
+    return path.startswith(PYTHON) or any(x in path for x in ("site-packages", "dist-packages"))
 
 
 def _is_compilers(value: Any) -> bool:
@@ -164,11 +200,15 @@ def _is_compilers(value: Any) -> bool:
 
 
 @cache
-def _source(code: CodeType) -> str:
+def _source(code: CodeType | type) -> str:
     try:
-        return inspect.getsource(code)
-    except OSError as error:  # typed at a prompt
+        text = inspect.getsource(code)
+    except (OSError, TypeError) as error:  # typed at a prompt
         raise Unknown(code) from error
+    if text.count("lambda") > 1 and isinstance(code, CodeType):  # which one of the line is it?
+        numbers = [x for x in code.co_consts if not isinstance(x, CodeType)]
+        text += f"{code.co_code.hex()} {numbers}"
+    return text
 
 
 @cache
@@ -189,7 +229,10 @@ def folder() -> Path | None:
     if chosen is not None:
         return Path(chosen)
     home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(home) if home else Path.home() / ".cache") / "minitorch" / "cuda"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "minitorch" / "cuda"
+    except RuntimeError:  # a user without a home, as in some containers
+        return None
 
 
 def read(name: str | None) -> bytes | None:
@@ -199,9 +242,10 @@ def read(name: str | None) -> bytes | None:
     path = folder() / name  # type: ignore[operator]
     try:
         code = path.read_bytes()
-        os.utime(path)  # it was used: see `_forget_old`
     except OSError:
         return None
+    with suppress(OSError):  # a folder that others fill
+        os.utime(path)  # it was used: see `_forget_old`
     return code
 
 
@@ -212,7 +256,7 @@ def write(name: str | None, code: bytes) -> None:
         return
     try:
         where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=where, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=where, prefix=UNFINISHED, delete=False) as file:
             file.write(code)
         os.replace(file.name, where / name)  # whole or not at all, for processes beside this one
         _forget_old(where)
@@ -222,11 +266,14 @@ def write(name: str | None, code: bytes) -> None:
 
 @cache
 def _forget_old(where: Path) -> None:
-    """Once in a process that writes."""
+    """Delete what nobody used for long, but nothing of anyone else's: once in a process that
+    writes.
+    """
     oldest = time.time() - DAYS_KEPT * 24 * 3600
     for path in where.iterdir():
-        if path.stat().st_mtime < oldest:
-            path.unlink()
+        with suppress(OSError):  # another process has deleted it
+            if OURS.fullmatch(path.name) and path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 # ----- loading -----

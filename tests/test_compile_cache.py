@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from minitorch.kernels import compile_cache, runtime
 from minitorch.kernels.runtime import cuda, types
+from minitorch.kernels.traced import traced
 
 if runtime.SIMULATED:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
@@ -63,6 +69,78 @@ def test_whatever_the_machine_code_depends_on_is_in_the_key() -> None:
         key(applied(doubled), architecture="sm_90a"),
     ]
     assert len({key(applied(doubled)), *others}) == 1 + len(others)
+
+
+def scaled_by(factor: int) -> Any:
+    @dataclass(frozen=True)
+    class Scale:
+        unit: int = 1
+
+        def apply(self, x: Any) -> Any:
+            return x * factor
+
+    scale = Scale()
+
+    @traced(types.float32, types.float32)
+    def run(x: Any) -> Any:
+        return scale.apply(x)
+
+    return run
+
+
+def added(number: int) -> Any:
+    def add(x: Any, *, other: int = number) -> Any:
+        return x + other
+
+    @traced(types.float32, types.float32)
+    def run(x: Any) -> Any:
+        return add(x)
+
+    return run
+
+
+def picked(numbers: Any) -> Any:
+    @runtime.device_function
+    def first(x):  # type: ignore[no-untyped-def]
+        return x * numbers[0]
+
+    return first
+
+
+def fields(names: str) -> Any:
+    make: Any = namedtuple
+    return make("Pair", names)(1, 2)
+
+
+def member(number: int) -> Any:
+    return Enum("Member", {"ONE": number}).ONE  # type: ignore[attr-defined]
+
+
+LAMBDAS = (lambda x: x + x), (lambda x: x * x)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        pytest.param(scaled_by(2), scaled_by(3), id="what a method refers to"),
+        pytest.param(added(2), added(3), id="a default of a keyword"),
+        pytest.param(*map(runtime.device_function, LAMBDAS), id="lambdas of one line"),
+        pytest.param(picked(fields("a b")), picked(fields("b a")), id="names of fields"),
+        pytest.param(picked(member(1)), picked(member(2)), id="value of an enum"),
+        pytest.param(picked(1), picked(True), id="type of a number"),
+        pytest.param(picked(1), picked(1.0), id="int or float"),
+    ],
+)
+def test_what_looks_alike_is_told_apart(one: Any, other: Any) -> None:
+    assert key(applied(one)) != key(applied(other))
+
+
+def test_a_module_of_the_users_own_is_not_described(tmp_path: Path) -> None:
+    """Its attributes may change, and nothing says which a kernel reads."""
+    module = ModuleType("of_the_user")
+    module.__file__ = str(tmp_path / "of_the_user.py")
+    assert compile_cache.key(applied(picked(module)), SIGNATURE, "sm_80") is None
+    assert compile_cache.key(applied(picked(math)), SIGNATURE, "sm_80") is not None
 
 
 MODULE = """
@@ -128,15 +206,44 @@ def test_code_is_read_as_it_was_written(folder: Path) -> None:
 
 
 def test_what_nobody_used_for_long_goes(folder: Path) -> None:
-    compile_cache.write("old", b"1")
-    compile_cache.write("used", b"2")
+    old, used, new = (key(applied(doubled, times)) for times in (1, 2, 3))
+    compile_cache.write(old, b"1")
+    compile_cache.write(used, b"2")
+    unfinished, somebodys = folder / f"{compile_cache.UNFINISHED}1", folder / "thesis.tex"
     long_ago = time.time() - (compile_cache.DAYS_KEPT + 1) * 24 * 3600
-    for name in ("old", "used"):
-        os.utime(folder / name, (long_ago, long_ago))
-    compile_cache.read("used")
+    for path in (folder / old, folder / used, unfinished, somebodys):
+        path.touch()
+        os.utime(path, (long_ago, long_ago))
+    compile_cache.read(used)
     compile_cache._forget_old.cache_clear()
-    compile_cache.write("new", b"3")
-    assert sorted(path.name for path in folder.iterdir()) == ["new", "used"]
+    compile_cache.write(new, b"3")
+    assert {path.name for path in folder.iterdir()} == {new, used, "thesis.tex"}
+
+
+def test_a_folder_that_others_fill_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_cache.write("a", b"1")
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert compile_cache.read("a") == b"1"
+
+
+def test_a_user_without_a_home_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (compile_cache.FOLDER_VARIABLE, "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    compile_cache.folder.cache_clear()
+    try:
+        assert compile_cache.folder() is None
+        compile_cache.write("a", b"1")
+    finally:
+        compile_cache.folder.cache_clear()
 
 
 def test_an_empty_variable_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
