@@ -100,7 +100,9 @@ def test_what_is_taken() -> None:
     assert "Hopper" in str(hopper.why_not(problem_of(), (8, 0)))
     assert "float32" in str(hopper.why_not(problem_of("float32"), (9, 0)))
     assert "264" in str(hopper.why_not(problem_of(size=264), (9, 0)))
-    assert hopper.why_not(problem_of(size=59, is_causal=True, dropout_p=0.5), (9, 0)) is None
+    assert hopper.why_not(problem_of(size=111, is_causal=True, dropout_p=0.5), (9, 0)) is None
+    assert "dropout" in str(hopper.why_not(problem_of(dropout_p=0.5), (9, 0)))
+    assert hopper.why_not_backward(problem_of(dropout_p=0.5), (9, 0)) is None
 
 
 def test_tiles_in_words() -> None:

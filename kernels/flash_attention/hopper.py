@@ -30,7 +30,16 @@ MASKS = ("bool", "float16", "bfloat16", "float32", "float64")
 
 
 def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
-    """None if these kernels compute it on a GPU of this compute capability, else why not."""
+    """None if the forward pass is computed on a GPU of this compute capability, else why not."""
+    reason = why_not_backward(problem, architecture)
+    if reason is None and problem.dropout_p > 0:
+        if max(problem.head_dim, problem.value_dim) <= HEAD_SIZES[0]:
+            reason = f"with dropout other kernels are faster up to a head size of {HEAD_SIZES[0]}"
+    return reason
+
+
+def why_not_backward(problem: AttentionProblem, architecture: Architecture) -> str | None:
+    """None if the backward pass is computed on a GPU of this compute capability, else why not."""
     if architecture != ARCHITECTURE:
         return "it is for compute capability 9.0 (Hopper)"
     if problem.dtype.name not in ("float16", "bfloat16"):
@@ -298,5 +307,5 @@ def instances() -> Iterator[Instance]:
 
 __all__ = [
     "Blocks", "Kind", "backward", "backward_workspace", "forward", "instances",
-    "matrices_on_device", "why_not",
+    "matrices_on_device", "why_not", "why_not_backward",
 ]  # fmt: skip

@@ -23,6 +23,9 @@ pass the turn on.
 queries (a persistent kernel). The next tile's first product begins before this one's output is
 written, so that nothing ever drains: the loop below goes through tiles of keys, and whether the
 next one belongs to the next tile of queries is a detail.
+
+In the paper's words: `load_queries` and `load_keys` are the producer, the rest is the consumer; s
+and p are S_next and P_cur of Algorithm 2; the barriers own_turn and next_turn are the ping-pong's.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Blocks, Kind, own_place, par
 LN_2, LOG2_E = math.log(2.0), math.log2(math.e)
 LOWEST = NEGATIVE_INFINITY
 WARPS = 4  # of a warpgroup
+# 128 threads of each warpgroup: together at most the 65,536 registers of a multiprocessor.
 LOADERS_REGISTERS = {2: 56, 3: 32}  # of a loading thread, by the number of computing warpgroups
 REGISTERS = {2: 224, 3: 160}  # of a computing thread
 MAP_BYTES = 128  # of a tensor map
@@ -281,7 +285,20 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
 
 @cache
 def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
-    """A block computes tiles of block_m rows of the output, one after another."""
+    """A block computes tiles of block_m rows of the output, one after another.
+
+    The kernel's arguments: `maps`, address of the tensor maps of Q, K and V; `order`, address of
+    the order of the tiles (hopper_schedule.py), used with a band alone; `out`, address of the
+    output; `logsumexp`; `mask` (any array if there is none); `offset`, added to the seed;
+    `out_steps` and `mask_steps`, strides in elements; `sizes` (heads, seqlen_q, seqlen_k, lower,
+    upper, tiles of queries, columns of a value); `shares`, see `loaders`; `scale`; `seed`;
+    `threshold`, below which a random word drops its weight; `keep`, 1 / (1 - p).
+
+    Where a tile of queries ends: m is of the next one from there on; l, scaled_m and O stay those
+    of the one that is done until it is written. O is then begun anew by a product that does not
+    add. A tile of queries that sees no key gets one tile of zeros (NO_KEYS), all of it masked. A
+    place that has never been used is free: the phase before a barrier's first has parity 1.
+    """
     block_n, head_dim, value_dim = blocks.block_n, kind.head_dim, kind.value_dim
     warpgroups, ping_pong, plan = blocks.warpgroups, blocks.ping_pong, forward_memory(kind, blocks)
     make_barriers, (load_queries, load_keys) = barrier_maker(kind, blocks), loaders(kind, blocks)
