@@ -151,9 +151,10 @@ def main(words: list[str] | None = None) -> None:
 
     result = json.loads(path.read_text()) if arguments.add and path.exists() else {}
     command = ["python", "project/bench_attention.py", "--device", "cuda", *own_arguments(words)]
+    before = [result["command"]] if result else []
     result |= {
         "machine": machine(),
-        "command": shlex.join(command),
+        "command": "; ".join([*before, shlex.join(command)]),
         "seed": arguments.seed,
         "rounds": arguments.rounds,
     }

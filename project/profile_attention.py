@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
 
+import minitorch
 from project.attention_contestants import Case, ours, pytorchs
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,7 +33,7 @@ HIDDEN, TOKENS = 2048, 16384
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats")
 # What ends in these words is shown, in this order, under the name beside it.
 SHOWN = {
-    "gpu__time_duration.sum": "time, us",
+    "gpu__time_duration.sum": "time, ns",
     "launch__registers_per_thread": "registers a thread at entry",
     "launch__grid_size": "blocks",
     "sm__inst_executed_pipe_tensor_op_gmma.avg.pct_of_peak_sustained_active": "wgmma issued, %",
@@ -102,6 +103,8 @@ def run(arguments: argparse.Namespace) -> None:
 def counters(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """One row of ncu's table for each kernel that was launched."""
     ncu = shutil.which("ncu")
+    if not minitorch.cuda.is_available():
+        raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
     if ncu is None:
         raise SystemExit("ncu is not on the path: it comes with the CUDA toolkit (Nsight Compute)")
     command = [

@@ -15,7 +15,20 @@ SHORT = 2048  # queries, up to which a sequence is short: few tiles for each mul
 # (module, kernel, compute capability, head size, causal, short): the arguments of the module's
 # class of tile sizes
 # ----- written by project/tune_attention.py -----
-TABLE: dict[Entry, Numbers] = {}
+TABLE: dict[Entry, Numbers] = {
+    ("hopper", "forward", (9, 0), 64, False, False): (3, 128, 2, 1, 0),
+    ("hopper", "forward", (9, 0), 64, False, True): (3, 128, 2, 1, 0),
+    ("hopper", "forward", (9, 0), 64, True, False): (3, 128, 2, 1, 0),
+    ("hopper", "forward", (9, 0), 64, True, True): (2, 128, 2, 1, 1),
+    ("hopper", "forward", (9, 0), 128, False, False): (2, 160, 2, 1, 1),
+    ("hopper", "forward", (9, 0), 128, False, True): (2, 128, 2, 1, 1),
+    ("hopper", "forward", (9, 0), 128, True, False): (2, 128, 2, 1, 1),
+    ("hopper", "forward", (9, 0), 128, True, True): (2, 128, 2, 1, 1),
+    ("hopper", "forward", (9, 0), 256, False, False): (2, 80, 2, 1, 1),
+    ("hopper", "forward", (9, 0), 256, False, True): (2, 80, 2, 1, 1),
+    ("hopper", "forward", (9, 0), 256, True, False): (2, 80, 2, 0, 1),
+    ("hopper", "forward", (9, 0), 256, True, True): (2, 64, 2, 1, 1),
+}
 # ----- end -----
 
 
