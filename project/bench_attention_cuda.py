@@ -103,6 +103,23 @@ def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[st
     return list(cells.values())
 
 
+def measured(path: Path) -> dict[str, Any]:
+    """What an earlier run has written.
+
+    Raises:
+        SystemExit: there is no such file, or another program wrote it.
+
+    """
+    if not path.is_file():
+        raise SystemExit(f"{path} is not there: measure first, without --draw")
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        attention_report.markdown(result)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SystemExit(f"{path} has another format: measure anew, without --draw") from None
+    return result
+
+
 def keep(result: dict[str, Any], folder: Path) -> Path:
     """Write the results so far, so that nothing is lost if a later part fails."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +158,7 @@ def main(words: list[str] | None = None) -> None:
         return
     path = arguments.out / "attention_cuda.json"
     if arguments.draw:
-        write(json.loads(path.read_text()), arguments.out)
+        write(measured(path), arguments.out)
         return
     import minitorch
 
@@ -149,7 +166,7 @@ def main(words: list[str] | None = None) -> None:
         raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
     from project.gpu_timing import Recorder
 
-    result = json.loads(path.read_text()) if arguments.add and path.exists() else {}
+    result = measured(path) if arguments.add and path.exists() else {}
     command = ["python", "project/bench_attention.py", "--device", "cuda", *own_arguments(words)]
     before = [result["command"]] if result else []
     result |= {

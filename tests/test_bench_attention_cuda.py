@@ -107,6 +107,14 @@ def test_page_and_pictures(result: dict[str, Any], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "attention_cuda.json").read_text()) == result
 
 
+@pytest.mark.parametrize("text", [None, "{}", "[]", "not json", '{"machine": {"gpu": "x"}}'])
+def test_draw_says_what_is_wrong_with_the_file(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "attention_cuda.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"attention_cuda.json (is not there|has another format)"):
+        bench.main(["--draw", "--out", str(tmp_path)])
+
+
 def test_the_grid_keeps_hidden_size_and_tokens() -> None:
     grid = cases([512, 16384], [64, 256])
     assert len(grid) == 8

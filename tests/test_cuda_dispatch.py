@@ -124,7 +124,7 @@ def test_explain_without_a_gpu() -> None:
     assert "query (2, 4, 1, 64)" in text
     assert "compute capability 9.0" in text
     assert "not decode: it has a forward pass alone" in text
-    assert "splits of" in found.forward.tiles
+    assert found.forward.tiles == "1 query x 256 of 4096 keys in a block"
 
 
 def test_explain_takes_tensors_and_arrays_of_other_libraries() -> None:

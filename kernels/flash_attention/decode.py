@@ -116,10 +116,11 @@ def forward_workspace(problem: AttentionProblem, heads: Heads, architecture: Arc
 
 
 def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:
-    """The sizes of tiles, for people."""
+    """The sizes of tiles, in words."""
     heads = heads_of(problem)
     cuts, kind = cuts_of(problem, heads), kind_of(problem, heads, "none", True)
-    return f"{kind.rows} queries, {cuts.splits} splits of {cuts.split_keys} keys"
+    keys = "all keys" if cuts.splits == 1 else f"{cuts.split_keys} of {cuts.end - cuts.begin} keys"
+    return f"{kind.rows} {'query' if kind.rows == 1 else 'queries'} x {keys} in a block"
 
 
 def forward(
