@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from typing import Any
 
 from .runtime import SIMULATED, types
@@ -74,6 +74,9 @@ class Assembly:
         tied: names of the arguments that are results as well.
         pure: it changes nothing but its result, so the compiler may move it or leave it out.
 
+    Raises:
+        TypeError: operands, annotations and text do not fit together.
+
     """
 
     template: str
@@ -84,9 +87,22 @@ class Assembly:
 
     def __post_init__(self) -> None:
         by_name = dict(self.arguments)
-        if self.tied and tuple(by_name[name] for name in self.tied) != self.returns:
-            raise TypeError(f"tied arguments {self.tied} are the results: {self.template}")
+        for name, kind in (*self.arguments, *(("out", kind) for kind in self.returns)):
+            self._expect(isinstance(kind, Register), f"{name} is {kind!r}; wanted a register: u32")
+        for name in self.tied:
+            self._expect(name in by_name, f"tied argument {name!r} is no argument")
+        same = tuple(by_name[name] for name in self.tied) == self.returns
+        self._expect(not self.tied or same, f"tied arguments {self.tied} are the results")
+        several = len(self.returns) > 1 and not self.tied
+        self._expect(not several, "several results are tied arguments")
         self.text()  # a name that is no operand is an error here
+        for name in self.places():
+            used = name in self.tied or re.search(rf"\{{{name}[\[}}]", self.template)
+            self._expect(bool(used), f"operand {name!r} is not in the text")
+
+    def _expect(self, fits: bool, wrong: str) -> None:
+        if not fits:
+            raise TypeError(f"{wrong}: {self.template}")
 
     def places(self) -> dict[str, list[str]]:
         """The names of each operand's registers in LLVM's inline assembly: results come first."""
@@ -105,8 +121,12 @@ class Assembly:
 
         def put(match: re.Match[str]) -> str:
             name, begin, end = match.groups()
-            if name not in places:
-                raise TypeError(f"no operand is named {name!r}: {self.template}")
+            self._expect(name in places, f"no operand is named {name!r}")
+            first = int(begin or 0)
+            last = first if end is None else int(end) - 1
+            self._expect(
+                first <= last < len(places[name]), f"{match[0]} of {len(places[name])} registers"
+            )
             if begin is None:
                 part = places[name]
                 return part[0] if counts[name].count is None else f"{{{', '.join(part)}}}"
@@ -308,10 +328,19 @@ def ptx(
         pure: it neither reads nor writes memory, nor waits: the compiler may move it.
         simulated: what the simulator calls in its place.
 
+    Raises:
+        TypeError: an annotation is missing, or text (`from __future__ import annotations` makes
+            them so), or does not fit.
+
     """
 
     def decorate(function: Any) -> Any:
         notes = dict(function.__annotations__)
+        for name in (*signature(function).parameters, "return"):
+            if isinstance(notes.get(name, ""), str):
+                given = repr(notes[name]) + ", text" if name in notes else "nothing"
+                what = f"annotation {name!r} of {function.__name__}"
+                raise TypeError(f"{what} is {given}; wanted a register, such as u32")
         returns = notes.pop("return")
         return instruction(
             function.__name__, template, notes, returns,

@@ -15,10 +15,16 @@ from functools import cache
 from typing import Any
 
 from . import ptx_simulated as simulated
+from .checked import byte_offsets, checked, one_of, whole
 from .inline_ptx import b16, f32, instruction, ptx, u32, u64
 from .runtime import SIMULATED, types
 
 SHORT = {"float16": "f16", "bfloat16": "bf16", "tf32": "tf32"}  # PTX's names of types
+SIXTEEN_BITS = ("float16", "bfloat16")
+A_WORDS = {  # of mma's operand A in a lane
+    ("m16n8k16", "float16"): 4, ("m16n8k16", "bfloat16"): 4,
+    ("m16n8k8", "float16"): 2, ("m16n8k8", "bfloat16"): 2, ("m16n8k8", "tf32"): 4,
+}  # fmt: skip
 
 # ----- numbers: 9.7.3 to 9.7.9 -----
 
@@ -69,7 +75,13 @@ def mad_wide_u32(x: u32, y: u32, z: u64) -> u64:
 
 @cache
 def pack_pair(dtype: str, turing: bool = False) -> Any:
-    """The conversion of two float32 to a packed pair of "float16" or "bfloat16"."""
+    """The conversion of two float32 to a packed pair of "float16" or "bfloat16".
+
+    Raises:
+        ValueError: another dtype.
+
+    """
+    one_of("dtype", dtype, SIXTEEN_BITS)
     if turing and dtype == "float16":
         return cvt_rn_f16_f32_pair
     return {"float16": cvt_rn_f16x2_f32, "bfloat16": cvt_rn_bf16x2_f32}[dtype]
@@ -221,7 +233,15 @@ def ldmatrix(offsets: tuple[int, ...] = (0,), count: int = 4, trans: bool = Fals
     count * len(offsets) of them. The address that lane 8 m + r gives is that of row r of matrix m,
     16 bytes at a multiple of 16. Of each matrix lane t gets row t // 4, columns 2 (t % 4) and
     2 (t % 4) + 1; with `trans` column t // 4, rows 2 (t % 4) and 2 (t % 4) + 1.
+
+    Raises:
+        TypeError: a number that is not whole.
+        ValueError: no offset, or one that is no multiple of 16; a count other than 1, 2 or 4.
+
     """
+    byte_offsets("offsets", offsets)
+    whole("count", count)
+    checked("count", count, count in (1, 2, 4), "1, 2 or 4")
     suffix = f"x{count}" + ".trans" * trans
     one = "ldmatrix.sync.aligned.m8n8.{}.shared.b16 {{out[{}:{}]}}, [{{address}}+{}];"
     text = [one.format(suffix, count * n, count * n + count, x) for n, x in enumerate(offsets)]
@@ -241,8 +261,8 @@ def mma(shape: str, dtype: str) -> Any:
     sums + A B, of a warp; sums float32 (16, 8), A (16, k), B (k, 8).
 
     Args:
-        shape: "m16n8k16" from compute capability 8.0 on, "m16n8k8" for float16 from 7.5 on and for
-            tf32 from 8.0 on.
+        shape: "m16n8k16" for 16 bits from compute capability 8.0 on, "m16n8k8" for float16 from 7.5
+            on, for bfloat16 and tf32 from 8.0 on.
         dtype: "float16", "bfloat16" or "tf32".
 
     Lane t, g = t // 4, q = t % 4, has of the sums rows g and g + 8, columns 2 q and 2 q + 1, in the
@@ -255,9 +275,14 @@ def mma(shape: str, dtype: str) -> Any:
 
     Those of tf32 have one element: A (g, q), (g + 8, q), (g, q + 4), (g + 8, q + 4); B (q, g),
     (q + 4, g).
+
+    Raises:
+        ValueError: there is no such product.
+
     """
-    words = 4 if shape == "m16n8k16" or dtype == "tf32" else 2
-    short = SHORT[dtype]
+    known = ", ".join(map(str, A_WORDS))
+    checked("(shape, dtype)", (shape, dtype), (shape, dtype) in A_WORDS, f"one of {known}")
+    words, short = A_WORDS[shape, dtype], SHORT[dtype]
     name = f"mma.sync.aligned.{shape}.row.col.f32.{short}.{short}.f32"
     return instruction(
         f"mma_{shape}_{short}", f"{name} {{sums}}, {{a}}, {{b}}, {{sums}};",
@@ -286,7 +311,14 @@ def cp_async_commit_group() -> None:
 
 @cache
 def cp_async_wait_group(pending: int) -> Any:
-    """A function that waits until at most `pending` of the thread's last groups are unfinished."""
+    """A function that waits until at most `pending` of the thread's last groups are unfinished.
+
+    Raises:
+        TypeError: `pending` is no whole number.
+        ValueError: it is negative.
+
+    """
+    whole("pending", pending)
     return instruction(
         "cp_async_wait_group", f"cp.async.wait_group {pending};", {}, simulated=simulated.nothing
     )

@@ -12,8 +12,11 @@ from functools import cache
 from typing import Any
 
 from . import ptx_hopper_simulated as simulated
+from .checked import byte_offsets, checked, one_of, whole
 from .inline_ptx import f32, i32, instruction, lines, ptx, u32, u64
-from .ptx import SHORT
+from .ptx import SHORT, SIXTEEN_BITS
+
+MOST_PENDING = 7  # groups of products that `wgmma.wait_group` can leave unfinished
 
 # ----- barriers that count arrivals and bytes: 9.7.13.15, compute capability 9.0 -----
 
@@ -114,7 +117,14 @@ def cp_async_bulk_commit_group() -> None:
 
 @cache
 def cp_async_bulk_wait_group_read(pending: int) -> Any:
-    """A function that waits until all but the last `pending` groups have read shared memory."""
+    """A function that waits until all but the last `pending` groups have read shared memory.
+
+    Raises:
+        TypeError: `pending` is no whole number.
+        ValueError: it is negative.
+
+    """
+    whole("pending", pending)
     return instruction(
         "cp_async_bulk_wait_group_read",
         f"cp.async.bulk.wait_group.read {pending};",
@@ -138,6 +148,11 @@ def wgmma_fence(*counts: int) -> Any:
     """`wgmma.fence.sync.aligned`, 9.7.15.7: before the first product, and wherever registers of one
     have been changed. It takes and returns accumulators of `counts` registers, so that no such
     change can be moved behind it.
+
+    Raises:
+        TypeError: a count that is no whole number.
+        ValueError: a count below 1.
+
     """
     return _through("wgmma_fence", "wgmma.fence.sync.aligned;", counts)
 
@@ -154,7 +169,13 @@ def wgmma_wait_group(pending: int, *counts: int) -> Any:
     It takes and returns the accumulators that are complete then, of `counts` registers: whatever
     uses them has to use the result. `wgmma_wait_group(1, 64)(scores)`, or of several
     `dk, dv = wgmma_wait_group(0, 64, 64)(dk, dv)`.
+
+    Raises:
+        TypeError: a number that is not whole.
+        ValueError: `pending` is not within 0 ... 7, or a count is below 1.
+
     """
+    whole("pending", pending, 0, MOST_PENDING)
     return _through("wgmma_wait_group", f"wgmma.wait_group.sync.aligned {pending};", counts)
 
 
@@ -165,7 +186,14 @@ def wgmma_wait_group_after(pending: int, count: int) -> Any:
     The assembler moves a wait in front of all that does not depend on it, so that no arithmetic
     would run beside the products. It cannot know that x is never this one of the NaNs (arithmetic
     gives another), and it moves no wait past a trap.
+
+    Raises:
+        TypeError: a number that is not whole.
+        ValueError: `pending` is not within 0 ... 7, or the count is below 1.
+
     """
+    whole("pending", pending, 0, MOST_PENDING)
+    whole("count", count, 1)
     acc = f32[count]
     return instruction(
         "wgmma_wait_group_after",
@@ -176,6 +204,8 @@ def wgmma_wait_group_after(pending: int, count: int) -> Any:
 
 
 def _through(name: str, text: str, counts: tuple[int, ...]) -> Any:
+    for count in counts:
+        whole("a count of registers", count, 1)
     accumulators = {f"acc{n}": f32[count] for n, count in enumerate(counts)}
     return instruction(
         name,
@@ -185,6 +215,12 @@ def _through(name: str, text: str, counts: tuple[int, ...]) -> Any:
         tied=tuple(accumulators),
         simulated=simulated.same,
     )
+
+
+def _check_product(n: int, dtype: str, b_offsets: tuple[int, ...]) -> None:
+    whole("n", n, 8, 256, step=8)
+    one_of("dtype", dtype, SIXTEEN_BITS)
+    byte_offsets("b_offsets", b_offsets)
 
 
 def _products(
@@ -227,7 +263,7 @@ def wgmma_ss(
         n: columns of B and of the sums, a multiple of 8 up to 256.
         dtype: "float16" or "bfloat16".
         a_offsets: where in bytes A's part of each step of 16 along k begins, from the place in
-            descriptor `a`; multiples of 16 (`shared_layout.k_offsets`).
+            descriptor `a`; multiples of 16 (`shared_layout.steps_along`).
         b_offsets: likewise of B, as many.
         trans_a: A lies with its rows (m) along shared memory's rows of 128 bytes, not k.
         trans_b: B lies with its columns (n) along them: the values V in P V, stored (keys, D).
@@ -236,7 +272,17 @@ def wgmma_ss(
     Of the sums, (64, n) float32, warp w of the warpgroup has rows 16 w ... 16 w + 15, and lane t of
     it, g = t // 4, q = t % 4, in register 4 j + 2 r + c element (g + 8 r, 8 j + 2 q + c).
     They are valid after `wgmma_wait_group`.
+
+    Raises:
+        TypeError: a number that is not whole.
+        ValueError: an argument that is not as said above.
+
     """
+    _check_product(n, dtype, b_offsets)
+    byte_offsets("a_offsets", a_offsets)
+    wanted = f"as many as b_offsets, {len(b_offsets)}"
+    checked("a_offsets", a_offsets, len(a_offsets) == len(b_offsets), wanted)
+    checked("accumulate", accumulate, accumulate in (True, False), "True or False")
     acc = f32[n // 2]
     text = _products(
         n, dtype, [a_offsets, b_offsets], "descriptor", f"{int(trans_a)}, {int(trans_b)}",
@@ -259,7 +305,14 @@ def wgmma_rs(
 
     `a` is a tuple of 4 * len(b_offsets) words, for each step along k those of mma's m16n8k16: the
     sums of another product, packed (`register_tile`).
+
+    Raises:
+        TypeError: a number that is not whole.
+        ValueError: an argument that is not as said there.
+
     """
+    _check_product(n, dtype, b_offsets)
+    checked("accumulate", accumulate, accumulate in (True, False, None), "True, False or None")
     acc, words = f32[n // 2], u32[4 * len(b_offsets)]
     first = "{keep}" if accumulate is None else int(accumulate)
     text = _products(n, dtype, [b_offsets], "registers", str(int(trans_b)), first)
@@ -281,7 +334,14 @@ def setmaxnreg(direction: str, count: int) -> Any:
     """`setmaxnreg.{inc,dec}.sync.aligned.u32`, 9.7.19.5: let each thread of the warpgroup have
     `count` registers from here on, 24 to 256 in steps of 8. The kernel is compiled with launch
     bounds, and all threads together keep within the 65536 of a multiprocessor.
+
+    Raises:
+        TypeError: a count that is no whole number.
+        ValueError: another direction, or another count.
+
     """
+    one_of("direction", direction, ("inc", "dec"))
+    whole("count", count, 24, 256, step=8)
     return instruction(
         f"setmaxnreg_{direction}",
         f"setmaxnreg.{direction}.sync.aligned.u32 {count};",

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .checked import one_of, whole
 from .ptx import (
     cvt_rna_tf32_f32,
     mov_b32_halves,
@@ -63,17 +64,18 @@ class RegisterTile:
 
     A number "for each row" is a tuple of 2 * row_blocks, of the lane's rows.
 
+    Raises:
+        TypeError: a number that is not whole.
+        ValueError: columns that are no multiple of 8, or no rows.
+
     """
 
     columns: int
     row_blocks: int = 1
 
     def __post_init__(self) -> None:
-        if self.columns <= 0 or self.columns % 8 or self.row_blocks <= 0:
-            raise ValueError(
-                f"a tile has a multiple of 8 columns and some blocks of rows, got {self.columns}"
-                f" and {self.row_blocks}"
-            )
+        whole("columns", self.columns, 8, step=8)
+        whole("row_blocks", self.row_blocks, 1)
 
     @property
     def registers(self) -> int:
@@ -225,7 +227,11 @@ class RegisterTile:
             dtype: "float16", "bfloat16" or "tf32".
             turing: without the instruction that converts two at once.
 
+        Raises:
+            ValueError: another dtype.
+
         """
+        one_of("dtype", dtype, ("float16", "bfloat16", "tf32"))
         words = self.registers if dtype == "tf32" else self.registers // 2
 
         @traced(types.UniTuple(types.uint32, words), self.type)
@@ -281,7 +287,11 @@ class RegisterTile:
                 and the number of columns is even.
             turing: as in `to_operand`.
 
+        Raises:
+            ValueError: another dtype.
+
         """
+        one_of("dtype", dtype, ("float16", "bfloat16", "float32"))
         rows = 2 * self.row_blocks
         size = 4 if dtype == "float32" else 2
         put = _store_pair(dtype, turing) if pairs else _store_each(dtype, turing)

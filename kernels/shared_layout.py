@@ -1,7 +1,7 @@
 """Where the elements of a matrix lie: in the registers of a warp, and in shared memory.
 
-All of it is arithmetic with whole numbers, so that it runs anywhere: in a kernel (decorated with
-`device_function`), while code is generated, in a test, and at a prompt:
+All of it is arithmetic with whole numbers, so that it runs anywhere: while code is generated, in a
+test, at a prompt, and what concerns a lane in a kernel, too (decorated with `device_function`):
 
     >>> print(fragment_table("sums"))
 
@@ -20,9 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from .checked import checked, whole
+
 PIECE = 16  # bytes that move together
 PANEL = 128  # bytes of a row of a swizzled panel
 REPEAT = 1024  # bytes after which the swizzle repeats: panels begin at multiples of it
+SWIZZLE_CODES = {128: 1, 64: 2, 32: 3}  # wgmma's, by the bytes of a row
 
 # ----- fragments -----
 
@@ -128,7 +131,11 @@ def swizzle(offset: int, width: int = PANEL) -> int:
         width: 128, 64 or 32: the 3, 2 or 1 bits from bit 4 on (the piece in the row) are changed by
             those from bit 7 on.
 
+    Raises:
+        ValueError: another width.
+
     """
+    checked("width", width, width in SWIZZLE_CODES, "128, 64 or 32")
     pieces = width // PIECE - 1
     return offset ^ (((offset >> 7) & pieces) << 4)
 
@@ -136,14 +143,18 @@ def swizzle(offset: int, width: int = PANEL) -> int:
 def tile_offset(row: int, column: int, rows: int) -> int:
     """The byte at which element (row, column) of a tile of `rows` rows of 16-bit numbers begins, as
     the copy engine leaves it in panels of 64 columns with the 128-byte swizzle.
+
+    Raises:
+        ValueError: rows that are no multiple of 8, or an element that is not in the tile.
+
     """
+    checked("rows", rows, rows > 0 and rows % 8 == 0, "a multiple of 8")
+    checked("(row, column)", (row, column), 0 <= row < rows and column >= 0, f"row < {rows}")
     panel, byte = column // 64, column % 64 * 2
     return panel * rows * PANEL + swizzle(row * PANEL + byte)
 
 
 # ----- wgmma's operands in shared memory -----
-
-SWIZZLE_CODES = {128: 1, 64: 2, 32: 3}
 
 
 def descriptor(leading: int = PIECE, stride: int = REPEAT, width: int = PANEL) -> int:
@@ -170,27 +181,44 @@ def descriptor(leading: int = PIECE, stride: int = REPEAT, width: int = PANEL) -
 
 
 def panels_descriptor(rows: int) -> int:
-    """Of a tile of `rows` rows in 128-byte panels: the same for either direction."""
+    """Of a tile of `rows` rows in 128-byte panels: the same for either direction.
+
+    Raises:
+        TypeError: `rows` is no whole number.
+        ValueError: it is no multiple of 8, or too large.
+
+    """
+    whole("rows", rows, 8, 2040, step=8)
     return descriptor(leading=rows * PANEL)
 
 
 def steps_along(depth: int, rows: int) -> tuple[int, ...]:
     """Byte offsets of wgmma's steps of 16 along the rows of a tile (rows, depth) in panels: Q and K
     in Q K^T.
+
+    Raises:
+        TypeError: a number that is not whole.
+        ValueError: rows that are no multiple of 8, or a depth that is none of 16.
+
     """
+    whole("rows", rows, 8, step=8)
     return tuple(k // 64 * rows * PANEL + k % 64 * 2 for k in _steps(depth))
 
 
 def steps_down(depth: int) -> tuple[int, ...]:
     """Byte offsets of wgmma's steps of 16 down the rows of a tile (depth, columns) in panels: V in
     P V, whose descriptor is transposed.
+
+    Raises:
+        TypeError: the depth is no whole number.
+        ValueError: it is no multiple of 16.
+
     """
     return tuple(k * PANEL for k in _steps(depth))
 
 
 def _steps(depth: int) -> Iterator[int]:
-    if depth % 16:
-        raise ValueError(f"wgmma takes 16 of a 16-bit number at a time, got a depth of {depth}")
+    whole("depth", depth, 16, step=16)  # wgmma takes 16 of a 16-bit number at a time
     return iter(range(0, depth, 16))
 
 

@@ -64,14 +64,13 @@ class TensorMap(NamedTuple):
             ValueError: what the copy engine cannot do, with the number that is wrong.
 
         """
-        if self.dtype not in SIZES:
-            raise TypeError(f"tensor maps are of {', '.join(SIZES)}, got {self.dtype}")
+        _size_of(self.dtype)
         if not 1 <= len(self.shape) <= 5 or len(self.box) != len(self.shape):
             raise ValueError(f"1 to 5 dimensions, got shape {self.shape} and box {self.box}")
         if len(self.strides) != len(self.shape) - 1:
             raise ValueError(f"a stride for each dimension but the first, got {self.strides}")
-        if self.address % PIECE:
-            raise ValueError(f"the address is a multiple of 16, got {self.address:#x}")
+        if self.address % PIECE or self.address < 0:
+            raise ValueError(f"the address is a multiple of 16, got {self.address}")
         if any(not 1 <= size <= 1 << 32 for size in self.shape):
             raise ValueError(f"each dimension has 1 to 2**32 elements, got {self.shape}")
         if any(x % PIECE or not 0 <= x < 1 << 40 for x in self.strides):
@@ -85,6 +84,18 @@ class TensorMap(NamedTuple):
                 f"{row} with a swizzle of {self.swizzle}"
             )
         return self
+
+
+def _size_of(dtype: str) -> int:
+    """The bytes of an element.
+
+    Raises:
+        TypeError: another dtype.
+
+    """
+    if dtype not in SIZES:
+        raise TypeError(f"tensor maps are of {', '.join(SIZES)}, got {dtype}")
+    return SIZES[dtype]
 
 
 def matrices_map(
@@ -107,10 +118,12 @@ def matrices_map(
         rows: of a box.
 
     Raises:
+        TypeError: another dtype.
         ValueError: not four dimensions; rows are not contiguous, or begin at addresses that are no
             multiples of 16.
 
     """
+    size_of_one = _size_of(dtype)
     if len(shape) != 4 or len(strides) != 4:
         raise ValueError(f"four dimensions, got shape {shape} and strides {strides}")
     if strides[3] != 1:
@@ -119,10 +132,10 @@ def matrices_map(
     outer = (length, heads, batch)
     # Of a dimension of one element the stride may be anything.
     steps = [
-        x * SIZES[dtype] if size > 1 else PIECE
+        x * size_of_one if size > 1 else PIECE
         for size, x in zip(outer, (strides[2], strides[1], strides[0]), strict=True)
     ]
-    box = (128 // SIZES[dtype], rows, 1, 1)
+    box = (128 // size_of_one, rows, 1, 1)
     return TensorMap(dtype, address, (columns, *outer), tuple(steps), box).check()
 
 

@@ -45,6 +45,7 @@ def _as(kind: Any) -> Any:
 
 
 if SIMULATED:
+    from .ptx_simulated import ex2
 
     def traced(returns: Any, *arguments: Any) -> Callable[[Any], Any]:
         """Decorator: see the text above; the function itself."""
@@ -64,7 +65,7 @@ if SIMULATED:
 
     def exp2(x: Any) -> Any:
         """2**x, one instruction, right to 2 ulp; 0 where the result is no normal number."""
-        return np.exp2(np.float32(x))
+        return ex2(x)
 
     def float_of(word: Any) -> Any:
         """The float32 of these bits."""
@@ -91,6 +92,11 @@ else:
         def __init__(self, builder: Any, kind: Any, code: Any) -> None:
             self.builder, self.kind, self.code = builder, kind, code
 
+        @property
+        def signed(self) -> bool:
+            """Whether it is a whole number with a sign."""
+            return getattr(self.kind, "signed", False)
+
         def like(self, other: Any) -> Value:
             """`other` as a value of this one's type; numbers become constants."""
             return (
@@ -102,9 +108,22 @@ else:
             return Value(self.builder, kind, code)
 
         def _apply(self, other: Any, real: str, whole: str) -> Value:
-            a, b = self.code, self.like(other).code
             name = real if isinstance(self.kind, types.Float) else whole
+            if not name:
+                raise TypeError(f"there is no {real or whole} of {_kind(self)} and {_kind(other)}")
+            a, b = self.code, self._second(other, name).code
             return self.make(self.kind, getattr(self.builder, name)(a, b))
+
+        def _second(self, other: Any, name: str) -> Value:
+            """`other` as an operand beside this one."""
+            if isinstance(other, Value):
+                fits = other.code.type == self.code.type
+            else:
+                is_whole = not isinstance(other, float | np.floating)
+                fits = is_whole or isinstance(self.kind, types.Float)
+            if not fits:
+                raise TypeError(f"there is no {name} of {_kind(self)} and {_kind(other)}")
+            return self.like(other)
 
         def __add__(self, other: Any) -> Value:
             return self._apply(other, "fadd", "add")
@@ -124,12 +143,14 @@ else:
             return self._apply(other, "fdiv", "")
 
         def __floordiv__(self, other: Any) -> Value:
-            return self._apply(other, "", "sdiv" if self.kind.signed else "udiv")
+            return self._apply(other, "", "sdiv" if self.signed else "udiv")
 
         def __mod__(self, other: Any) -> Value:
-            return self._apply(other, "", "srem" if self.kind.signed else "urem")
+            return self._apply(other, "", "srem" if self.signed else "urem")
 
         def __neg__(self) -> Value:
+            if not isinstance(self.kind, types.Float):
+                return self.make(self.kind, self.builder.sub(_constant(self, 0), self.code))
             return self.make(self.kind, self.builder.fsub(_constant(self, -0.0), self.code))
 
         def __and__(self, other: Any) -> Value:
@@ -145,15 +166,16 @@ else:
             return self._apply(other, "", "shl")
 
         def __rshift__(self, other: Any) -> Value:
-            return self._apply(other, "", "ashr" if self.kind.signed else "lshr")
+            return self._apply(other, "", "ashr" if self.signed else "lshr")
 
         def _compare(self, operator: str, other: Any) -> Value:
-            a, b = self.code, self.like(other).code
-            if isinstance(self.kind, types.Float):
-                compare = self.builder.fcmp_ordered
+            a, b = self.code, self._second(other, operator).code
+            if isinstance(self.kind, types.Float):  # NaN is not equal to anything
+                unordered = operator == "!="
+                compare = self.builder.fcmp_unordered if unordered else self.builder.fcmp_ordered
             else:
-                signed = self.kind.signed
-                compare = self.builder.icmp_signed if signed else self.builder.icmp_unsigned
+                is_signed = self.signed
+                compare = self.builder.icmp_signed if is_signed else self.builder.icmp_unsigned
             return self.make(types.boolean, compare(operator, a, b))
 
         def __lt__(self, other: Any) -> Value:
@@ -189,6 +211,10 @@ else:
 
         def __setitem__(self, index: Value, value: Value) -> None:
             self.builder.store(value.code, self.builder.gep(self.data, [index.code]))
+
+    def _kind(x: Any) -> str:
+        """The name of a type."""
+        return str(x.kind) if isinstance(x, Value) else type(x).__name__
 
     def _constant(value: Value, number: Any) -> Any:
         return ir.Constant(value.code.type, number)
@@ -246,6 +272,8 @@ else:
     def select(condition: Any, yes: Any, no: Any) -> Any:
         """`yes` where the condition holds, else `no`: no branch."""
         known = yes if isinstance(yes, Value) else no
+        if not isinstance(known, Value):
+            raise TypeError(f"select between {_kind(yes)} and {_kind(no)}: neither is a Value")
         a, b = known.like(yes), known.like(no)
         return known.make(known.kind, known.builder.select(condition.code, a.code, b.code))
 
@@ -275,10 +303,13 @@ else:
 
     def _conversion(kind: Any) -> Any:
         def convert(x: Any) -> Any:
+            known = isinstance(x, Value)
+            if not known or (isinstance(x.kind, types.Float) > isinstance(kind, types.Float)):
+                raise TypeError(f"there is no conversion of {_kind(x)} to {kind}")
             code, builder = x.code, x.builder
             if isinstance(kind, types.Float):
                 target = ir.FloatType()
-                name = "sitofp" if getattr(x.kind, "signed", False) else "uitofp"
+                name = "sitofp" if x.signed else "uitofp"
                 if isinstance(x.kind, types.Float):
                     if x.kind.bitwidth == kind.bitwidth:
                         return x.make(kind, code)
@@ -290,7 +321,7 @@ else:
             if width > kind.bitwidth:
                 code = builder.trunc(code, target)
             elif width < kind.bitwidth:
-                signed = getattr(x.kind, "signed", False)
+                signed = x.signed
                 code = (builder.sext if signed else builder.zext)(code, target)
             return x.make(kind, code)
 

@@ -161,7 +161,7 @@ def test_steps(sixteens: int, eights: int) -> None:
 
 
 def test_steps_are_of_16() -> None:
-    with pytest.raises(ValueError, match="depth of 40"):
+    with pytest.raises(ValueError, match="depth is 40; wanted a multiple of 16 from 16"):
         shared_layout.steps_along(40, 64)
 
 

@@ -177,5 +177,5 @@ def test_store(tile: RegisterTile, dtype: str, columns: int) -> None:
 
 def test_sizes_are_checked() -> None:
     for columns, row_blocks in ((12, 1), (0, 1), (8, 0), (-8, 1)):
-        with pytest.raises(ValueError, match="multiple of 8 columns"):
+        with pytest.raises(ValueError, match=r"(columns|row_blocks) is"):
             RegisterTile(columns, row_blocks)
