@@ -123,6 +123,13 @@ def bar_arrive(number: Any, threads: Any) -> None:
     _named(number, threads)
 
 
+def bar_warp_sync() -> None:
+    """bar.warp.sync."""
+    _ordered()
+    together(None, lambda given: given)
+    _ordered()
+
+
 def nothing(*arguments: Any) -> None:
     """Fences, hints, registers; to wait for what is done already."""
 

@@ -22,7 +22,6 @@ from typing import Any
 
 from ..ptx import global_address, shared_address
 from ..ptx_hopper import (
-    mbarrier_arrive,
     mbarrier_wait_parity,
     setmaxnreg,
     wgmma_commit_group,
@@ -42,6 +41,7 @@ from .hopper_backward_pipeline import (
     memory_plan,
     own_loader,
     pair_loader,
+    release,
     score_product,
 )
 from .hopper_backward_tiles import (
@@ -204,11 +204,9 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                             dv = dv_done(dv)
                         if wants_dk:
                             dk = dk_done(dk)
-                        if lane == 0:
-                            mbarrier_arrive(base + empty + 8 * stage)
+                        release(base + empty + 8 * stage, lane)
                         turn += types.uint32(1)
-                if lane == 0:
-                    mbarrier_arrive(base + own_empty + 8 * own_stage)
+                release(base + own_empty + 8 * own_stage, lane)
                 row = key0 + my_row
                 if wants_dk:
                     place = b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2]

@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 from ..ptx import atom_global_add_u32, ld_global_v4_b32, ld_shared_b32, st_shared_v4_b32
 from ..ptx_hopper import (
+    bar_warp_sync,
     cp_async_bulk,
     cp_async_bulk_tensor_4d,
     fence_mbarrier_init_release_cluster,
+    mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
     mbarrier_wait_parity,
@@ -137,6 +139,19 @@ def make_barriers(kind: Kind, blocks: Blocks) -> Any:
     return make
 
 
+@device_function
+def release(empty, lane):
+    """A warp's arrival at `empty`: it has read all that it wants of this place of a ring.
+
+    What a product reads it has read when it is waited for. But the lanes also load numbers, an
+    item's `Work` and the queries' L and delta, each for itself. Lane 0's arrival says nothing of
+    the others' loads: without the barrier they might come after the place is written anew.
+    """
+    bar_warp_sync()
+    if lane == 0:
+        mbarrier_arrive(empty)
+
+
 # ----- items of work -----
 #
 # A table of them is in global memory (`hopper_backward_prepare.py` writes it), the longest first.
@@ -182,6 +197,8 @@ def item_taker(kind: Kind, blocks: Blocks) -> Any:
         work, more = ld_global_v4_b32(entry), ld_global_v4_b32(entry + types.uint64(16))
         batches = ld_global_v4_b32(entry + types.uint64(32))
         mbarrier_wait_parity(base + own_empty + 8 * stage, parity ^ types.uint32(1))
+        # All lanes of the consumers have read what was here: see `release`. What is written now
+        # they read after the phase of `full`, which does not end before the arrival below.
         target = types.uint32(base + items + ITEM_BYTES * stage)
         st_shared_v4_b32(target, work)
         # Of the others the consumers need two numbers, and whether there is an item.
@@ -344,5 +361,6 @@ __all__ = [
     "memory_plan",
     "own_loader",
     "pair_loader",
+    "release",
     "score_product",
 ]

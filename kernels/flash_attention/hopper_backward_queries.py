@@ -19,7 +19,6 @@ from typing import Any
 
 from ..ptx import global_address, ld_global_f32, shared_address
 from ..ptx_hopper import (
-    mbarrier_arrive,
     mbarrier_wait_parity,
     setmaxnreg,
     wgmma_commit_group,
@@ -39,6 +38,7 @@ from .hopper_backward_pipeline import (
     memory_plan,
     own_loader,
     pair_loader,
+    release,
     score_product,
 )
 from .hopper_backward_tiles import score_gradients, weigher, write_rows, write_scores
@@ -180,11 +180,9 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)
                     wgmma_commit_group()
                     dq = dq_done(dq)
-                    if lane == 0:
-                        mbarrier_arrive(base + empty + 8 * stage)
+                    release(base + empty + 8 * stage, lane)
                     turn += types.uint32(1)
-                if lane == 0:
-                    mbarrier_arrive(base + own_empty + 8 * own_stage)
+                release(base + own_empty + 8 * own_stage, lane)
                 place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
                 write_dq(
                     dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps[2],
