@@ -300,8 +300,11 @@ def instances() -> Iterator[Instance]:
         (Kind("tf32x3", 64, 64, "bool", False, False, False), {"sm_80": (8, 0)}),
     ):
         yield from _instances_of(kind, architectures)
-    kind = Kind("float16", 64, 64, "none", False, False, False)
-    yield Instance("mma_delta[float16, 64]", delta_kernel(kind, True), _signatures(kind)["delta"])
+    for columns in (64, 8):  # several threads to a row, and one
+        kind = Kind("float16", columns, columns, "none", False, False, False)
+        yield Instance(
+            f"mma_delta[float16, {columns}]", delta_kernel(kind, True), _signatures(kind)["delta"]
+        )
 
 
 def _instances_of(kind: Kind, architectures: dict[str, Architecture]) -> Iterator[Instance]:

@@ -35,7 +35,7 @@ def delta_kernel(kind: Kind, has_grad_logsumexp: bool) -> Any:
     load, storage = precision(kind.precision).load, precision(kind.precision).storage.name
     element, value_dim = getattr(types, storage), kind.value_dim
     rows_of_block, step = DELTA_THREADS // team, team * at_once
-    masks = tuple(1 << bit for bit in range(team.bit_length() - 1))
+    halvings = team.bit_length() - 1  # 0 where a thread has a row: numba takes no empty tuple
     (read, _), nothing, infinity = vector_access(at_once), NEGATIVE_INFINITY, float("inf")
 
     @kernel(DELTA_THREADS)
@@ -59,8 +59,8 @@ def delta_kernel(kind: Kind, has_grad_logsumexp: bool) -> Any:
                 read(grad_out, grad_place + column, y)
                 for n in range(at_once):
                     total += load(x[n]) * load(y[n])
-        for mask in masks:
-            total += shuffle_xor(total, mask)
+        for bit in range(halvings):
+            total += shuffle_xor(total, 1 << bit)
         if number == row and member == 0:
             if logsumexp[row] == nothing:
                 delta[row], logsumexp2[row] = types.float32(0.0), types.float32(infinity)
