@@ -73,10 +73,11 @@ class Blocks:
 
     @property
     def registers_to_compute(self) -> int:
-        """Of a consumer's thread: those that are left, in eights."""
+        """Of a consumer's thread: those that are left, in eights, of which it can have 256."""
         threads = self.consumers + 1
         at_entry = 65536 // WARPGROUP // threads // 8 * 8
-        return (at_entry * threads - self.registers_to_load) // self.consumers // 8 * 8
+        left = at_entry * threads - self.registers_to_load
+        return min(left // self.consumers // 8 * 8, 256)
 
 
 class Memory(NamedTuple):
