@@ -36,6 +36,7 @@ PACKAGE = __name__.split(".", maxsplit=1)[0]
 SIMULATION = ".ptx_simulated"  # on which no machine code depends
 PYTHON = sysconfig.get_path("stdlib")
 CACHED = type(cache(len))  # what functools.cache returns
+DIGEST_SIZE = 32  # bytes of a file, before the machine code
 DAYS_KEPT = 60  # after a file's last use
 UNFINISHED = "unfinished-"  # what a file's name begins with while it is being written
 OURS = re.compile(rf"{UNFINISHED}.*|.+-sm_\w+-[0-9a-f]{{32}}")  # the folder may hold other files
@@ -236,13 +237,18 @@ def folder() -> Path | None:
 
 
 def read(name: str | None) -> bytes | None:
-    """A kernel's machine code; None if there is none."""
+    """A kernel's machine code; None if there is none, or the file is damaged: a driver does not
+    refuse a part of a kernel, it crashes.
+    """
     if name is None or folder() is None:
         return None
     path = folder() / name  # type: ignore[operator]
     try:
-        code = path.read_bytes()
+        content = path.read_bytes()
     except OSError:
+        return None
+    code = content[DIGEST_SIZE:]
+    if content[:DIGEST_SIZE] != _digest(code):
         return None
     with suppress(OSError):  # a folder that others fill
         os.utime(path)  # it was used: see `_forget_old`
@@ -257,11 +263,15 @@ def write(name: str | None, code: bytes) -> None:
     try:
         where.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=where, prefix=UNFINISHED, delete=False) as file:
-            file.write(code)
+            file.write(_digest(code) + code)
         os.replace(file.name, where / name)  # whole or not at all, for processes beside this one
         _forget_old(where)
     except OSError:
         return
+
+
+def _digest(code: bytes) -> bytes:
+    return hashlib.sha256(code).digest()
 
 
 @cache

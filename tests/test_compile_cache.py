@@ -205,6 +205,15 @@ def test_code_is_read_as_it_was_written(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.parametrize("size", [0, 10, compile_cache.DIGEST_SIZE, -1])
+def test_a_damaged_file_is_not_read(folder: Path, size: int) -> None:
+    compile_cache.write("a", b"machine code")
+    (folder / "a").write_bytes((folder / "a").read_bytes()[:size])
+    assert compile_cache.read("a") is None
+    compile_cache.write("a", b"machine code")
+    assert compile_cache.read("a") == b"machine code"
+
+
 def test_what_nobody_used_for_long_goes(folder: Path) -> None:
     old, used, new = (key(applied(doubled, times)) for times in (1, 2, 3))
     compile_cache.write(old, b"1")
