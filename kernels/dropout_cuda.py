@@ -1,8 +1,8 @@
 """Dropout on a GPU: y = x / (1 - p) where kept, else 0, by a mask that is never stored.
 
 Element i is kept iff word i % 4 of Philox with counter (i // 4, 0, 0, 0) is at least
-round(p * 2**32): the mask of attention with one row of scores (see `philox`), so that the CPU's is
-the same. The backward pass is the same kernel, on the gradient.
+round(p * 2**32): `philox.vector_dropout_mask`, so that the CPU's mask is the same. The backward
+pass is the same kernel, on the gradient.
 """
 
 from __future__ import annotations

@@ -1,12 +1,24 @@
-"""Philox 4x32-10, a counter-based random number generator, and the dropout mask made with it.
+"""Philox 4x32-10, a counter-based random number generator, and the dropout masks made with it.
 
 "Parallel Random Numbers: As Easy as 1, 2, 3" (Salmon, Moraes, Dror, Shaw, SC 2011). A number is a
 pure function of a key and a counter, so any tile of a dropout mask can be made anywhere, at any
 time, in any order: the forward pass, the backward pass, the CPU, the GPU and a test all see the
-same mask.
+same mask. The key is the 64-bit seed; an entry is kept iff its 32-bit number is at least
+round(dropout_p * 2**32).
 
-The mask of attention: key = the 64-bit seed, counter = (column // 4, row, batch_head, 0), of whose
-four words column % 4 picks one; the entry is kept iff it is at least round(dropout_p * 2**32).
+**A vector's mask.** Entry i has word i % 4 of the counter (i // 4, 0, 0, 0).
+
+**Attention's mask.** The generator is what dropout costs, so a call's four words are made to serve
+eight weights: a word is the number of one weight, and with its two halves exchanged that of
+another. Each number is uniform; of two weights that share a word, the one's first half is the
+other's second half, which matters to a threshold once in 2**16 times. The eight weights are those
+that a lane has in its registers of a 16 x 16 tile of scores on tensor cores ("Matrix Fragments for
+mma.m16n8k16", PTX ISA): two rows, 8 apart, and of each 8 columns two neighbours. So row i and
+column j of head h have
+
+    the counter     (4 (j // 16) + j % 8 // 2,  8 (i // 16) + i % 8,  h,  0)
+    of its words    number 2 (j // 8 % 2) + i // 8 % 2
+    the halves      exchanged if j is even
 """
 
 from __future__ import annotations
@@ -23,6 +35,7 @@ WEYL_0 = np.uint64(0x9E3779B9)  # the golden ratio
 WEYL_1 = np.uint64(0xBB67AE85)  # sqrt(3) - 1
 LOW_WORD = np.uint64(0xFFFFFFFF)
 WORD_BITS = np.uint64(32)
+HALF_BITS = np.uint64(16)
 
 
 def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
@@ -43,12 +56,21 @@ def philox4x32(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[An
     return c0, c1, c2, c3
 
 
-philox4x32_cpu = njit(philox4x32)
+# As a call of its own it would pass vectors through memory.
+philox4x32_cpu = njit(philox4x32, forceinline=True)
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """A 32-bit word drops its entry if it is below this: round(dropout_p * 2**32)."""
+    """A 32-bit number drops its entry if it is below this: round(dropout_p * 2**32)."""
     return round(dropout_p * 2**32)
+
+
+def vector_dropout_mask(size: int, dropout_p: float, seed: int) -> NDArray[np.bool_]:
+    """The mask of elementwise dropout: (size,), True where kept."""
+    counters = np.arange(-(-size // 4), dtype=np.uint64)
+    zeros = np.zeros_like(counters)
+    words = np.stack(philox4x32(counters, zeros, zeros, zeros, *_key_words(seed)), axis=-1)
+    return words.reshape(-1)[:size] >= np.uint64(dropout_threshold(dropout_p))
 
 
 def attention_dropout_mask(
@@ -58,15 +80,21 @@ def attention_dropout_mask(
 
     `batch_heads` counts the leading dimensions of the output, flattened in C order.
     """
-    groups = -(-seqlen_k // 4)
-    column = np.arange(groups, dtype=np.uint64)
-    row = np.arange(seqlen_q, dtype=np.uint64)[:, None]
+    down, across = -(-seqlen_q // 16), -(-seqlen_k // 16)
+    column = np.arange(4 * across, dtype=np.uint64)
+    row = np.arange(8 * down, dtype=np.uint64)[:, None]
     batch_head = np.arange(batch_heads, dtype=np.uint64)[:, None, None]
-    key = np.uint64(seed % 2**64)
-    zero = np.uint64(0)
-    c0, c1, c2, c3 = np.broadcast_arrays(column, row, batch_head, zero)
-    # The key as arrays: numpy warns of wrapping scalars, though no sum here reaches 2**64.
-    k0, k1 = np.full((1,), key & LOW_WORD), np.full((1,), key >> WORD_BITS)
-    words = np.stack(philox4x32(c0, c1, c2, c3, k0, k1), axis=-1)  # (BH, Nq, groups, 4)
-    kept = words >= np.uint64(dropout_threshold(dropout_p))
-    return kept.reshape(batch_heads, seqlen_q, 4 * groups)[:, :, :seqlen_k].copy()
+    c0, c1, c2, c3 = np.broadcast_arrays(column, row, batch_head, np.uint64(0))
+    words = np.stack(philox4x32(c0, c1, c2, c3, *_key_words(seed)))  # (4, BH, rows, columns)
+    exchanged = (words >> HALF_BITS) | (words << HALF_BITS & LOW_WORD)
+    numbers = np.stack([exchanged, words])  # (2, 4, BH, rows, columns)
+    kept = numbers >= np.uint64(dropout_threshold(dropout_p))
+    # Of row i: i // 16, i // 8 % 2, i % 8. Of column j: j // 16, j // 8 % 2, j % 8 // 2, j % 2.
+    kept = kept.reshape(2, 2, 2, batch_heads, down, 8, across, 4).transpose(3, 4, 2, 5, 6, 1, 7, 0)
+    return kept.reshape(batch_heads, 16 * down, 16 * across)[:, :seqlen_q, :seqlen_k].copy()
+
+
+def _key_words(seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """As arrays: numpy warns of wrapping scalars, though no sum here reaches 2**64."""
+    key = np.full((1,), seed % 2**64, np.uint64)
+    return key & LOW_WORD, key >> WORD_BITS

@@ -345,31 +345,42 @@ def count_from(typing_context: Any, first: Any) -> Any:
 
 @intrinsic
 def store_thresholds(
-    typing_context: Any, array: Any, index: Any, x0: Any, x1: Any, x2: Any, x3: Any,
+    typing_context: Any, array: Any, index: Any, x: Any, y: Any,
     threshold: Any, above: Any, below: Any,
 ) -> Any:  # fmt: skip
-    """`store_thresholds(array, index, x0, x1, x2, x3, threshold, above, below)`
+    """`store_thresholds(array, index, x, y, threshold, above, below)`: a row of a dropout mask.
 
-    For lane after lane of the four vectors of words, x0 first: `above` where it is at least the
-    threshold, else `below`; 4 * lanes elements.
+    Each 32-bit word stands for two numbers: first the word with its 16-bit halves exchanged, then
+    the word itself. `above` is written where a number is at least the threshold, from 1 to 2**32,
+    else `below`: 8 elements for four words of x, 8 for four of y, 8 for the next four of x, and so
+    on. From vectors of two words only elements 0 to 3 and 8 to 11 are written.
     """
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        words = args[2].type
-        n = words.count
-        narrow = ir.VectorType(context.get_value_type(array.dtype), n)
-        limit = splat_value(b, args[6], words)
-        high, low = splat_value(b, args[7], narrow), splat_value(b, args[8], narrow)
-        y = [b.select(b.icmp_unsigned(">=", x, limit), high, low) for x in args[2:6]]
-        pairs = [index for lane in range(n) for index in (lane, n + lane)]
-        first, second = shuffle(b, y[0], y[1], pairs), shuffle(b, y[2], y[3], pairs)
-        fours = [2 * lane + k for lane in range(n) for k in (0, 1, 2 * n, 2 * n + 1)]
-        pointer = element_pointer(context, b, sig.args[0], args[0], args[1])
-        store_vector(b, shuffle(b, first, second, fours), pointer)
+        n = args[2].type.count
+        halves, numbers = ir.VectorType(ir.IntType(16), 4 * n), ir.VectorType(INT32, 2 * n)
+        values = ir.VectorType(context.get_value_type(array.dtype), 2 * n)
+        # number > threshold - 1: a threshold of 2**32 has more than 32 bits.
+        limit = b.trunc(b.sub(args[4], ir.Constant(INT64, 1)), INT32)
+        limits, high, low = (
+            splat_value(b, scalar, vector)
+            for scalar, vector in ((limit, numbers), (args[5], values), (args[6], values))
+        )
+        of_x, of_y = (b.bitcast(words, halves) for words in args[2:4])
+        # The words, those of y from n on, as they lie in the row: four of x, four of y, ...
+        fours = [range(lane, min(lane + 4, n)) for lane in range(0, n, 4)]
+        words = [of + lane for four in fours for of in (0, n) for lane in four]
+        for first, start in ((0, 0), (n, max(2 * n, 8))):
+            # The lower half of a 64-bit lane is its first one, on all that numba compiles for.
+            order = [4 * word + half for word in words[first : first + n] for half in (1, 0, 0, 1)]
+            found = b.bitcast(shuffle(b, of_x, of_y, order), numbers)
+            row = b.select(b.icmp_unsigned(">", found, limits), high, low)
+            place = b.add(args[1], ir.Constant(INT64, start))
+            store_vector(b, row, element_pointer(context, b, sig.args[0], args[0], place))
         return context.get_dummy_value()
 
     value = array.dtype
-    return types.void(array, types.intp, x0, x0, x0, x0, types.uint64, value, value), generate
+    return types.void(array, types.intp, x, x, types.uint64, value, value), generate
 
 
 # 2**f on [-1/2, 1/2]: 1 + f * g(f), g interpolating (2**f - 1)/f at Chebyshev points.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .kernels.philox import attention_dropout_mask
+from .kernels.philox import vector_dropout_mask
 from .tensor_data import TensorData, strides_from_shape
 
 if TYPE_CHECKING:
@@ -121,9 +121,9 @@ class StorageOps:
     def dropout_forward(x: Tensor, p: float, seed: int) -> Tensor:
         """Elements dropped with probability `p`, the others divided by 1 - p.
 
-        The mask is that of an attention with one row of scores (see `kernels.philox`).
+        The mask is `kernels.philox.vector_dropout_mask`, the same on every device.
         """
-        kept = attention_dropout_mask(1, 1, x.size, p, seed).reshape(x.shape)
+        kept = vector_dropout_mask(x.size, p, seed).reshape(x.shape)
         factor = x.dtype.type(0 if p == 1 else 1 / (1 - p))
         return _like(x, np.where(kept, x._tensor.array * factor, x.dtype.type(0)))
 

@@ -349,8 +349,9 @@ def test_same_bits_every_time_and_on_any_number_of_threads(arguments: Any) -> No
         numba.set_num_threads(before)
 
 
-def test_dropout_mask_does_not_depend_on_tiles() -> None:
-    q, k, v = random(2, 100, 16), random(2, 140, 16), random(2, 140, 16)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_dropout_mask_does_not_depend_on_tiles(dtype: Any) -> None:
+    q, k, v = (random(2, n, 16, dtype=dtype) for n in (100, 140, 140))
     for tiles in (
         TileSizes(32, 32, 64, 32),
         TileSizes(64, 128, 32, 128),
@@ -394,13 +395,16 @@ import numpy as np, time
 from minitorch.kernels import simd
 from minitorch.kernels.flash_attention import cpu, cpu_forward, cpu_backward
 from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.philox import attention_dropout_mask
 from tests import references
 rng = np.random.default_rng(0)
 q, k, v, do = (rng.standard_normal((2, 70, 20)).astype(np.float32) for _ in range(4))
-p = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype, is_causal=True)
+arguments = {"is_causal": True, "dropout_p": 0.3}
+p = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype, seed=5, **arguments)
 out, lse = cpu.forward(p, q, k, v)
 got = (out, *cpu.backward(p, q, k, v, None, out, lse, do)[:3])
-r = references.attention(q, k, v, do, is_causal=True)
+kept = attention_dropout_mask(2, 70, 70, 0.3, seed=5)
+r = references.attention(q, k, v, do, kept=kept, **arguments)
 for x, y in zip(got, (r.out, r.grad_query, r.grad_key, r.grad_value)):
     assert np.abs(x - y).max() < 2e-5
 workers = cpu_forward.forward_worker, cpu_backward.backward_worker

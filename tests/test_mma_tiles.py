@@ -6,7 +6,6 @@ from minitorch.kernels import runtime
 from minitorch.kernels.flash_attention import mma
 from minitorch.kernels.flash_attention.mma_backward import backward_memory
 from minitorch.kernels.flash_attention.mma_forward import forward_memory
-from minitorch.kernels.flash_attention.mma_memory import COLUMNS, PLAIN, key_of_row
 from minitorch.kernels.flash_attention.mma_tiles import Kind
 
 if runtime.SIMULATED:
@@ -32,18 +31,3 @@ def test_tiles_fit_every_architecture(
                 backward_memory(kind, for_queries, False).size,
             )
             assert max(sizes) <= mma.MEMORY[architecture]
-
-
-@pytest.mark.parametrize("order", [PLAIN, COLUMNS, 1, 2])
-def test_orders_of_rows(order: int) -> None:
-    """Each row of the matrix stands in one row of the tile."""
-    assert sorted(key_of_row(row, order) for row in range(64)) == list(range(64))
-
-
-def test_a_lane_has_neighbouring_keys() -> None:
-    for q in range(4):
-        columns = (2 * q, 2 * q + 1, 2 * q + 8, 2 * q + 9)
-        assert [key_of_row(c, COLUMNS) for c in columns] == [4 * q + n for n in range(4)]
-    for g in range(8):
-        assert [key_of_row(g + 8 * n, 2) for n in range(4)] == [4 * g + n for n in range(4)]
-        assert [key_of_row(g + 8 * n, 1) for n in range(2)] == [2 * g + n for n in range(2)]

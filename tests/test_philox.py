@@ -1,11 +1,16 @@
-"""Philox 4x32-10 against the known answers that its authors publish, and the dropout mask."""
+"""Philox 4x32-10 against the known answers that its authors publish, and the dropout masks."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 
-from minitorch.kernels.philox import attention_dropout_mask, philox4x32, philox4x32_cpu
+from minitorch.kernels.philox import (
+    attention_dropout_mask,
+    philox4x32,
+    philox4x32_cpu,
+    vector_dropout_mask,
+)
 
 ONES = 0xFFFFFFFF
 
@@ -39,21 +44,46 @@ def test_mask_is_a_function_of_position_alone() -> None:
     )
 
 
-def test_mask_follows_its_definition_word_by_word() -> None:
+def word_of(counter: Any, number: int, seed: int) -> int:
+    arguments = [np.array([n], np.uint64) for n in (*counter, seed & ONES, seed >> 32)]
+    return int(philox4x32(*arguments)[number][0])
+
+
+def test_attentions_mask_follows_its_definition_word_by_word() -> None:
     seed, p = 0x123456789ABCDEF0, 0.4
-    mask = attention_dropout_mask(2, 3, 9, p, seed)
-    for batch_head, row, column in np.ndindex(mask.shape):
-        counter = (column // 4, row, batch_head, 0)
-        arguments = [np.array([n], np.uint64) for n in (*counter, seed & ONES, seed >> 32)]
-        word = int(philox4x32(*arguments)[column % 4][0])
-        assert mask[batch_head, row, column] == (word >= round(p * 2**32))
+    mask = attention_dropout_mask(2, 35, 37, p, seed)
+    for h, i, j in np.ndindex(mask.shape):
+        counter = (4 * (j // 16) + j % 8 // 2, 8 * (i // 16) + i % 8, h, 0)
+        number = word_of(counter, 2 * (j // 8 % 2) + i // 8 % 2, seed)
+        if j % 2 == 0:
+            number = number >> 16 | (number & 0xFFFF) << 16
+        assert mask[h, i, j] == (number >= round(p * 2**32))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.01, 0.17, 0.5, 0.9, 1.0])
-def test_mask_drops_the_wanted_fraction(p: Any) -> None:
-    mask = attention_dropout_mask(4, 128, 250, p, seed=2**63 + 11)
-    deviation = np.sqrt(p * (1 - p) / mask.size)
-    assert abs((1 - mask.mean()) - p) <= 4 * deviation
+def test_a_vectors_mask_follows_its_definition_word_by_word() -> None:
+    seed, p = 0x123456789ABCDEF0, 0.4
+    for i, kept in enumerate(vector_dropout_mask(21, p, seed)):
+        assert kept == (word_of((i // 4, 0, 0, 0), i % 4, seed) >= round(p * 2**32))
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-4, 0.01, 0.17, 0.5, 0.9, 1.0])
+def test_masks_drop_the_wanted_fraction(p: Any) -> None:
+    seed = 2**63 + 11
+    masks = attention_dropout_mask(4, 512, 500, p, seed), vector_dropout_mask(999_999, p, seed)
+    for mask in masks:
+        deviation = np.sqrt(p * (1 - p) / mask.size)
+        assert abs((1 - mask.mean()) - p) <= 4 * deviation
+
+
+@pytest.mark.parametrize("p", [0.01, 0.2, 0.5])
+@pytest.mark.parametrize("down, right", [(0, 1), (1, 0), (0, 8), (8, 0), (8, 8), (8, 1), (8, 9)])
+def test_neighbours_are_uncorrelated(p: float, down: int, right: int) -> None:
+    """Also those that come from one call of the generator, or from one word of it."""
+    mask = attention_dropout_mask(4, 512, 512, p, seed=7)
+    standard = (mask - (1 - p)) / np.sqrt(p * (1 - p))  # mean 0, variance 1
+    rows, columns = 512 - down, 512 - right
+    products = standard[:, :rows, :columns] * standard[:, down:, right:]
+    assert abs(products.mean()) <= 4.5 / np.sqrt(products.size)
 
 
 def test_seeds_give_different_masks() -> None:

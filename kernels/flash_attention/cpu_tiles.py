@@ -64,7 +64,7 @@ class Sizes(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """A weight is kept, times keep_scale, iff its random word is at least threshold."""
+    """A weight is kept, times keep_scale, iff its random number is at least threshold."""
 
     threshold: int  # 0: no dropout
     seed: Any  # uint64
@@ -310,18 +310,23 @@ def tile_multiply(w, x, y, ld, rows, start, stop):
 def dropout_tile(w, z, ld, dropout, batch_head, row0, rows, key0, start, stop):
     """Z[r, j] = keep_scale where the weight of (row0 + r, key0 + j) is kept, else 0.
 
-    A counter gives four columns; a step of the loop takes a vector of counters. Tiles are as wide
-    as a whole number of steps, and so are columns start ... stop once rounded to them.
+    One call of the generator serves rows r and r + 8 of 16, and of 16 columns four; a step of the
+    inner loop takes a vector of calls. Tiles begin at multiples of 16 and have memory for whole
+    blocks of 16 x 16 and for whole steps, so some more of Z may be written than is asked for.
     """
     keep_scale, zero = w.dtype.type(dropout.keep_scale), w.dtype.type(0)
     threshold = np.uint64(dropout.threshold)
     k0, k1 = dropout.seed & LOW_WORD, dropout.seed >> WORD_BITS
-    step = 4 * word_lanes()
-    for r in range(rows):
-        for j in range(start // step * step, stop, step):
-            columns = count_from(np.uint64((key0 + j) // 4)) & LOW_WORD
-            nothing = columns & np.uint64(0)
-            row = nothing + (np.uint64(row0 + r) & LOW_WORD)
-            head = nothing + (np.uint64(batch_head) & LOW_WORD)
-            x0, x1, x2, x3 = philox4x32_cpu(columns, row, head, nothing, k0, k1)
-            store_thresholds(w, z + r * ld + j, x0, x1, x2, x3, threshold, keep_scale, zero)
+    first_call = start // max(16, 4 * word_lanes()) * max(4, word_lanes())
+    end_call = round_up(stop, 16) // 4
+    for block in range(0, rows, 16):
+        for r in range(block, min(block + 8, rows)):
+            for call in range(first_call, end_call, word_lanes()):
+                column = count_from(np.uint64(key0 // 4 + call)) & LOW_WORD
+                nothing = column & np.uint64(0)
+                row = nothing + (np.uint64((row0 + block) // 2 + r - block) & LOW_WORD)
+                head = nothing + (np.uint64(batch_head) & LOW_WORD)
+                x0, x1, x2, x3 = philox4x32_cpu(column, row, head, nothing, k0, k1)
+                place = z + r * ld + call // 4 * 16 + call % 4 * 2
+                store_thresholds(w, place, x0, x2, threshold, keep_scale, zero)
+                store_thresholds(w, place + 8 * ld, x1, x3, threshold, keep_scale, zero)

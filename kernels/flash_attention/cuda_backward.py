@@ -38,6 +38,7 @@ from .cuda_tiles import (
     is_whole,
     keep_factor,
     keep_maker,
+    keep_size,
     own_columns,
     own_keys,
     own_place,
@@ -127,7 +128,7 @@ def backward_memory(kind: Kind, blocks: Blocks, needs_p: bool) -> BackwardMemory
     step, v_step = row_step(width, lanes), row_step(v_width, lanes)
     p_step = n + max(blocks.threads_n % 32, lanes)
     starts = [0]
-    p, keep = m * p_step if needs_p else 0, m * n // 4 if kind.dropout else 0
+    p, keep = m * p_step if needs_p else 0, keep_size(kind, blocks)
     for size in (m * step, m * v_step, n * step, n * v_step, p, m * p_step, m, m, keep):
         starts.append(starts[-1] + size)
     return BackwardMemory(*starts, width, v_width, step, v_step, p_step)  # type: ignore[call-arg]

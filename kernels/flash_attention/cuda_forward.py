@@ -39,6 +39,7 @@ from .cuda_tiles import (
     is_whole,
     keep_factor,
     keep_maker,
+    keep_size,
     own_columns,
     own_keys,
     own_place,
@@ -84,7 +85,7 @@ def forward_memory(kind: Kind, blocks: Blocks) -> ForwardMemory:
     v = k + blocks.block_n * step
     p = v + blocks.block_n * v_step
     keep = p + blocks.block_m * p_step
-    size = keep + (blocks.block_m * blocks.block_n // 4 if kind.dropout else 0)
+    size = keep + keep_size(kind, blocks)
     return ForwardMemory(0, k, v, p, keep, size, step, v_step, p_step)
 
 

@@ -31,6 +31,7 @@ from ..ptx_hopper import (
 from ..register_tile import RegisterTile
 from ..runtime import cuda, device_function, kernel, types
 from .cuda_tiles import is_whole
+from .fragment_dropout import drop_by_bits, dropout_words, keep_bits_of_keys
 from .hopper_backward_pipeline import (
     Blocks,
     descriptor,
@@ -44,13 +45,7 @@ from .hopper_backward_pipeline import (
     release,
     score_product,
 )
-from .hopper_backward_tiles import (
-    keep_bits_of_keys,
-    score_gradients,
-    weigher,
-    write_rows,
-)
-from .hopper_scores import drop
+from .hopper_backward_tiles import score_gradients, weigher, write_rows
 from .hopper_tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
@@ -117,7 +112,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     zero_dk, zero_dv = RegisterTile(kind.head_dim).zero, RegisterTile(kind.value_dim).zero
     weigh, to_ds = weigher(kind, passing, True), score_gradients(passing, True)
     to_factor, dropout = tile.to_operand(kind.precision), kind.dropout
-    keep_bits, drop_from = keep_bits_of_keys(passing), drop(passing)
+    keep_bits, drop_from = keep_bits_of_keys(passing), drop_by_bits(passing)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
@@ -144,7 +139,6 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
             take_registers()
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
             key = seed + offset[0]
-            seed_words = (types.uint32(key), types.uint32(key >> types.uint64(32)))
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
             scale2 = types.float32(scale * 1.4426950408889634)
@@ -184,8 +178,8 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         )  # fmt: skip
                         if dropout:
                             bits = keep_bits(
-                                row0 + my_column, key0 + my_row, lane, seed_words,
-                                b * heads + h, threshold,
+                                row0 + my_column, key0 + my_row,
+                                dropout_words(key, b * heads + h, threshold),
                             )  # fmt: skip
                         if wants_dk:
                             products = products_done(products)

@@ -28,6 +28,7 @@ from ..ptx_hopper import (
 from ..register_tile import RegisterTile
 from ..runtime import cuda, device_function, kernel, types
 from .cuda_tiles import is_whole
+from .fragment_dropout import drop, dropout_words
 from .hopper_backward_pipeline import (
     Blocks,
     descriptor,
@@ -42,7 +43,6 @@ from .hopper_backward_pipeline import (
     score_product,
 )
 from .hopper_backward_tiles import score_gradients, weigher, write_rows, write_scores
-from .hopper_scores import drop, keep_bits
 from .hopper_tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
@@ -100,7 +100,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     fence, zero_dq = wgmma_fence(), RegisterTile(kind.head_dim).zero
     weigh, to_ds = weigher(kind, passing, False), score_gradients(passing, False)
     to_factor, dropout = RegisterTile(passing).to_operand(kind.precision), kind.dropout
-    keep_bits_of, drop_from = keep_bits(passing), drop(passing)
+    drop_from = drop(1, passing)
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_ds = write_scores(passing)
     queries, whole, u64 = ROWS, types.int32, types.uint64
@@ -124,7 +124,6 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
             take_registers()
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
             key = seed + offset[0]
-            seed_words = (types.uint32(key), types.uint32(key >> types.uint64(32)))
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
             scale2 = types.float32(scale * 1.4426950408889634)
@@ -165,10 +164,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     )  # fmt: skip
                     products = products_done(products)
                     if dropout:
-                        bits = keep_bits_of(
-                            row, key0 + my_column, lane, seed_words, batch_head, threshold
-                        )
-                        products = drop_from(products, bits)
+                        words = dropout_words(key, batch_head, threshold)
+                        products = drop_from(products, row, key0 + my_column, words)
                     ds = to_ds(p, products, keep, delta)
                     if keep_scores:
                         place = (batch_head * seqlen_q + row) * seqlen_k + key0 + my_column

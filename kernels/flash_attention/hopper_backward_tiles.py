@@ -21,7 +21,6 @@ from ..ptx import (
     ld_shared_v2_f32,
     mov_b32_halves,
     pack_pair,
-    shfl_sync_idx_b32,
     st_global_b16_if,
     st_global_f32_if,
     st_global_v4_b32_if,
@@ -29,10 +28,9 @@ from ..ptx import (
 from ..register_tile import Place, RegisterTile
 from ..runtime import device_function, types
 from ..traced import exp2, fma, i64, select, traced, u32, u64
-from .hopper_scores import LOG2_E, bits_type, loaded
+from .hopper_scores import LOG2_E, loaded
 from .hopper_store import transposed
 from .hopper_tiles import Kind
-from .mma_scores import philox_words
 
 WORD, WHOLE = types.uint32, types.int32
 BAND = types.UniTuple(WHOLE, 4)
@@ -199,41 +197,6 @@ def score_gradients(columns: int, keys_are_rows: bool) -> Any:
     return run
 
 
-# ----- dropout of S^T -----
-
-
-@cache
-def keep_bits_of_keys(columns: int) -> Any:
-    """Traced `(query, key, lane, seed, batch_head, threshold)`: `hopper_scores.keep_bits` for a
-    tile whose rows are keys. `query` and `key` are those of the lane's first place.
-
-    The generator's four words are for four neighbouring keys: those of the four lanes that have one
-    column. Each calls it for one of four places (r, c), and they exchange what they found.
-    """
-
-    @traced(bits_type(columns), WORD, WORD, WORD, types.UniTuple(WORD, 2), WORD, WORD)
-    def run(query, key, lane, seed, batch_head, threshold):
-        mine = (lane >> 2) & 3  # this lane's place is r = mine // 2, c = mine % 2
-        group, row = (key >> 2) + (mine >> 1) * 2, query + (mine & 1)
-        rows: list[list[Any]] = [[], []]
-        for first in range(0, columns // 8, 8):
-            bits = lane & 0
-            for j in range(first, min(first + 8, columns // 8)):
-                for n, number in enumerate(
-                    philox_words(group, row + 8 * j, batch_head, seed[0], seed[1])
-                ):
-                    bits = bits | (u32(number >= threshold) << 4 * (j - first) + n)
-            # Bit 4 (j % 8) of these is for this lane's key, its row r and column c.
-            others = lane & 0x13
-            found = [shfl_sync_idx_b32(bits, others | 4 * n) >> mine for n in range(4)]
-            for r in range(2):
-                one, other = (x & 0x11111111 for x in found[2 * r : 2 * r + 2])
-                rows[r].append(one | (other << 1))
-        return rows[0] + rows[1]
-
-    return run
-
-
 # ----- results -----
 
 
@@ -302,7 +265,6 @@ def write_scores(columns: int) -> Any:
 
 
 __all__ = [
-    "keep_bits_of_keys",
     "score_gradients",
     "weigher",
     "write_rows",

@@ -56,8 +56,9 @@ from ..register_tile import RegisterTile
 from ..runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, types
 from ..shared_layout import panels_descriptor, steps_along, steps_down
 from .cuda_tiles import is_whole
+from .fragment_dropout import drop, dropout_words
 from .hopper_schedule import tile_finder
-from .hopper_scores import drop, keep_bits, mask_scores
+from .hopper_scores import mask_scores
 from .hopper_store import store_rows
 from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Blocks, Kind, own_place, parts, ring, row_bytes
 
@@ -221,9 +222,9 @@ def softmax(kind: Kind, block_n: int) -> Any:
     tile = RegisterTile(block_n)
     row_max, shift_of, exp2, own_row_sum = tile.row_max, tile.shift, tile.exp2, tile.own_row_sum
     scale_all = tile.each(lambda x, factor: x * factor, tile.type, types.float32)
-    masked, bits_of, drop_some = mask_scores(kind, block_n), keep_bits(block_n), drop(block_n)
+    masked, drop_some = mask_scores(kind, block_n), drop(1, block_n)
     always_masked, scaled_first, drops = kind.mask != "none", kind.scaled_first, kind.dropout
-    f32, i32, u32 = types.float32, types.int32, types.uint32
+    f32, i32 = types.float32, types.int32
 
     @device_function
     def softmax_of(s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout):
@@ -242,9 +243,8 @@ def softmax(kind: Kind, block_n: int) -> Any:
         sums = own_row_sum(weights, (f32(0.0), f32(0.0)))
         if drops:
             seed, threshold = dropout
-            words, lane = (u32(seed), u32(seed >> 32)), u32(cuda.threadIdx.x)
-            bits = bits_of(own_row, own_key, lane, words, batch * heads + head, threshold)
-            weights = drop_some(weights, bits)
+            words = dropout_words(seed, batch * heads + head, threshold)
+            weights = drop_some(weights, own_row, own_key, words)
         return m, weights, shift, sums
 
     return softmax_of
@@ -351,7 +351,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             q_full, q_free = memory + plan.q_full + 8 * me, memory + plan.q_free + 8 * me
             tiles, scale = sizes[5], f32(scale * LOG2_E)
             factor = f32(1.0) if scaled_first else scale  # of scores in the softmax
-            dropout = seed + offset[0], u32(threshold)
+            dropout = seed + offset[0], threshold
             # The first tile of keys: S = Q K^T, P = softmax(S).
             number, following = tile_number(order, 0), tile_number(order, 1)
             turn, n = u32(0), u32(0)

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 from ..ptx import global_address, shared_address
 from ..runtime import cuda, device_function, kernel, precision, types
 from .cuda_tiles import is_whole, tile_range, tile_start
-from .mma_memory import COLUMNS, copy_barriers, pair_copier, row_writer
+from .fragment_dropout import dropout_words
+from .mma_memory import copy_barriers, pair_copier, row_writer
 from .mma_scores import (
     constant_rows,
-    dropout_words,
     mask_scores,
     read_own_rows,
     scale_rows,
@@ -176,7 +176,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     part, v_part = width // parts, value_width // parts
     part_step, v_part_step = kind.step(part), kind.step(v_part)
     part_bytes, v_part_bytes = part * kind.itemsize, v_part * kind.itemsize
-    copy_keys = pair_copier(kind, tiles, block_n, (plan.own, plan.own_2), row_blocks)
+    copy_keys = pair_copier(kind, tiles, block_n, (plan.own, plan.own_2))
     copy_queries = query_copier(kind, tiles, plan)
     read_rows, put_rows = row_copier(tiles, plan)
     (commit, wait), (own, others, across) = copy_barriers(kind), lane_places(kind)
@@ -190,8 +190,8 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     fill_dk, fill_dv = constant_rows(row_blocks, part), constant_rows(row_blocks, v_part)
     fill_rows, dropout = constant_rows(row_blocks, 0), kind.dropout
     scale_dk, scale_dv = scale_rows(row_blocks, part), scale_rows(row_blocks, v_part)
-    write_dk = row_writer(kind, row_blocks, kind.head_dim, part, row_blocks)
-    write_dv = row_writer(kind, row_blocks, kind.value_dim, v_part, row_blocks)
+    write_dk = row_writer(kind, row_blocks, kind.head_dim, part)
+    write_dv = row_writer(kind, row_blocks, kind.value_dim, v_part)
     place_of, walk, scaled_first = key_value_place(tiles), query_walk(tiles), kind.scaled_first
     always_masked = scaled_first or kind.mask != "none"
 
@@ -224,7 +224,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         q_across = types.uint32(base + q_tile + my_part * part_bytes + across(step))
         do_across = types.uint32(base + do_tile + my_part * v_part_bytes + across(v_step))
         rows_place = types.uint32(base + logsumexp_at + lane % 4 * 8)
-        my_key, my_row = key0 + warp_row + lane // 4 * (2 * row_blocks), lane % 4 * 2
+        my_key, my_row = key0 + warp_row + lane // 4, lane % 4 * 2
 
         # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
         last_key = min(key0 + block_n, seqlen_k) - 1
@@ -314,7 +314,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
     width, value_width = kind.width, kind.value_width
     step, v_step = kind.step(width), kind.step(value_width)
     copy_queries = pair_copier(kind, tiles, block_m, (plan.own, plan.own_2))
-    copy_keys = pair_copier(kind, tiles, block_n, (plan.other, plan.other_2), COLUMNS)
+    copy_keys = pair_copier(kind, tiles, block_n, (plan.other, plan.other_2))
     (commit, wait), (own, others, across) = copy_barriers(kind), lane_places(kind)
     load_q, load_do = load_rows(kind, row_blocks, width), load_rows(kind, row_blocks, value_width)
     scores_of = multiply_rows(kind, row_blocks, block_n, width, in_registers)
@@ -360,7 +360,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         k_place = types.uint32(base + k_tile + others(step))
         v_place = types.uint32(base + v_tile + others(v_step))
         k_across = types.uint32(base + k_tile + across(step))
-        my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 4
+        my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 2
         shift = read(
             logsumexp2,
             types.int64(batch_head) * seqlen_q,

@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 from ..ptx import shared_address
 from ..runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
 from .cuda_tiles import is_whole, tile_range, tile_start
-from .mma_memory import COLUMNS, copy_barriers, pair_copier, row_writer, tile_copier
+from .fragment_dropout import drop, dropout_words
+from .mma_memory import copy_barriers, pair_copier, row_writer, tile_copier
 from .mma_scores import (
     any_changes,
     constant_rows,
-    drop,
-    dropout_words,
     mask_scores,
     pick_row,
     reciprocal_rows,
@@ -88,7 +87,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     plan, in_registers = forward_memory(kind, tiles), tiles.in_registers
     k_tile, v_tile, stage_bytes = plan.k, plan.v, plan.stage
     copy_q = tile_copier(kind, threads, block_m, kind.head_dim, width)
-    copy_keys = pair_copier(kind, tiles, block_n, (plan.k, plan.v), COLUMNS)
+    copy_keys = pair_copier(kind, tiles, block_n, (plan.k, plan.v))
     (commit, wait), (own, others, across) = copy_barriers(kind), lane_places(kind)
     load_q = load_rows(kind, row_blocks, width)
     scores_of = multiply_rows(kind, row_blocks, block_n, width, in_registers)
@@ -135,7 +134,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         q_place = types.uint32(base + warp_row * step + own(step))
         k_place = types.uint32(base + k_tile + others(step))
         v_place = types.uint32(base + v_tile + across(v_step))
-        my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 4
+        my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 2
 
         first, end = tile_range(
             row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n

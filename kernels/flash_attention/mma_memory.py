@@ -1,9 +1,4 @@
-"""Tiles between global and shared memory, and from registers back.
-
-Rows of keys stand in a tile in an order that gives each lane neighbours (`key_of_row`): one call of
-the random generator makes the four numbers of four neighbouring keys, and no lane needs another's.
-A sum over keys does not care for their order.
-"""
+"""Tiles between global and shared memory, and from registers back."""
 
 from __future__ import annotations
 
@@ -25,29 +20,6 @@ from ..vectors_cuda import vector_access
 from .cuda_tiles import warp_barrier
 from .mma_tiles import Kind, Tiles, sums_type, thread_number
 
-PLAIN, COLUMNS = 0, -1  # orders of a tile's rows; a positive one: see `key_of_row`
-
-
-def key_of_row(row: Any, order: int) -> Any:
-    """Which row of the matrix, counted from the tile's first, the row of a tile is.
-
-    PLAIN: the same. COLUMNS: the rows are the columns of tiles of scores, of which a lane q has the
-    columns 2q, 2q + 1, 2q + 8, 2q + 9 of 16: they are the keys 4q ... 4q + 3. Otherwise `order`, 1
-    or 2, is a number of row blocks: the rows are those of tiles of scores, of which a lane g has
-    every eighth: they are 2 * order neighbours.
-
-    Bits change places, no more: the key of a sum of rows without common bits is the sum of theirs.
-    """
-    if order == PLAIN:
-        return row
-    if order == COLUMNS:
-        return row - (row & 14) + (row & 6) * 2 + ((row & 8) >> 2)
-    group = 16 * order
-    return row - (row & (group - 1)) + (row & 7) * (2 * order) + ((row & (group - 8)) >> 3)
-
-
-_key_of_row = device_function(key_of_row)
-
 
 def copy_team(kind: Kind, width: int) -> int:
     """How many threads copy a row of a tile, a power of two."""
@@ -55,9 +27,7 @@ def copy_team(kind: Kind, width: int) -> int:
 
 
 @cache
-def tile_copier(
-    kind: Kind, threads: int, rows: int, columns: int, width: int, order: int = PLAIN
-) -> Any:
+def tile_copier(kind: Kind, threads: int, rows: int, columns: int, width: int) -> Any:
     """Device function `(memory, base, place, x, start, row_step, count)` that begins to copy rows
     of a matrix to a tile, filled up with zeros.
 
@@ -71,7 +41,6 @@ def tile_copier(
         rows: of the tile, a multiple of 16 that the rows of one turn divide.
         columns: of the matrix; what stands in a row's last 16 bytes behind them is not read.
         width: columns of the tile.
-        order: of the tile's rows.
 
     """
     step, lanes, itemsize, turing = kind.step(width), kind.lanes, kind.itemsize, kind.turing
@@ -81,7 +50,7 @@ def tile_copier(
     turns = -(-rows // apart)
     storage = getattr(types, precision(kind.precision).storage.name)
     (read, write), uint = vector_access(lanes), types.uint32
-    copy_pieces = _piece_copier(turns, apart, step, order)
+    copy_pieces = _piece_copier(turns, apart, step)
 
     @device_function
     def copy(memory, base, place, x, start, row_step, count):
@@ -98,20 +67,20 @@ def tile_copier(
             else:
                 found = cuda.local.array(lanes, storage)
                 for turn in range(turns):
-                    key = _key_of_row(row + turn * apart, order)
-                    if size == 16 and key < count:
-                        read(x, start + types.int64(key) * row_step + column, found)
+                    here = row + turn * apart
+                    if size == 16 and here < count:
+                        read(x, start + types.int64(here) * row_step + column, found)
                     else:
                         for n in range(lanes):
                             found[n] = storage(0)
-                            if key < count and n * itemsize < size:
-                                found[n] = x[start + types.int64(key) * row_step + column + n]
+                            if here < count and n * itemsize < size:
+                                found[n] = x[start + types.int64(here) * row_step + column + n]
                     write(memory, (target + turn * apart * step) // itemsize, found)
 
     return copy
 
 
-def _piece_copier(turns: int, apart: int, step: int, order: int) -> Any:
+def _piece_copier(turns: int, apart: int, step: int) -> Any:
     """Traced `(target, source, row_bytes, row, count, size)`: a thread's pieces of a tile, in the
     rows row, row + apart, ..., whose first is copied to `target`. `source` is where row 0 of the
     matrix has the piece; `size` bytes of it are read, none in rows past `count`.
@@ -120,11 +89,9 @@ def _piece_copier(turns: int, apart: int, step: int, order: int) -> Any:
 
     @traced(types.void, word, types.uint64, word, word, types.int32, types.int32)
     def copy(target, source, row_bytes, row, count, size):
-        key = key_of_row(row, order)
         for turn in range(turns):
-            more = key_of_row(turn * apart, order)
-            inside = i32(key) < count - more
-            there = mad_wide_u32(key + more, row_bytes, source)
+            inside = i32(row) < count - turn * apart
+            there = mad_wide_u32(row + turn * apart, row_bytes, source)
             cp_async_cg_16(target + (turn * apart * step), there, u32(select(inside, size, 0)))
 
     return copy
@@ -149,16 +116,14 @@ def copy_barriers(kind: Kind) -> Any:
 
 
 @cache
-def pair_copier(
-    kind: Kind, tiles: Tiles, rows: int, places: tuple[int, int], order: int = PLAIN
-) -> Any:
+def pair_copier(kind: Kind, tiles: Tiles, rows: int, places: tuple[int, int]) -> Any:
     """Device function `(memory, base, at, first, second, row, length)` that begins to copy two
     tiles of the same rows, `row` and on, of matrices of `length` rows, D and Dv columns, each given
     as (array, start, row_step). They go `at` bytes behind their places.
     """
     place, place_2 = places
-    copy = tile_copier(kind, tiles.threads, rows, kind.head_dim, kind.width, order)
-    copy_2 = tile_copier(kind, tiles.threads, rows, kind.value_dim, kind.value_width, order)
+    copy = tile_copier(kind, tiles.threads, rows, kind.head_dim, kind.width)
+    copy_2 = tile_copier(kind, tiles.threads, rows, kind.value_dim, kind.value_width)
 
     @device_function
     def copy_pair(memory, base, at, first, second, row, length):
@@ -197,7 +162,7 @@ def put_rows(kind: Kind, row_blocks: int, width: int, step: int) -> Any:
 
 
 @cache
-def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int = PLAIN) -> Any:
+def row_writer(kind: Kind, row_blocks: int, columns: int, width: int) -> Any:
     """Device function `(memory, base, place, tile, out, start, row_step, count, first)` that writes
     a warp's tile of sums to the columns `first` and on of a matrix, by way of its own part of
     shared memory.
@@ -210,7 +175,6 @@ def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int
         row_blocks: of the tile.
         columns: of the matrix.
         width: columns of the tile; what is beyond those of the matrix is left out.
-        order: of the tile's rows.
 
     """
     step, itemsize, rows = kind.step(width), kind.itemsize, 16 * row_blocks
@@ -229,19 +193,15 @@ def row_writer(kind: Kind, row_blocks: int, columns: int, width: int, order: int
         found = cuda.local.array(at_once, storage)
         for piece in range(lane, pieces, 32):
             row, column = piece // of_row, piece % of_row * at_once
-            key = _key_of_row(row, order)
-            if key < count and first + column < columns:
+            if row < count and first + column < columns:
                 read(memory, (place + row * step) // itemsize + column, found)
-                write(out, start + types.int64(key) * row_step + first + column, found)
+                write(out, start + types.int64(row) * row_step + first + column, found)
 
     return write_rows
 
 
 __all__ = [
-    "COLUMNS",
-    "PLAIN",
     "copy_barriers",
-    "key_of_row",
     "pair_copier",
     "row_writer",
     "tile_copier",

@@ -1,32 +1,31 @@
 """What FlashAttention does with a tile of scores in a warp's registers: masks, softmax, dropout.
 
 How a tile of sums lies is told in mma_tiles.py. A lane has two rows of a row block, 8 apart, whose
-other columns are with its three neighbours. Which key or query a row or a column of a tile is, is
-told in mma_memory.py: of each 16 columns the lane q = t % 4 has the four neighbours 4q ... 4q + 3.
+other columns are with its three neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from ..ptx import ld_shared_v2_f32, opaque, shfl_sync_bfly_f32, st_global_f32_if
-from ..runtime import NEGATIVE_INFINITY, device_function, types
+from ..runtime import NEGATIVE_INFINITY, types
 from ..traced import exp2, f32, float_of, fma, i32, i64, maximum, select, traced, u32, u64
+from .fragment_dropout import WORDS, kept_of_keys, kept_of_queries
 from .mma_tiles import Kind, rows_type, sums_type
 
 LOG2_E = 1.4426950408889634
 NEIGHBOURS = (1, 2)  # of a lane in its row: exclusive or of their numbers
 
 
-def _places(row_blocks: int, columns: int) -> list[tuple[int, int, int, int]]:
-    """For each sum of a tile: its place, which of the lane's rows it is in, its column among the
-    lane's neighbours, and the number of these four.
+def _places(row_blocks: int, columns: int) -> list[tuple[int, int, int]]:
+    """For each sum of a tile: its place, which of the lane's rows it is in, and how far its column
+    is from the lane's first.
     """
     blocks = columns // 8
     return [
-        (4 * (i * blocks + j) + 2 * r + c, 2 * i + r, 2 * (j % 2) + c, j // 2)
+        (4 * (i * blocks + j) + 2 * r + c, 2 * i + r, 8 * j + c)
         for i in range(row_blocks)
         for r in range(2)
         for j in range(blocks)
@@ -36,19 +35,12 @@ def _places(row_blocks: int, columns: int) -> list[tuple[int, int, int, int]]:
 
 def _distances(row_blocks: int, columns: int, keys_are_rows: bool) -> list[tuple[int, int, int]]:
     """For each sum of a tile of scores: its place, and how far its query and its key are from the
-    lane's first ones, which are:
-
-    with queries as rows     row t // 4 of the tile, key 4 (t % 4)
-    with keys as rows        key 2 row_blocks (t // 4), query 2 (t % 4)
+    lane's first ones, which are row t // 4 and column 2 (t % 4).
     """
-    found = []
-    for place, row, n, four in _places(row_blocks, columns):
-        if keys_are_rows:
-            j, c = place // 4 % (columns // 8), place % 2
-            found.append((place, 8 * j + c, row))
-        else:
-            found.append((place, 8 * row, 16 * four + n))
-    return found
+    return [
+        (place, column, 8 * row) if keys_are_rows else (place, 8 * row, column)
+        for place, row, column in _places(row_blocks, columns)
+    ]
 
 
 # ----- rows -----
@@ -236,80 +228,6 @@ def _loaded(name: str, number: Any) -> Any:
     return f32(number)
 
 
-# ----- dropout -----
-
-MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-KEY_STEPS = 0x9E3779B9, 0xBB67AE85
-AT_ONCE = 4  # calls of the generator, which share their keys
-
-
-def philox_words(column: Any, row: Any, batch_head: Any, low: Any, high: Any) -> list[Any]:
-    """Four words of the generator that philox.py explains, in 32-bit arithmetic."""
-    return _philox([(column, row)], batch_head, low, high)[0]
-
-
-def _philox(places: list[tuple[Any, Any]], batch_head: Any, low: Any, high: Any) -> list[list[Any]]:
-    """Four words for each (column, row)."""
-    calls: list[list[Any]] = [[column, row, batch_head, 0] for column, row in places]
-    for _ in range(10):
-        for n, (c0, c1, c2, c3) in enumerate(calls):
-            p0, p1 = u64(c0) * MULTIPLIERS[0], u64(c2) * MULTIPLIERS[1]
-            calls[n] = [u32(p1 >> 32) ^ c1 ^ low, u32(p1), u32(p0 >> 32) ^ c3 ^ high, u32(p0)]
-        low, high = low + KEY_STEPS[0], high + KEY_STEPS[1]
-    return calls
-
-
-@device_function
-def dropout_words(seed, batch_head, threshold):
-    """What `drop` needs. A threshold of 2**32 wraps around to 0: there the factor is 0 for all."""
-    return (
-        types.uint32(seed & types.uint64(0xFFFFFFFF)), types.uint32(seed >> types.uint64(32)),
-        types.uint32(batch_head), types.uint32(threshold & 0xFFFFFFFF),
-    )  # fmt: skip
-
-
-def _keeps(
-    row_blocks: int, columns: int, keys_are_rows: bool, row: Any, key: Any, dropout: Any
-) -> Iterator[tuple[int, Any]]:
-    """For each sum of a tile its place, and whether the weight is kept: what is to be done with a
-    few is done before the next few are made.
-    """
-    low, high, batch_head, threshold = dropout
-    group = key >> 2
-    # With one row block of keys a lane has only two, the first or the last of four.
-    odd = (key & 2) != 0 if keys_are_rows and row_blocks == 1 else None
-    calls: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for place, query_n, key_n in _distances(row_blocks, columns, keys_are_rows):
-        calls.setdefault((key_n // 4, query_n), []).append((place, key_n % 4))
-    places = list(calls)
-    for first in range(0, len(places), AT_ONCE):
-        some = places[first : first + AT_ONCE]
-        counters = [(group + four, row + query_n) for four, query_n in some]
-        found = _philox(counters, batch_head, opaque(low), opaque(high))
-        for words, call in zip(found, some, strict=True):
-            for place, n in calls[call]:
-                word = words[n] if odd is None else select(odd, words[n + 2], words[n])
-                yield place, word >= threshold
-
-
-@cache
-def drop(row_blocks: int, columns: int) -> Any:
-    """Traced `(tile, row, key, dropout)`: P with 0 where the weight is dropped.
-
-    `row` and `key` are as for `mask_scores`, queries are rows; `dropout` is of `dropout_words`.
-    """
-    tile = sums_type(row_blocks, columns)
-
-    @traced(tile, tile, types.uint32, types.uint32, types.UniTuple(types.uint32, 4))
-    def run(weights, row, key, dropout):
-        out = list(weights)
-        for place, kept in _keeps(row_blocks, columns, False, row, key, dropout):
-            out[place] = select(kept, weights[place], 0.0)
-        return out
-
-    return run
-
-
 # ----- gradients -----
 
 
@@ -339,11 +257,11 @@ def score_gradients(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bo
     """
     tile, number = sums_type(row_blocks, columns), types.float32
     of_rows = types.uint32 if keys_are_rows else rows_type(row_blocks)
-    blocks = columns // 8
+    blocks, kept_of = columns // 8, kept_of_keys if keys_are_rows else kept_of_queries
 
     @traced(
         types.Tuple((tile, tile)), tile, tile, of_rows, of_rows, number, types.uint32,
-        types.uint32, types.UniTuple(types.uint32, 4), number,
+        types.uint32, WORDS, number,
     )  # fmt: skip
     def run(scores, dp, logsumexp2, delta, scale, row, key, dropout, keep):
         weights, gradients = list(scores), list(scores)
@@ -351,10 +269,10 @@ def score_gradients(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bo
             pairs = [
                 [ld_shared_v2_f32(x + 32 * j) for j in range(blocks)] for x in (logsumexp2, delta)
             ]
-        rows_of = {place: own for place, own, *_ in _places(row_blocks, columns)}
+        rows_of = {place: own for place, own, _ in _places(row_blocks, columns)}
         keeps = ((place, None) for place in rows_of)
         if kind.dropout:
-            keeps = _keeps(row_blocks, columns, keys_are_rows, row, key, dropout)
+            keeps = kept_of(row_blocks, columns, row, key, dropout)
         for place, kept in keeps:
             if keys_are_rows:
                 shift, less = (p[place // 4 % blocks][place % 2] for p in pairs)
@@ -392,10 +310,7 @@ def write_scores(row_blocks: int, columns: int) -> Any:
 __all__ = [
     "any_changes",
     "constant_rows",
-    "drop",
-    "dropout_words",
     "mask_scores",
-    "philox_words",
     "pick_row",
     "read_own_rows",
     "reciprocal_rows",

@@ -14,9 +14,17 @@ import minitorch
 from minitorch import TensorBackend, cuda_attention, cuda_driver
 from minitorch.cuda_kernel_ops import CudaKernelOps
 from minitorch.device_array import DeviceArray
+from minitorch.kernels import runtime
+from minitorch.kernels.flash_attention.cuda_tiles import (
+    Blocks,
+    Kind,
+    keep_factor,
+    keep_maker,
+    keep_size,
+)
 from minitorch.kernels.flash_attention.problem import AttentionProblem
-from minitorch.kernels.philox import attention_dropout_mask
-from minitorch.kernels.runtime import SIMULATED, compute_capability
+from minitorch.kernels.philox import attention_dropout_mask, dropout_threshold
+from minitorch.kernels.runtime import SIMULATED, compute_capability, cuda, kernel, types
 from minitorch.tensor import Tensor
 from minitorch.tensor_data import TensorData
 from tests import references
@@ -243,6 +251,38 @@ def test_dropout_keeps_what_the_mask_says() -> None:
     out, _ = ops.flash_attention_forward(*tensors, None, problem)
     kept = attention_dropout_mask(3, *lengths, p, seed)
     np.testing.assert_array_equal(out.to_numpy()[0] != 0, kept)
+
+
+BIT_TILES = [(4, 8), (8, 4), (8, 8), (8, 16), (32, 8), (16, 16), (48, 32)]
+
+
+@pytest.mark.parametrize("block_m, block_n", BIT_TILES)
+def test_every_tile_of_scores_finds_its_bits(block_m: int, block_n: int) -> None:
+    """Also one with a part of 16 rows or columns, wherever among the 16 it begins."""
+    p, seed, blocks = 0.4, 2**40 + 3, Blocks(block_m, block_n, 4, 4)
+    kind = Kind("float32", 8, 8, "none", True, False)
+    make, factor_of = keep_maker(kind, blocks, 0), keep_factor(kind, blocks, 0)
+    threads = blocks.threads
+
+    @kernel(threads)
+    def write_factors(out, row0, key0, threshold, seed):  # type: ignore[no-untyped-def]
+        memory = cuda.shared.array(0, types.float32)
+        keep_scale = types.float32(2.0)
+        make(memory, row0, key0, 1, (seed, types.uint64(threshold), keep_scale))
+        cuda.syncthreads()
+        for place in range(cuda.threadIdx.x, block_m * block_n, threads):
+            out[place] = factor_of(memory, place // block_n, place % block_n, keep_scale)
+
+    mask = attention_dropout_mask(2, 64 + block_m, 64 + block_n, p, seed)[1]
+    for number in range(4):
+        row0, key0 = (4 + number) * block_m % 64, (5 + 3 * number) * block_n % 64
+        out = cuda.to_device(np.full(block_m * block_n, np.nan, np.float32))
+        runtime.launch(
+            write_factors, 1, threads, out, row0, key0, dropout_threshold(p),
+            np.uint64(seed), shared_bytes=4 * keep_size(kind, blocks),
+        )  # fmt: skip
+        kept = mask[row0 : row0 + block_m, key0 : key0 + block_n]
+        np.testing.assert_array_equal(out.copy_to_host().reshape(kept.shape), 2.0 * kept)
 
 
 def test_through_autograd() -> None:

@@ -23,7 +23,7 @@ from minitorch.kernels import (
     runtime,
     softmax_cuda,
 )
-from minitorch.kernels.philox import attention_dropout_mask
+from minitorch.kernels.philox import vector_dropout_mask
 from minitorch.kernels.runtime import SIMULATED
 
 Array = NDArray[Any]
@@ -265,7 +265,7 @@ def test_dropout(seed: int, name: str, size: int, dropout_p: float, dropout_seed
     device_offset = runtime.cuda.to_device(np.array([offset], np.uint64))
     dropout_cuda.forward(name, to_device(x), y, size, dropout_p, dropout_seed, device_offset)
     key = (dropout_seed + offset) % 2**64
-    kept = attention_dropout_mask(1, 1, size, dropout_p, key).reshape(size)
+    kept = vector_dropout_mask(size, dropout_p, key)
     factor = 0 if dropout_p == 1 else 1 / (1 - dropout_p)
     assert_close(to_host(y, name, size), np.where(kept, exact(x) * factor, 0), name)
 

@@ -16,7 +16,12 @@ from minitorch import TensorBackend, cuda_attention
 from minitorch.cuda_kernel_ops import CudaKernelOps
 from minitorch.device_array import DeviceArray
 from minitorch.kernels.flash_attention import hopper
-from minitorch.kernels.flash_attention.hopper_scores import drop, keep_bits
+from minitorch.kernels.flash_attention.fragment_dropout import (
+    drop,
+    drop_by_bits,
+    dropout_words,
+    keep_bits_of_keys,
+)
 from minitorch.kernels.flash_attention.hopper_tiles import Blocks, own_place
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.philox import attention_dropout_mask, dropout_threshold
@@ -28,7 +33,6 @@ from minitorch.kernels.runtime import (
     launch,
     types,
 )
-from minitorch.kernels.runtime import cuda as device
 from minitorch.kernels.runtime import kernel as kernel_of
 from tests import references
 from tests.cuda.test_flash_attention_cuda import on_gpu, random
@@ -47,38 +51,45 @@ hopper_only = pytest.mark.skipif(
 WARPGROUP = 128
 
 
-def dropped(columns: int) -> Any:
-    """Kernel: 1 where a weight of the tile at (row0, key0) is kept, else 0, as (64, columns)."""
-    bits_of, drop_some, tile = keep_bits(columns), drop(columns), RegisterTile(columns)
+def dropped(columns: int, keys_are_rows: bool) -> Any:
+    """Kernel: 1 where a weight of the tile at (row0, column0) is kept, else 0, as (64, columns)."""
+    tile, drop_some = RegisterTile(columns), drop(1, columns)
+    bits_of, drop_by = keep_bits_of_keys(columns), drop_by_bits(columns)
     ones = tile.each(lambda x: x + 1.0, tile.type)
     zero, count = tile.zero, tile.registers
 
     @kernel_of(WARPGROUP)
-    def make(out, row0, key0, batch_head, seed, threshold):  # type: ignore[no-untyped-def]
-        own_row, own_key = own_place()
-        row, key = types.uint32(row0 + own_row), types.uint32(key0 + own_key)
-        words = (types.uint32(seed), types.uint32(seed >> types.uint64(32)))
-        lane = types.uint32(device.threadIdx.x)
-        bits = bits_of(
-            row, key, lane, words, types.uint32(batch_head), types.uint32(threshold)
-        )  # fmt: skip
-        kept = drop_some(ones(zero()), bits)
+    def make(out, row0, column0, batch_head, seed, threshold):  # type: ignore[no-untyped-def]
+        own_row, own_column = own_place()
+        row, column = types.uint32(row0 + own_row), types.uint32(column0 + own_column)
+        words = dropout_words(seed, batch_head, threshold)
+        if keys_are_rows:
+            kept = drop_by(ones(zero()), bits_of(column, row, words))
+        else:
+            kept = drop_some(ones(zero()), row, column, words)
         for n in range(count):
             j, r, c = n // 4, n // 2 % 2, n % 2
-            out[(own_row + 8 * r) * columns + own_key + 8 * j + c] = kept[n]
+            out[(own_row + 8 * r) * columns + own_column + 8 * j + c] = kept[n]
 
     return make
 
 
+@pytest.mark.parametrize("keys_are_rows", [False, True])
 @pytest.mark.parametrize("columns", [64, 80, 128])
-def test_dropout_of_a_tile_is_that_of_every_implementation(columns: int) -> None:
-    row0, key0, p, seed = 64, columns, 0.3, 2**63 + 12345
+def test_dropout_of_a_tile_is_that_of_every_implementation(
+    columns: int, keys_are_rows: bool
+) -> None:
+    row0, column0, p, seed = 64, columns, 0.3, 2**63 + 12345
     out = DeviceArray.empty(64 * columns, np.float32)
-    launch(dropped(columns), 1, WARPGROUP, out.array, row0, key0, 2, np.uint64(seed),
-           dropout_threshold(p))  # fmt: skip
-    whole = attention_dropout_mask(3, row0 + 64, key0 + columns, p, seed)
+    launch(dropped(columns, keys_are_rows), 1, WARPGROUP, out.array, row0, column0, 2,
+           np.uint64(seed), dropout_threshold(p))  # fmt: skip
+    lengths = (row0 + 64, column0 + columns)
+    if keys_are_rows:
+        whole = attention_dropout_mask(3, *lengths[::-1], p, seed).transpose(0, 2, 1)
+    else:
+        whole = attention_dropout_mask(3, *lengths, p, seed)
     got = out.copy_to_host().reshape(64, columns)
-    np.testing.assert_array_equal(got != 0, whole[2, row0:, key0:])
+    np.testing.assert_array_equal(got != 0, whole[2, row0:, column0:])
 
 
 # ----- the kernel -----
