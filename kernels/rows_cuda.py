@@ -24,11 +24,12 @@ from .runtime import (
     device_function,
     is_available,
     precision,
+    shuffle_xor,
     types,
     warp_max,
     warp_sum,
 )
-from .vectors_cuda import BYTES, vector_access
+from .vectors_cuda import BYTES, vector_access, vector_load_or
 
 MOST_VECTORS = 16  # that a thread keeps
 TILED_THREADS = 512  # of the team of a row that is read in tiles
@@ -124,7 +125,8 @@ def tile_access(precision_name: str, shape: RowShape) -> tuple[Any, Any]:
     """
     number = precision(precision_name)
     to_real, to_storage, storage = number.load, number.store, number.storage
-    load_vector, store_vector = vector_access(shape.vector)
+    load_vector = vector_load_or(shape.vector, storage.itemsize)
+    _, store_vector = vector_access(shape.vector)
     vector, vectors, count = shape.vector, shape.vectors, shape.values
     step, width = shape.threads * shape.vector, shape.tile
 
@@ -135,13 +137,10 @@ def tile_access(precision_name: str, shape: RowShape) -> tuple[Any, Any]:
         first = tile * width + cuda.threadIdx.x * vector
         filling = to_storage(fill)
         for k in range(vectors):  # all reads first: none waits for another
-            if first + k * step < columns:
-                load_vector(x, start + first + k * step, one)
-                for lane in range(vector):
-                    stored[k * vector + lane] = one[lane]
-            else:
-                for lane in range(vector):
-                    stored[k * vector + lane] = filling
+            inside = first + k * step < columns
+            load_vector(x, start + first + k * step, inside, filling, one)
+            for lane in range(vector):
+                stored[k * vector + lane] = one[lane]
         for i in range(count):
             values[i] = to_real(stored[i])
 
@@ -165,23 +164,21 @@ def weights_access(precision_name: str, shape: RowShape) -> Any:
     values[...] = x[column] for the columns of a thread's vector number k; 0 past the end.
     """
     number = precision(precision_name)
-    real, to_real, storage = number.real, number.load, number.storage
+    real, to_real, to_storage = number.real, number.load, number.store
+    storage = number.storage
     piece = min(shape.vector, BYTES // storage.itemsize)  # the rows' elements may be shorter
-    load_vector, _ = vector_access(piece)
+    load_vector = vector_load_or(piece, storage.itemsize)
     vector, step, width = shape.vector, shape.threads * shape.vector, shape.tile
 
     @device_function
     def load(x, tile, k, columns, values):
         one = cuda.local.array(piece, storage)
         first = tile * width + cuda.threadIdx.x * vector + k * step
+        zero = to_storage(real(0.0))
         for part in range(0, vector, piece):
-            if first < columns:
-                load_vector(x, first + part, one)
-                for lane in range(piece):
-                    values[part + lane] = to_real(one[lane])
-            else:
-                for lane in range(piece):
-                    values[part + lane] = real(0.0)
+            load_vector(x, first + part, first < columns, zero, one)
+            for lane in range(piece):
+                values[part + lane] = to_real(one[lane])
 
     return load
 
@@ -224,7 +221,7 @@ def team_sums(precision_name: str, threads: int) -> Any:
     """Device function `(x, y)`: the sums of both over the threads of a row, in each of them."""
     real = precision(precision_name).real
     warps = threads // WARP
-    places = 2 * warps
+    places, steps = 2 * warps, warps.bit_length() - 1
 
     @device_function
     def over_warp(x, y):
@@ -239,9 +236,11 @@ def team_sums(precision_name: str, threads: int) -> Any:
             of_warp[warp] = x
             of_warp[warps + warp] = y
         cuda.syncthreads()
-        x = warp_sum(of_warp[lane] if lane < warps else real(0.0))
-        y = warp_sum(of_warp[warps + lane] if lane < warps else real(0.0))
+        x, y = of_warp[lane % warps], of_warp[warps + lane % warps]
         cuda.syncthreads()  # all have read before the next call writes
+        for step in range(steps):
+            x += shuffle_xor(x, 1 << step)
+            y += shuffle_xor(y, 1 << step)
         return x, y
 
     return over_warp if threads == WARP else over_block

@@ -33,6 +33,33 @@ def vector_access(count: int) -> tuple[Any, Any]:
     return _vector_load(count), _vector_store(count)
 
 
+@cache
+def vector_load_or(count: int, itemsize: int) -> Any:
+    """Device function `load(x, first, inside, fill, values)`: as of `vector_access`, if `inside`.
+
+    If not, values[...] = fill, and nothing is read. Elements of 16 bits are filled in pairs, as
+    they are read: a choice for each of them would cost two instructions more.
+
+    Args:
+        count: as in `vector_access`.
+        itemsize: bytes of an element.
+
+    """
+    if itemsize == 2 and count > 1 and not SIMULATED:
+        return _short_load_or(count)
+    load_vector, _ = vector_access(count)
+
+    @device_function
+    def load(x, first, inside, fill, values):
+        if inside:
+            load_vector(x, first, values)
+        else:
+            for k in range(count):
+                values[k] = fill
+
+    return load
+
+
 def _plain_access(count: int) -> tuple[Any, Any]:
     """Element by element; the simulator checks what the hardware would trap on."""
 
@@ -67,6 +94,7 @@ if not SIMULATED:
     # LLVM makes two instructions of a vector of eight 16-bit elements, so they travel in pairs, as
     # 32-bit words; PTX's own instructions part and join them, which LLVM leaves as they are.
     _half, _word = ir.IntType(16), ir.IntType(32)
+    _sixteen = ir.Constant(_word, 16)
     _part = ir.FunctionType(ir.LiteralStructType([_half, _half]), [_word])
     _join = ir.FunctionType(_word, [_half, _half])
 
@@ -102,6 +130,41 @@ if not SIMULATED:
             vector = builder.insert_element(vector, item, _index(k))
         target = builder.bitcast(pointer, kind.as_pointer(pointer.type.addrspace))
         builder.store(vector, target).align = size
+
+    def _short_load_or(count: int) -> Any:
+        @intrinsic
+        def load(typingctx, x, first, inside, fill, values):
+            def codegen(context, builder, signature, args):
+                source = _element_pointer(context, builder, signature.args[0], *args[:2])
+                for n, word in enumerate(_words_or(builder, source, count, *args[2:4])):
+                    # By shifts, which join with what follows: a bfloat16 becomes a float32 at once.
+                    for k, item in (2 * n, word), (2 * n + 1, builder.lshr(word, _sixteen)):
+                        to = _element_pointer(
+                            context, builder, signature.args[4], args[4], _index(k)
+                        )
+                        builder.store(builder.trunc(item, _half), to)
+                return context.get_dummy_value()
+
+            return types.void(x, types.int64, types.boolean, x.dtype, values), codegen
+
+        return load
+
+    def _words_or(builder: Any, pointer: Any, count: int, inside: Any, fill: Any) -> list[Any]:
+        """16-bit elements, two to a word, by one instruction if `inside`, else `fill` twice."""
+        word = builder.zext(fill, _word)
+        filled = builder.or_(word, builder.shl(word, _sixteen))
+        kind, before = ir.VectorType(_word, count // 2), builder.basic_block
+        with builder.if_then(inside):
+            space = pointer.type.addrspace
+            vector = builder.load(builder.bitcast(pointer, kind.as_pointer(space)))
+            vector.align = 2 * count
+            words = [builder.extract_element(vector, _index(k)) for k in range(count // 2)]
+            reading = builder.basic_block
+        chosen = [builder.phi(_word) for _ in words]
+        for either, word in zip(chosen, words, strict=True):
+            either.add_incoming(filled, before)
+            either.add_incoming(word, reading)
+        return chosen
 
     def _index(k: int) -> Any:
         return ir.Constant(ir.IntType(32), k)
