@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
+from .ptx import SIXTEEN_BITS
 from .runtime import (
     SIMULATED,
     Instance,
@@ -274,7 +275,7 @@ def map_kernel(
     to, of = operand_precision(out_dtype), operand_precision(x_dtype)
     real, out_real, store, load = of.real, to.real, to.store, of.load
     storage = numba.from_dtype(to.storage)
-    scalar = scalar_function(fn, real)
+    scalar = scalar_function(fn, real, rough=to.name in SIXTEEN_BITS)
     find_place = group_place(dims, lanes, types.uint64 if wide else types.uint32)
     offset = place_offset(dims)
     load_group = group_load(of, lanes, repeats[1])
@@ -292,11 +293,10 @@ def map_kernel(
         group0 = cuda.grid(1)
         while group0 < whole:
             for u in range(AT_ONCE):
-                group = group0 + u * threads
-                if group < whole:
-                    find_place(group, shape, place)
-                    targets[u] = offset(place, out_strides)
-                    load_group(x, offset(place, x_strides), values, u * lanes)
+                # Past the end the last group is read: a branch would hold up the reads after it.
+                find_place(min(group0 + u * threads, whole - 1), shape, place)
+                targets[u] = offset(place, out_strides)
+                load_group(x, offset(place, x_strides), values, u * lanes)
             for u in range(AT_ONCE):
                 if group0 + u * threads < whole:
                     for k in range(lanes):
@@ -343,7 +343,7 @@ def zip_kernel(
     of_x, of_y = operand_precision(x_dtype), operand_precision(y_dtype)
     real, store, load_x, load_y = to.real, to.store, of_x.load, of_y.load
     storage = numba.from_dtype(to.storage)
-    scalar = scalar_function(fn, real)
+    scalar = scalar_function(fn, real, rough=to.name in SIXTEEN_BITS)
     find_place = group_place(dims, lanes, types.uint64 if wide else types.uint32)
     offset = place_offset(dims)
     load_x_group = group_load(of_x, lanes, repeats[1])
@@ -363,12 +363,10 @@ def zip_kernel(
         group0 = cuda.grid(1)
         while group0 < whole:
             for u in range(AT_ONCE):
-                group = group0 + u * threads
-                if group < whole:
-                    find_place(group, shape, place)
-                    targets[u] = offset(place, out_strides)
-                    load_x_group(x, offset(place, x_strides), x_values, u * lanes)
-                    load_y_group(y, offset(place, y_strides), y_values, u * lanes)
+                find_place(min(group0 + u * threads, whole - 1), shape, place)
+                targets[u] = offset(place, out_strides)
+                load_x_group(x, offset(place, x_strides), x_values, u * lanes)
+                load_y_group(y, offset(place, y_strides), y_values, u * lanes)
             for u in range(AT_ONCE):
                 if group0 + u * threads < whole:
                     for k in range(lanes):

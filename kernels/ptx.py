@@ -39,6 +39,11 @@ def lg2_approx_ftz_f32(x: f32) -> f32:
     """log2(x), right to 22 bits."""
 
 
+@ptx("div.full.f32 {out}, {x}, {y};", pure=True)
+def div_full_f32(x: f32, y: f32) -> f32:
+    """x / y, right to 2 units of the last place for all numbers."""
+
+
 @ptx("max.f32 {out}, {x}, {y};", pure=True, simulated=simulated.largest)
 def max_f32(x: f32, y: f32) -> f32:
     """The larger one; the other if one is NaN."""

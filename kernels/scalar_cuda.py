@@ -2,7 +2,9 @@
 
 In Python a number is a number. In a kernel `1.0` is a float64 and turns the float32 arithmetic
 around it into float64 arithmetic, which most GPUs have little of (a GeForce 1/64 of its float32
-rate). So the numbers in the function's text are converted to the working type first.
+rate). So the numbers in the function's text are converted to the working type first. Where the
+result is rounded to 16 bits, exponentials and divisions become approximate ones: exact ones would
+take longer than the memory does.
 """
 
 from __future__ import annotations
@@ -19,23 +21,26 @@ from typing import Any
 
 import numba
 
-from .runtime import SIMULATED, cuda, device_function
+from .approximate_cuda import exponential, quotient
+from .runtime import SIMULATED, cuda, device_function, types
 
-CONVERT = "_working_type"
+CONVERT, DIVIDE, EXP = "_working_type", "_quotient", "_exponential"
 
 
 @cache
-def scalar_function(fn: Callable[..., Any], real: Any) -> Any:
+def scalar_function(fn: Callable[..., Any], real: Any, rough: bool = False) -> Any:
     """A device function that computes `fn` in `real`; the caller converts the result to `real`.
 
     Args:
         fn: numbers -> number: plain, or compiled by numba for the CPU or the GPU. Where its source
             cannot be had it is compiled as it is, with Python's float64 constants.
         real: numba type of its arguments.
+        rough: whether exponentials and divisions need be right to 16 bits only.
 
     """
     plain = plain_function(fn)
-    plain = with_constants_of_type(plain, real) or plain
+    rough = rough and real is types.float32 and not SIMULATED
+    plain = with_constants_of_type(plain, real, rough) or plain
     if not SIMULATED:
         return device_function(plain)
     # Python's own arithmetic raises where a GPU returns inf or NaN: compiled for the CPU, it does
@@ -56,8 +61,11 @@ def plain_function(fn: Any) -> Any:
     return fn
 
 
-def with_constants_of_type(fn: Any, real: Any) -> Any:
-    """`fn` with `real(...)` around each number in its text; None if its text cannot be had."""
+def with_constants_of_type(fn: Any, real: Any, rough: bool = False) -> Any:
+    """`fn` with `real(...)` around each number in its text; None if its text cannot be had.
+
+    If `rough`, exponentials and divisions are those of `approximate_cuda`.
+    """
     if not isinstance(fn, FunctionType) or fn.__closure__:
         return None
     try:
@@ -72,8 +80,8 @@ def with_constants_of_type(fn: Any, real: Any) -> Any:
     for argument in definition.args.args:
         argument.annotation = None
     floats = {name for name, value in fn.__globals__.items() if isinstance(value, float)}
-    tree = ast.fix_missing_locations(_Convert(floats).visit(tree))
-    scope = {**fn.__globals__, CONVERT: real}
+    tree = ast.fix_missing_locations(_Convert(floats, rough).visit(tree))
+    scope = {**fn.__globals__, CONVERT: real, DIVIDE: quotient, EXP: exponential("float16")}
     text = ast.unparse(tree)
     file = f"<{fn.__module__}.{fn.__qualname__} in {real}, {zlib.crc32(text.encode()):08x}>"
     # Where `inspect.getsource` looks, for error messages and for `compile_cache`.
@@ -83,16 +91,23 @@ def with_constants_of_type(fn: Any, real: Any) -> Any:
 
 
 class _Convert(ast.NodeTransformer):
-    """Wraps float numbers, global names of floats, and whole numbers that meet floats."""
+    """Wraps float numbers, global names of floats, and whole numbers that meet floats; if `rough`,
+    calls exponentials and divisions by name.
+    """
 
-    def __init__(self, floats: set[str]) -> None:
+    def __init__(self, floats: set[str], rough: bool) -> None:
         self.floats = floats
+        self.rough = rough
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        return _call(node) if isinstance(node.value, float) else node
+        return _call(CONVERT, node) if isinstance(node.value, float) else node
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
-        return _call(node) if node.id in self.floats and isinstance(node.ctx, ast.Load) else node
+        return (
+            _call(CONVERT, node)
+            if node.id in self.floats and isinstance(node.ctx, ast.Load)
+            else node
+        )
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
         self.generic_visit(node)
@@ -105,6 +120,14 @@ class _Convert(ast.NodeTransformer):
         node.left = _number(node.left)
         if not isinstance(node.op, ast.Pow):  # x ** 2 is a product, x ** 2.0 a call
             node.right = _number(node.right)
+        if self.rough and isinstance(node.op, ast.Div):
+            return _call(DIVIDE, _call(CONVERT, node.left), _call(CONVERT, node.right))
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if self.rough and ast.unparse(node.func) == "math.exp":
+            return _call(EXP, *[_call(CONVERT, x) for x in node.args])
         return node
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
@@ -113,8 +136,8 @@ class _Convert(ast.NodeTransformer):
 
 def _number(node: ast.expr) -> ast.expr:
     whole = isinstance(node, ast.Constant) and type(node.value) is int
-    return _call(node) if whole else node
+    return _call(CONVERT, node) if whole else node
 
 
-def _call(node: ast.expr) -> ast.Call:
-    return ast.Call(ast.Name(CONVERT, ast.Load()), [node], [])
+def _call(name: str, *arguments: ast.expr) -> ast.Call:
+    return ast.Call(ast.Name(name, ast.Load()), list(arguments), [])

@@ -74,7 +74,7 @@ def max(x: float, y: float) -> float:
 
 def sigmoid(x: float) -> float:
     r"""$f(x) = 1 / (1 + e^{-x})$, written so that the exponential never overflows."""
-    e = math.exp(-x if x >= 0 else x)
+    e = math.exp(-abs(x))
     return (1.0 if x >= 0 else e) / (1.0 + e)
 
 

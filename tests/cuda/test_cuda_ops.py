@@ -45,6 +45,7 @@ MAPS: list[tuple[Callable[[float], float], Callable[[Array], Array]]] = [
     (operators.tanh, np.tanh),
     (operators.id, lambda x: x),
 ]
+APPROXIMATE = [MAPS[1], MAPS[3], (operators.inv, lambda x: 1 / x)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -54,6 +55,21 @@ def test_map(dtype: str, layout: tuple[tuple[int, ...], list[int]], number: int)
     x, array = permuted(*layout, dtype)
     fn, expected = MAPS[number]
     assert_same(CudaOps.map(fn)(x), expected(array.astype(np.float64)), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("number", range(len(APPROXIMATE)))
+def test_all_numbers_of_sixteen_bits(number: int, dtype: str) -> None:
+    """Approximate exponentials and divisions are right to the last place of what is stored."""
+    bits = np.arange(0, 1 << 16, 509 if runtime.SIMULATED else 1).astype(np.uint16)
+    array: Array = bits.view(dtype_of(dtype))
+    array = array[np.isfinite(array)]
+    fn, expected = APPROXIMATE[number]
+    with np.errstate(over="ignore", divide="ignore"):
+        wanted = expected(array.astype(np.float64)).astype(dtype_of(dtype))
+    result = CudaOps.map(fn)(minitorch.tensor_from_numpy(array, backend=backend)).to_numpy()
+    unit, least = (2**-10, 2**-24) if dtype == "float16" else (2**-7, 2**-133)
+    np.testing.assert_allclose(result.astype(np.float64), wanted.astype(np.float64), unit, least)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
