@@ -5,17 +5,17 @@ dx = (g - mean(g) - xhat mean(g xhat)) / sqrt(var + eps),     g = gamma dy
 dgamma = sum over rows of dy xhat,     dbeta = sum over rows of dy
 
 The backward pass is two kernels: in the first, each thread adds up dgamma and dbeta over the rows
-of its block, in shared memory; the second adds the blocks' sums. Always in one order, so a
-second run gives the same bits.
+of its block, in registers, or in shared memory where rows are long; the second adds the blocks'
+sums. Always in one order, so a second run gives the same bits.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from .approximate_cuda import inverse_root
 from .reduce_cuda import FOLD_COLUMNS, FOLD_SIZE, FOLD_THREADS, fold
 from .rows_cuda import (
     RowShape,
@@ -48,7 +48,8 @@ BACKWARD_THREADS = 512  # of a row's team
 BACKWARD_ROWS = 2 if SIMULATED else 8
 TILED_BYTES = 48
 REGISTERS, SHARED_BYTES = 65536, 220 * 1024  # of a multiprocessor
-AHEAD = 8  # blocks' sums that a thread reads at once
+KEPT_SUMS = 16  # columns of a thread whose sums stay in its registers
+AHEAD = 2 if SIMULATED else 32  # blocks' sums that a thread reads at once
 
 
 def forward(
@@ -95,7 +96,7 @@ def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> An
     real = precision(precision_name).real
     load, store = tile_access(precision_name, shape)
     load_weights = weights_access(weight_name, shape)
-    add = team_sum(precision_name, shape.threads)
+    add, invert_root = team_sum(precision_name, shape.threads), inverse_root(precision_name)
     count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
     vector, vectors, step = shape.vector, shape.vectors, shape.threads * shape.vector
 
@@ -126,7 +127,7 @@ def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> An
                 distance = values[i] - centre if column < columns else real(0.0)
                 total += distance * distance
         variance = add(total) / real(columns)
-        rstd = real(1.0) / real(math.sqrt(variance + real(eps)))
+        rstd = invert_root(variance + real(eps))
 
         for tile in range(tiles):
             if tiled:
@@ -155,6 +156,11 @@ def backward_shape(precision_name: str, columns: int) -> RowShape:
     return row_shape(precision_name, columns, TILED_BYTES, 1, BACKWARD_THREADS)
 
 
+def sums_in_registers(precision_name: str, shape: RowShape) -> bool:
+    """Whether a thread adds up its columns in registers, or in shared memory, row by row."""
+    return precision_name != "float64" and shape.values <= KEPT_SUMS and not shape.tiled
+
+
 def _sums_bytes(precision_name: str, shape: RowShape) -> int:
     return shape.rows * 2 * shape.tile * (8 if precision_name == "float64" else 4)
 
@@ -171,11 +177,17 @@ def backward_blocks(precision_name: str, rows: int, columns: int) -> int:
 
 
 def blocks_at_once(precision_name: str, shape: RowShape) -> int:
-    """About as many as fit on the GPU: then all go round equally often, and end together."""
-    registers = 2 * shape.values * (2 if precision_name == "float64" else 1) + 40
-    by_registers = REGISTERS // (registers * shape.threads * shape.rows)
+    """As many as fit on the GPU: then all go round equally often, and end together."""
     by_memory = SHARED_BYTES // (_sums_bytes(precision_name, shape) + 1024)
-    return multiprocessors() * max(1, min(by_registers, by_memory))
+    return multiprocessors() * max(1, min(_blocks_by_registers(precision_name, shape), by_memory))
+
+
+def _blocks_by_registers(precision_name: str, shape: RowShape) -> int:
+    """Of a multiprocessor; the compiler is told, and keeps to it."""
+    words = 2 if precision_name == "float64" else 1  # of a number
+    kept = sums_in_registers(precision_name, shape)
+    registers = 4 * shape.values + 32 if kept else (2 * shape.values + 16) * words + 24
+    return max(1, REGISTERS // (registers * shape.threads * shape.rows))
 
 
 def backward(
@@ -232,46 +244,86 @@ def backward(
 
 
 @cache
-def _normalised(precision_name: str, weight_name: str, shape: RowShape, summed: bool) -> Any:
-    """Device function: reads a tile of dy and x, leaves g = gamma dy and xhat in their place.
-
-    If `summed`, adds dy xhat and dy to the team's sums: shared memory from `place` on, dgamma and
-    then dbeta. A thread has its columns to itself, so that no barrier is needed.
-    """
-    number = precision(precision_name)
+def _normalised(precision_name: str, shape: RowShape) -> Any:
+    """Device function: reads a tile of dy and x; leaves dy and xhat. Past the row's end dy is 0."""
+    real, count = precision(precision_name).real, shape.values
     load, _ = tile_access(precision_name, shape)
-    load_weights = weights_access(weight_name, shape)
-    real, vector, vectors, width = number.real, shape.vector, shape.vectors, shape.tile
-    step = shape.threads * vector
-    piece = min(vector, BYTES // precision(real.name).storage.itemsize)
-    load_sums, store_sums = vector_access(piece)
 
     @device_function
-    def read(dy, x, gamma, start, tile, columns, centre, rstd, grad, xhat, sums, place):
-        scale = cuda.local.array(vector, real)
-        dgamma = cuda.local.array(piece, real)
-        dbeta = cuda.local.array(piece, real)
+    def read(dy, x, start, tile, columns, centre, rstd, grad, xhat):
         load(dy, start, tile, columns, grad, real(0.0))
-        load(x, start, tile, columns, xhat, centre)
-        for k in range(vectors):
-            load_weights(gamma, tile, k, columns, scale)
-            for part in range(0, vector, piece):
-                first = place + k * step + cuda.threadIdx.x * vector + part
-                if summed:
-                    load_sums(sums, first, dgamma)
-                    load_sums(sums, first + width, dbeta)
-                for lane in range(piece):
-                    i = k * vector + part + lane
-                    xhat[i] = (xhat[i] - centre) * rstd
-                    if summed:
-                        dgamma[lane] += grad[i] * xhat[i]
-                        dbeta[lane] += grad[i]
-                    grad[i] *= real(scale[part + lane])
-                if summed:
-                    store_sums(sums, first, dgamma)
-                    store_sums(sums, first + width, dbeta)
+        load(x, start, tile, columns, xhat, real(0.0))  # not `centre`: it is on its way as well
+        for i in range(count):
+            xhat[i] = (xhat[i] - centre) * rstd
 
     return read
+
+
+@cache
+def _weighted(weight_name: str, shape: RowShape) -> Any:
+    """Device function: g = gamma dy in the place of a tile of dy."""
+    load_weights = weights_access(weight_name, shape)
+    real, vector, vectors = precision(weight_name).real, shape.vector, shape.vectors
+
+    @device_function
+    def weigh(gamma, tile, columns, grad):
+        scale = cuda.local.array(vector, real)
+        for k in range(vectors):
+            load_weights(gamma, tile, k, columns, scale)
+            for lane in range(vector):
+                grad[k * vector + lane] *= scale[lane]
+
+    return weigh
+
+
+@cache
+def _team_sums(precision_name: str, shape: RowShape) -> tuple[Any, Any, Any]:
+    """Device functions that add up dgamma and dbeta of a team's columns.
+
+    `gather(dy, xhat, dgamma, dbeta, sums, place)` adds a tile's to a thread's own sums, and these
+    to the team's unless they are kept for later. `pass_on(dgamma, dbeta, sums, place)` adds a
+    thread's own to the team's, in shared memory: dgamma's from `place` on, then dbeta's. A thread
+    has its columns to itself, so that no barrier is needed. `column_of(n)`: that of sum number n.
+    The sums lie in pieces of 16 bytes, those of neighbouring threads side by side: thus a warp's
+    are in different banks.
+    """
+    real, count, vector, threads = (
+        precision(precision_name).real, shape.values, shape.vector, shape.threads,
+    )  # fmt: skip
+    piece, width = min(vector, BYTES // precision(real.name).storage.itemsize), shape.tile
+    load, store = vector_access(piece)
+    kept = sums_in_registers(precision_name, shape)
+
+    @device_function
+    def pass_on(dgamma, dbeta, sums, place):
+        total = cuda.local.array(piece, real)
+        for i in range(0, count, piece):
+            first = place + i * threads + cuda.threadIdx.x * piece
+            load(sums, first, total)
+            for lane in range(piece):
+                total[lane] += dgamma[i + lane]
+                dgamma[i + lane] = real(0.0)
+            store(sums, first, total)
+            load(sums, first + width, total)
+            for lane in range(piece):
+                total[lane] += dbeta[i + lane]
+                dbeta[i + lane] = real(0.0)
+            store(sums, first + width, total)
+
+    @device_function
+    def gather(dy, xhat, dgamma, dbeta, sums, place):
+        for i in range(count):
+            dgamma[i] += dy[i] * xhat[i]
+            dbeta[i] += dy[i]
+        if not kept:
+            pass_on(dgamma, dbeta, sums, place)
+
+    @device_function
+    def column_of(n):
+        i, thread = n // (piece * threads) * piece, n // piece % threads
+        return (i // vector * threads + thread) * vector + i % vector + n % piece
+
+    return gather, pass_on, column_of
 
 
 @cache
@@ -279,17 +331,21 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
     """dx of rows number blockIdx.x + n gridDim.x, of the columns of tile blockIdx.y; their sums."""
     real = precision(precision_name).real
     _, store = tile_access(precision_name, shape)
-    read_all = _normalised(precision_name, weight_name, shape, not shape.tiled)
-    read_own = _normalised(precision_name, weight_name, shape, True)
-    add = team_sums(precision_name, shape.threads)
+    read, weigh = _normalised(precision_name, shape), _weighted(weight_name, shape)
+    gather, pass_on, column_of = _team_sums(precision_name, shape)
+    add, invert_root = team_sums(precision_name, shape.threads), inverse_root(precision_name)
     count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
     threads = shape.threads * shape.rows
 
-    @kernel(threads)
+    @kernel(threads, blocks=_blocks_by_registers(precision_name, shape))
     def layernorm_backward(dy, x, gamma, var, mean, eps, dx, partials, rows, columns):
         sums = cuda.shared.array(0, real)  # (rows_of_block, 2, width)
         grad = cuda.local.array(count, real)
         xhat = cuda.local.array(count, real)
+        dgamma = cuda.local.array(count, real)
+        dbeta = cuda.local.array(count, real)
+        for i in range(count):
+            dgamma[i], dbeta[i] = real(0.0), real(0.0)
         thread = cuda.threadIdx.y * cuda.blockDim.x + cuda.threadIdx.x
         for i in range(thread, 2 * rows_of_block * width, threads):
             sums[i] = real(0.0)
@@ -303,30 +359,37 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
             start = row * columns
             limit = columns if row < rows else 0
             known = min(row, rows - 1)
-            centre = mean[known]
-            rstd = real(1.0) / real(math.sqrt(var[known] + real(eps)))
+            centre, rstd = mean[known], invert_root(var[known] + real(eps))
             sum_g, sum_g_xhat = real(0.0), real(0.0)
             for tile in range(tiles):
-                read_all(dy, x, gamma, start, tile, limit, centre, rstd, grad, xhat, sums, place)
+                read(dy, x, start, tile, limit, centre, rstd, grad, xhat)
+                if not tiled:
+                    gather(grad, xhat, dgamma, dbeta, sums, place)
+                weigh(gamma, tile, limit, grad)
                 for i in range(count):
                     sum_g += grad[i]
                     sum_g_xhat += grad[i] * xhat[i]
             sum_g, sum_g_xhat = add(sum_g, sum_g_xhat)
             mean_g, mean_g_xhat = sum_g * share, sum_g_xhat * share
             if tiled:  # the own tile again
-                read_own(dy, x, gamma, start, own, limit, centre, rstd, grad, xhat, sums, place)
+                read(dy, x, start, own, limit, centre, rstd, grad, xhat)
+                gather(grad, xhat, dgamma, dbeta, sums, place)
+                weigh(gamma, own, limit, grad)
             for i in range(count):
                 xhat[i] = (grad[i] - mean_g - xhat[i] * mean_g_xhat) * rstd
             store(dx, start, own, limit, xhat)
+        pass_on(dgamma, dbeta, sums, place)  # what is kept
         cuda.syncthreads()
-        for column in range(thread, min(types.int64(width), columns - own * width), threads):
-            dgamma, dbeta = real(0.0), real(0.0)
-            for team in range(rows_of_block):
-                dgamma += sums[2 * team * width + column]
-                dbeta += sums[(2 * team + 1) * width + column]
-            to = 2 * cuda.blockIdx.x * columns + own * width + column
-            partials[to] = dgamma
-            partials[to + columns] = dbeta
+        for n in range(thread, width, threads):
+            column = own * width + column_of(n)
+            if column < columns:
+                sum_dgamma, sum_dbeta = real(0.0), real(0.0)
+                for team in range(rows_of_block):
+                    sum_dgamma += sums[2 * team * width + n]
+                    sum_dbeta += sums[(2 * team + 1) * width + n]
+                to = 2 * cuda.blockIdx.x * columns + column
+                partials[to] = sum_dgamma
+                partials[to + columns] = sum_dbeta
 
     return layernorm_backward
 
@@ -347,11 +410,10 @@ def fold_kernel(real_name: str, weight_name: str) -> Any:
         if column < columns:
             for part in range(cuda.threadIdx.y, parts, FOLD_THREADS * AHEAD):
                 for n in range(AHEAD):  # all reads first: none waits for another
-                    other = part + n * FOLD_THREADS
-                    place = (2 * min(other, parts - 1) + cuda.blockIdx.y) * columns + column
-                    read[n] = partials[place] if other < parts else real(0.0)
+                    other = min(part + n * FOLD_THREADS, parts - 1)
+                    read[n] = partials[(2 * other + cuda.blockIdx.y) * columns + column]
                 for n in range(AHEAD):
-                    sums[0] += read[n]
+                    sums[0] += read[n] if part + n * FOLD_THREADS < parts else real(0.0)
         add(shared, sums)
         if cuda.threadIdx.y == 0 and column < columns:
             if cuda.blockIdx.y == 0:
