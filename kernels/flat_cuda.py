@@ -25,6 +25,36 @@ def flat_first():
 
 
 @cache
+def whole_access(precision_name: str) -> tuple[Any, Any]:
+    """Device functions that move `COUNT` elements which the array has.
+
+    `load(x, first, values)`: values[k] = x[first + k]. `store(y, first, values)` writes them back.
+    """
+    number = precision(precision_name)
+    to_real, to_storage, storage = number.load, number.store, number.storage
+    vector = BYTES // storage.itemsize
+    load_vector, store_vector = vector_access(vector)
+
+    @device_function
+    def load(x, first, values):
+        one = cuda.local.array(vector, storage)
+        for piece in range(0, COUNT, vector):
+            load_vector(x, first + piece, one)
+            for lane in range(vector):
+                values[piece + lane] = to_real(one[lane])
+
+    @device_function
+    def store(y, first, values):
+        one = cuda.local.array(vector, storage)
+        for piece in range(0, COUNT, vector):
+            for lane in range(vector):
+                one[lane] = to_storage(values[piece + lane])
+            store_vector(y, first + piece, one)
+
+    return load, store
+
+
+@cache
 def flat_access(precision_name: str) -> tuple[Any, Any]:
     """Device functions that move `COUNT` elements, as many of them as an array has.
 
@@ -32,31 +62,21 @@ def flat_access(precision_name: str) -> tuple[Any, Any]:
     `store(y, first, size, values)` writes them back.
     """
     number = precision(precision_name)
-    real, to_real, to_storage, storage = number.real, number.load, number.store, number.storage
-    vector = BYTES // storage.itemsize
-    load_vector, store_vector = vector_access(vector)
-    pieces = COUNT // vector
+    real, to_real, to_storage = number.real, number.load, number.store
+    load_whole, store_whole = whole_access(precision_name)
 
     @device_function
     def load(x, first, size, values):
-        one = cuda.local.array(vector, storage)
         if first + COUNT <= size:
-            for piece in range(pieces):
-                load_vector(x, first + piece * vector, one)
-                for lane in range(vector):
-                    values[piece * vector + lane] = to_real(one[lane])
+            load_whole(x, first, values)
         else:
             for k in range(COUNT):
                 values[k] = to_real(x[first + k]) if first + k < size else real(0.0)
 
     @device_function
     def store(y, first, size, values):
-        one = cuda.local.array(vector, storage)
         if first + COUNT <= size:
-            for piece in range(pieces):
-                for lane in range(vector):
-                    one[lane] = to_storage(values[piece * vector + lane])
-                store_vector(y, first + piece * vector, one)
+            store_whole(y, first, values)
         else:
             for k in range(COUNT):
                 if first + k < size:

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from .approximate_cuda import exponential, reciprocal
-from .flat_cuda import COUNT, THREADS, flat_access, flat_blocks, flat_first
+from .flat_cuda import COUNT, THREADS, flat_blocks, flat_first, whole_access
 from .runtime import Instance, cuda, device_function, kernel, launch, precision, types
 
 TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
@@ -36,38 +36,60 @@ def backward(precision_name: str, dy: Any, x: Any, dx: Any, size: int) -> None:
 
 
 @cache
-def _logistic(precision_name: str) -> Any:
-    """Device function x -> t, r, s: t = exp(-|2u|), r = 1 / (1 + t), s = r or t r."""
+def _gelu(precision_name: str) -> Any:
+    """Device function x -> gelu(x), in the arithmetic type of the precision."""
     real = precision(precision_name).real
     exp, invert = exponential(precision_name), reciprocal(precision_name)
-    cubic, scale, one = real(CUBIC), real(TWO_SQRT_2_OVER_PI), real(1.0)
+    linear, cubic, one = real(TWO_SQRT_2_OVER_PI), real(TWO_SQRT_2_OVER_PI * CUBIC), real(1.0)
 
     @device_function
-    def logistic(x):
-        z = scale * (x + cubic * x * x * x)  # 2u
-        t = exp(-abs(z))  # of a number <= 0: never overflows
-        r = invert(one + t)
-        return t, r, t * r if z < real(0.0) else r
+    def gelu(x):
+        z = x * (linear + cubic * (x * x))  # 2u
+        return x * invert(one + exp(-z))  # 0 where the exponential is infinite
 
-    return logistic
+    return gelu
+
+
+@cache
+def _derivative(precision_name: str) -> Any:
+    """Device function x -> the derivative of gelu at x."""
+    real = precision(precision_name).real
+    exp, invert = exponential(precision_name), reciprocal(precision_name)
+    linear, cubic, one = real(TWO_SQRT_2_OVER_PI), real(TWO_SQRT_2_OVER_PI * CUBIC), real(1.0)
+    three, zero = real(3.0), real(0.0)
+
+    @device_function
+    def derivative(x):
+        square = cubic * (x * x)
+        z, dz = x * (linear + square), linear + three * square  # 2u and 2 du/dx
+        t = exp(-abs(z))  # of a number <= 0: never infinite, s (1 - s) needs it
+        r = invert(one + t)
+        s = t * r if z < zero else r
+        return s + (x * dz) * (t * r * r)  # s (1 - s) = t / (1 + t)^2
+
+    return derivative
 
 
 @cache
 def forward_kernel(precision_name: str) -> Any:
     """Each element by itself."""
-    real = precision(precision_name).real
-    load, store = flat_access(precision_name)
-    logistic = _logistic(precision_name)
+    number = precision(precision_name)
+    real, to_real, to_storage = number.real, number.load, number.store
+    load, store = whole_access(precision_name)
+    gelu = _gelu(precision_name)
 
     @kernel(THREADS)
     def gelu_forward(x, y, size):
         values = cuda.local.array(COUNT, real)
         first = flat_first()
-        if first < size:
-            load(x, first, size, values)
+        if first + COUNT <= size:
+            load(x, first, values)
             for k in range(COUNT):
-                values[k] *= logistic(values[k])[2]
-            store(y, first, size, values)
+                values[k] = gelu(values[k])
+            store(y, first, values)
+        else:
+            for i in range(first, size):
+                y[i] = to_storage(gelu(to_real(x[i])))
 
     return gelu_forward
 
@@ -75,25 +97,25 @@ def forward_kernel(precision_name: str) -> Any:
 @cache
 def backward_kernel(precision_name: str) -> Any:
     """Each element by itself."""
-    real = precision(precision_name).real
-    load, store = flat_access(precision_name)
-    logistic = _logistic(precision_name)
-    scale, three_cubic, one = real(TWO_SQRT_2_OVER_PI), real(3 * CUBIC), real(1.0)
+    number = precision(precision_name)
+    real, to_real, to_storage = number.real, number.load, number.store
+    load, store = whole_access(precision_name)
+    derivative = _derivative(precision_name)
 
     @kernel(THREADS)
     def gelu_backward(dy, x, dx, size):
         grad = cuda.local.array(COUNT, real)
         values = cuda.local.array(COUNT, real)
         first = flat_first()
-        if first < size:
-            load(dy, first, size, grad)
-            load(x, first, size, values)
+        if first + COUNT <= size:
+            load(dy, first, grad)
+            load(x, first, values)
             for k in range(COUNT):
-                v = values[k]
-                t, r, s = logistic(v)
-                dz = scale * (one + three_cubic * v * v)  # 2 du/dx
-                grad[k] *= s + v * (t * r * r) * dz  # s (1 - s) = t / (1 + t)^2
-            store(dx, first, size, grad)
+                grad[k] *= derivative(values[k])
+            store(dx, first, grad)
+        else:
+            for i in range(first, size):
+                dx[i] = to_storage(to_real(dy[i]) * derivative(to_real(x[i])))
 
     return gelu_backward
 
