@@ -35,6 +35,7 @@ FOLDER_VARIABLE = "MINITORCH_CUDA_CACHE"
 PACKAGE = __name__.split(".", maxsplit=1)[0]
 SIMULATION = ".ptx_simulated"  # on which no machine code depends
 PYTHON = sysconfig.get_path("stdlib")
+REQUIRED = {"numba", "numba_cuda", "numpy", "ml_dtypes"}  # wherever they have been installed to
 CACHED = type(cache(len))  # what functools.cache returns
 DIGEST_SIZE = 32  # bytes of a file, before the machine code
 DAYS_KEPT = 60  # after a file's last use
@@ -186,8 +187,11 @@ def _is_installed(value: Any) -> bool:
     """
     is_function = isinstance(value, FunctionType)
     module = value.__module__ if is_function else getattr(value, "__name__", None)
-    if module is None or module.split(".", maxsplit=1)[0] in (PACKAGE, "__main__"):
+    name = "__main__" if module is None else module.split(".", maxsplit=1)[0]
+    if name in (PACKAGE, "__main__"):
         return False
+    if name in REQUIRED:
+        return True
     if is_function:
         path = value.__code__.co_filename
     else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minitorch.kernels import compile_cache, runtime
@@ -176,6 +177,18 @@ def test_another_process_finds_it_unless_the_source_has_changed(tmp_path: Path) 
     assert key_of_module(tmp_path, MODULE + "\nprint()\n").strip() == first
     assert key_of_module(tmp_path, MODULE.replace("FACTOR = 2", "FACTOR = 3")) != first
     assert key_of_module(tmp_path, MODULE.replace("FACTOR * x", "FACTOR * x + x")) != first
+
+
+def test_required_packages_may_be_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder that PYTHONPATH names: pip install --target."""
+
+    @runtime.device_function
+    def root(x):  # type: ignore[no-untyped-def]
+        return np.float32(x)
+
+    before = key(applied(root))
+    monkeypatch.setattr(np, "__file__", "/somewhere/numpy/__init__.py")
+    assert key(applied(root)) == before
 
 
 def test_what_cannot_be_described_is_not_kept() -> None:
