@@ -39,7 +39,7 @@ def lg2_approx_ftz_f32(x: f32) -> f32:
     """log2(x), right to 22 bits."""
 
 
-@ptx("div.full.f32 {out}, {x}, {y};", pure=True)
+@ptx("div.full.f32 {out}, {x}, {y};", pure=True, simulated=simulated.quotient)
 def div_full_f32(x: f32, y: f32) -> f32:
     """x / y, right to 2 units of the last place for all numbers."""
 

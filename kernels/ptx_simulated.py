@@ -136,6 +136,12 @@ def lg2(x: Any) -> Any:
         return np.log2(np.float32(x))
 
 
+def quotient(x: Any, y: Any) -> Any:
+    """div.full.f32."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.float32(x) / np.float32(y)
+
+
 def largest(x: Any, y: Any) -> Any:
     """max.f32."""
     return np.fmax(np.float32(x), np.float32(y))

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 #   why_not(problem, architecture)     None if it computes the problem, else why not, in words
 #   forward, backward                  like those of `cuda`; without `backward` it is forward only
 # and if need be
-#   why_not_backward                   where the backward pass takes less than the forward pass
 #   ROW_ALIGNMENT                      bytes at whose multiples the rows it reads must begin
 #   forward_workspace, backward_workspace    (problem, heads, architecture) -> bytes of device
 #                                      memory, which the pass gets as `workspace`, flat, in
@@ -74,13 +73,9 @@ def choose(
 def _why_not(
     module: Any, problem: AttentionProblem, architecture: tuple[int, int], backward: bool
 ) -> str | None:
-    reason: str | None = None
-    if backward:
-        if not hasattr(module, "backward"):
-            return "it has a forward pass alone"
-        reason = getattr(module, "why_not_backward", module.why_not)(problem, architecture)
-        return reason
-    reason = module.why_not(problem, architecture)
+    if backward and not hasattr(module, "backward"):
+        return "it has a forward pass alone"
+    reason: str | None = module.why_not(problem, architecture)
     return reason
 
 

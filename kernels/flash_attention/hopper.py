@@ -17,7 +17,7 @@ from ..tensor_map import constant, matrices_map, on_device
 from .cuda import Architecture, Heads, Inputs, Ints, Matrices, arguments_of, mask_of
 from .hopper_backward import backward, backward_tiles, backward_workspace
 from .hopper_forward import forward_kernel, forward_memory
-from .hopper_schedule import AT_ONCE, order, tile_costs
+from .hopper_schedule import AT_ONCE, order, reciprocal, tile_costs
 from .hopper_tiles import HEAD_SIZES, ROWS, Blocks, Kind, padded
 from .problem import AttentionProblem
 from .tuning import choice
@@ -30,16 +30,7 @@ MASKS = ("bool", "float16", "bfloat16", "float32", "float64")
 
 
 def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
-    """None if the forward pass is computed on a GPU of this compute capability, else why not."""
-    reason = why_not_backward(problem, architecture)
-    if reason is None and problem.dropout_p > 0:
-        if max(problem.head_dim, problem.value_dim) <= HEAD_SIZES[0]:
-            reason = f"with dropout other kernels are faster up to a head size of {HEAD_SIZES[0]}"
-    return reason
-
-
-def why_not_backward(problem: AttentionProblem, architecture: Architecture) -> str | None:
-    """None if the backward pass is computed on a GPU of this compute capability, else why not."""
+    """None if this module computes the problem on a GPU of this compute capability, or why not."""
     if architecture != ARCHITECTURE:
         return "it is for compute capability 9.0 (Hopper)"
     if problem.dtype.name not in ("float16", "bfloat16"):
@@ -67,7 +58,7 @@ FORWARD = {
 FEW_QUERIES = 1024  # up to which tiles of 192 rows fit a causal mask's triangle too badly
 CANDIDATES = {
     "forward": {
-        64: ((3, 128, 2, 1, 0), (3, 112, 2, 1, 1), (2, 128, 2, 1, 1), (3, 96, 2, 1, 1)),
+        64: ((3, 128, 2, 1, 0), (3, 128, 3, 1, 0), (2, 128, 2, 1, 1), (2, 128, 3, 1, 1)),
         96: ((2, 128, 2, 1, 1),),
         128: ((2, 128, 2, 1, 1), (2, 160, 2, 1, 1), (2, 128, 2, 1, 0), (2, 128, 2, 0, 1)),
         192: ((2, 96, 2, 1, 1),),
@@ -94,7 +85,7 @@ def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
         blocks = Blocks(2, 128)
     # What is done with each score takes registers, of which two warpgroups have more each.
     if kind.dropout:
-        blocks = Blocks(2, min(blocks.block_n, 128), overlap=False)
+        blocks = Blocks(2, min(blocks.block_n, 128 if size == 64 else 112), overlap=False)
     if kind.mask != "none":
         blocks = Blocks(2, min(blocks.block_n, 64), overlap=False)
     return blocks
@@ -252,7 +243,8 @@ def _planned(
     k_map, k_share = matrices_on_device(problem, heads, groups[0], k, block_n, (keys, head_dim))
     v_map, v_share = matrices_on_device(problem, heads, groups[1], v, block_n, (keys, value_dim))
     sizes, _ = arguments_of(problem, heads)
-    count = ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads
+    of_head = ceil_div(problem.seqlen_q, blocks.block_m)
+    count, divisors = of_head * problem.batch_heads, (*reciprocal(of_head), *reciprocal(sizes[0]))
     grid, table = min(count, processors()), 0
     if kind.banded:
         head_bytes = 2 * keys * (problem.head_dim + problem.value_dim)
@@ -260,8 +252,9 @@ def _planned(
         table = _order_on_device(sizes[1:5], blocks, problem.batch_heads, together, grid)
     return Plan(
         forward_kernel(kind, blocks), grid, blocks.threads, forward_memory(kind, blocks).size,
-        int(on_device(q_map, k_map, v_map)), table, (*sizes[:5], count, problem.value_dim),
-        (*q_share, *k_share, *v_share),
+        int(on_device(q_map, k_map, v_map)), table,
+        (*sizes[:5], count, problem.value_dim, *divisors),
+        tuple(x for share in (*q_share, *k_share, *v_share) for x in reciprocal(share)),
     )  # fmt: skip
 
 
@@ -275,8 +268,8 @@ def forward_signature(kind: Kind) -> tuple[Any, ...]:
     whole, floats = types.int64, types.Array(types.float32, 1, "C")
     return (
         whole, whole, whole, floats, mask, types.Array(types.uint64, 1, "C"),
-        types.UniTuple(whole, 4), types.UniTuple(whole, 4), types.UniTuple(whole, 7),
-        types.UniTuple(whole, 6), types.float64, types.uint64, whole, types.float64,
+        types.UniTuple(whole, 4), types.UniTuple(whole, 4), types.UniTuple(whole, 11),
+        types.UniTuple(whole, 12), types.float64, types.uint64, whole, types.float64,
     )  # fmt: skip
 
 
@@ -289,6 +282,7 @@ def instances() -> Iterator[Instance]:
         Kind("bfloat16", 128, 128),
         Kind("float16", 256, 256, banded=True),
         Kind("float16", 192, 128),
+        Kind("float16", 64, 64, dropout=True),
         Kind("bfloat16", 128, 128, "bfloat16", scaled_first=True, dropout=True, vectors=False),
         Kind("float16", 64, 64, "bool"),
     )
@@ -307,5 +301,5 @@ def instances() -> Iterator[Instance]:
 
 __all__ = [
     "Blocks", "Kind", "backward", "backward_workspace", "forward", "instances",
-    "matrices_on_device", "why_not", "why_not_backward",
+    "matrices_on_device", "why_not",
 ]  # fmt: skip

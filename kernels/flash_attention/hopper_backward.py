@@ -44,23 +44,24 @@ QUERIES = {
     64: Blocks(128, 128, 2, 2), 96: Blocks(128, 96, 2, 2), 128: Blocks(128, 96, 2, 2),
     192: Blocks(128, 80, 2, 1), 256: Blocks(128, 48, 2, 1),
 }  # fmt: skip
+# What may pass by with dropout: queries, and keys.
+MOST_WITH_DROPOUT = {64: (96, 128), 96: (48, 96), 128: (48, 80), 192: (48, 64), 256: (48, 48)}
 
 
 def backward_blocks(kind: Kind) -> tuple[Blocks, Blocks]:
     """The tiles of the kernel for dK and dV, and of that for dQ."""
     size = max(kind.head_dim, kind.value_dim)
-    # Dropout, a mask, and most of all an additive one, take registers for what passes by.
-    most = 128
-    if kind.dropout or kind.mask == "bool":
-        most = 48
-    if kind.mask not in ("none", "bool"):
-        most = 32
-    if kind.mask != "none" and size + 64 * kind.dropout > 192:
-        most = 16
     for_keys, for_queries = KEYS[size], QUERIES[size]
+    # Dropout, a mask, and most of all an additive one, take registers for what passes by.
+    keys_most, queries_most = MOST_WITH_DROPOUT[size] if kind.dropout else (128, 128)
+    if kind.mask != "none":
+        most = 48 if kind.mask == "bool" else 32
+        if size + 64 * kind.dropout > 192:
+            most = 16
+        keys_most, queries_most = min(keys_most, most), min(queries_most, most)
     return (
-        replace(for_keys, passing=min(for_keys.passing, most)),
-        replace(for_queries, passing=min(for_queries.passing, most)),
+        replace(for_keys, passing=min(for_keys.passing, keys_most)),
+        replace(for_queries, passing=min(for_queries.passing, queries_most)),
     )
 
 
@@ -330,12 +331,14 @@ def instances() -> Iterator[Instance]:
     crowded = Kind("bfloat16", 128, 128, "bfloat16", dropout=True, banded=True, vectors=False)
     for kind in (
         Kind("float16", 64, 64),
+        Kind("float16", 64, 64, dropout=True),
         Kind("bfloat16", 128, 128, banded=True),
         Kind("float16", 256, 256),
         crowded,
     ):
         signatures, (for_keys, for_queries) = _signatures(kind), backward_blocks(kind)
-        name = f"{kind.precision}, {kind.head_dim}" + ", all features" * (kind == crowded)
+        name = f"{kind.precision}, {kind.head_dim}" + ", dropout" * kind.dropout
+        name += ", all features" * (kind == crowded)
         kernels = {
             "keys": key_kernel(kind, for_keys, *launches_for_keys(kind)[0]),
             "queries": query_kernel(kind, for_queries, kind == crowded),

@@ -138,7 +138,6 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
         else:
             take_registers()
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
-            key = seed + offset[0]
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
             scale2 = types.float32(scale * 1.4426950408889634)
@@ -154,6 +153,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                     mask_place = (
                         b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
                     )  # fmt: skip
+                    words = dropout_words(seed + offset[0], b * heads + h, threshold)
                     row0, stop = whole(end * passing), whole(first * passing)
                     while row0 > stop:
                         row0 -= whole(passing)
@@ -177,10 +177,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                             key0 + my_row, row0 + my_column, band, mask, mask_place,
                         )  # fmt: skip
                         if dropout:
-                            bits = keep_bits(
-                                row0 + my_column, key0 + my_row,
-                                dropout_words(key, b * heads + h, threshold),
-                            )  # fmt: skip
+                            bits = keep_bits(row0 + my_column, key0 + my_row, words)
                         if wants_dk:
                             products = products_done(products)
                             if dropout:

@@ -34,7 +34,13 @@ import math
 from functools import cache
 from typing import Any, NamedTuple
 
-from ..ptx import ex2_approx_ftz_f32, lg2_approx_ftz_f32, shared_address, shfl_sync_idx_b32
+from ..ptx import (
+    div_full_f32,
+    ex2_approx_ftz_f32,
+    lg2_approx_ftz_f32,
+    shared_address,
+    shfl_sync_idx_b32,
+)
 from ..ptx_hopper import (
     bar_arrive,
     bar_sync,
@@ -57,8 +63,8 @@ from ..runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, types
 from ..shared_layout import panels_descriptor, steps_along, steps_down
 from .cuda_tiles import is_whole
 from .fragment_dropout import drop, dropout_words
-from .hopper_schedule import tile_finder
-from .hopper_scores import mask_scores
+from .hopper_schedule import quotient, tile_finder
+from .hopper_scores import end_scores, mask_scores
 from .hopper_store import store_rows
 from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Blocks, Kind, own_place, parts, ring, row_bytes
 
@@ -137,21 +143,21 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
     of one thread: they load all that the block needs, in the order in which it is used.
 
     `shares` says how many batches, and heads, of queries there are to one of the matrices of Q, of
-    K and of V: all where a dimension is repeated.
+    K and of V, all where a dimension is repeated: reciprocals (hopper_schedule.py).
     """
     plan, block_n = forward_memory(kind, blocks), blocks.block_n
     load_q = box_loader(ROWS, kind.head_dim)
     load_k, load_v = box_loader(block_n, kind.head_dim), box_loader(block_n, kind.value_dim)
     place_of, (tile_number, tile_of) = ring(blocks.stages), tile_finder(kind, blocks)
-    warpgroups, i32, u32 = blocks.warpgroups, types.int32, types.uint32
+    warpgroups, u32 = blocks.warpgroups, types.uint32
 
     @device_function
     def load_queries(memory, maps, order, sizes, shares):
         turn, tiles = u32(0), sizes[5]
-        number = tile_number(order, 0)
+        number, following = tile_number(order, 0), tile_number(order, 1)
         while number < tiles:
             row0, batch, head, _, _ = tile_of(number, sizes)
-            head, batch = i32(u32(head) // u32(shares[1])), i32(u32(batch) // u32(shares[0]))
+            head, batch = quotient(head, shares[2:4]), quotient(batch, shares[0:2])
             for n in range(warpgroups):
                 mbarrier_wait_parity(memory + plan.q_free + 8 * n, (turn & u32(1)) ^ u32(1))
                 load_q(
@@ -159,16 +165,16 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
                     row0 + ROWS * n, head, batch,
                 )  # fmt: skip
             turn = u32(turn + 1)
-            number = tile_number(order, turn)
+            number, following = following, tile_number(order, turn + 1)
 
     @device_function
     def load_keys(memory, maps, order, sizes, shares):
         turn, n, tiles = u32(0), u32(0), sizes[5]
-        number = tile_number(order, 0)
+        number, following = tile_number(order, 0), tile_number(order, 1)
         while number < tiles:
             _, batch, head, first, end = tile_of(number, sizes)
-            k_head, k_batch = i32(u32(head) // u32(shares[3])), i32(u32(batch) // u32(shares[2]))
-            v_head, v_batch = i32(u32(head) // u32(shares[5])), i32(u32(batch) // u32(shares[4]))
+            k_head, k_batch = quotient(head, shares[6:8]), quotient(batch, shares[4:6])
+            v_head, v_batch = quotient(head, shares[10:12]), quotient(batch, shares[8:10])
             for tile in range(first, end):
                 place, parity = place_of(n)
                 barrier = memory + 8 * place
@@ -184,7 +190,7 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
                 )  # fmt: skip
                 n = u32(n + 1)
             turn = u32(turn + 1)
-            number = tile_number(order, turn)
+            number, following = following, tile_number(order, turn + 1)
 
     return load_queries, load_keys
 
@@ -222,21 +228,26 @@ def softmax(kind: Kind, block_n: int) -> Any:
     tile = RegisterTile(block_n)
     row_max, shift_of, exp2, own_row_sum = tile.row_max, tile.shift, tile.exp2, tile.own_row_sum
     scale_all = tile.each(lambda x, factor: x * factor, tile.type, types.float32)
-    masked, drop_some = mask_scores(kind, block_n), drop(1, block_n)
+    masked, ended, drop_some = mask_scores(kind, block_n), end_scores(block_n), drop(1, block_n)
     always_masked, scaled_first, drops = kind.mask != "none", kind.scaled_first, kind.dropout
     f32, i32 = types.float32, types.int32
 
     @device_function
     def softmax_of(s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout):
         heads, seqlen_q, seqlen_k, lower, upper = sizes[:5]
+        if row0 >= seqlen_q:  # none of the rows is a query: nothing of this is ever written
+            return m, s, m, (f32(0.0), f32(0.0))
         own_row, own_key = own_place()
         own_row, own_key = i32(row0 + own_row), i32(key0 + own_key)
         if scaled_first:
             s, scale = scale_all(s, scale), f32(1.0)
         if always_masked or not is_whole(row0, ROWS, key0, block_n, lower, upper, seqlen_k):
-            band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
-            start = batch * mask_steps[0] + head * mask_steps[1]
-            s = masked(s, own_row, own_key, band, mask, (start, mask_steps[2], mask_steps[3]))
+            if not always_masked and row0 + (ROWS - 1) + lower <= key0:  # as if causal
+                s = ended(s, own_row, own_key, i32(upper), i32(seqlen_k))
+            else:
+                band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
+                start = batch * mask_steps[0] + head * mask_steps[1]
+                s = masked(s, own_row, own_key, band, mask, (start, mask_steps[2], mask_steps[3]))
         m = row_max(s, m)
         shift = shift_of(m, scale)
         weights = exp2(s, scale, shift)
@@ -268,8 +279,8 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
         inside = (row < seqlen_q, row + 8 < seqlen_q)
         # A row that sees no key: 0, and a logsumexp of -inf, which log2(0) is.
         factor = (
-            zero if l[0] == zero else keep / l[0],
-            zero if l[1] == zero else keep / l[1],
+            zero if l[0] == zero else div_full_f32(keep, l[0]),
+            zero if l[1] == zero else div_full_f32(keep, l[1]),
         )  # fmt: skip
         start = types.int64(out) + 2 * (batch * steps[0] + head * steps[1] + row * steps[2])
         addresses = (types.uint64(start), types.uint64(start + 16 * steps[2]))
@@ -291,7 +302,8 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     the order of the tiles (hopper_schedule.py), used with a band alone; `out`, address of the
     output; `logsumexp`; `mask` (any array if there is none); `offset`, added to the seed;
     `out_steps` and `mask_steps`, strides in elements; `sizes` (heads, seqlen_q, seqlen_k, lower,
-    upper, tiles of queries, columns of a value); `shares`, see `loaders`; `scale`; `seed`;
+    upper, tiles of queries, columns of a value, reciprocals of a head's tiles of queries and of
+    heads); `shares`, see `loaders`; `scale`; `seed`;
     `threshold`, below which a random word drops its weight; `keep`, 1 / (1 - p).
 
     Where a tile of queries ends: m is of the next one from there on; l, scaled_m and O stay those

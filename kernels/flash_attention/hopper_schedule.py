@@ -28,6 +28,27 @@ SHORT = 0.25  # of the longest tile, up to which a tile is kept for the end
 SWITCH = 0.5  # time that a tile of queries takes beside its tiles of keys, in tiles of keys
 
 
+# ----- division by numbers that are known before the launch -----
+#
+# A division takes a GPU some 200 cycles, and between two tiles of queries there are several, one
+# after another, while the tensor cores wait.
+
+
+def reciprocal(divisor: int) -> tuple[int, int]:
+    """(m, p) for which n // divisor is n * m >> p, for all n < 2**31 and m < 2**32 ("Division by
+    Invariant Integers using Multiplication", Granlund & Montgomery, PLDI 1994).
+    """
+    p = 31 + (divisor - 1).bit_length()
+    return -(-(1 << p) // divisor), p
+
+
+@device_function
+def quotient(number, of):
+    """`number` // divisor, where `of` is the divisor's reciprocal."""
+    product = types.uint64(types.uint32(number)) * types.uint64(types.uint32(of[0]))
+    return types.int32(product >> types.uint64(of[1]))
+
+
 @cache
 def tile_finder(kind: Kind, blocks: Blocks) -> Any:
     """Device functions. `tile_number(order, n)`: the number of the block's n-th tile of queries;
@@ -35,7 +56,7 @@ def tile_finder(kind: Kind, blocks: Blocks) -> Any:
     numbers [first, end) of its tiles of keys, of which there is at least one.
     """
     block_m, block_n, banded = blocks.block_m, blocks.block_n, kind.banded
-    i32, u32 = types.int32, types.uint32
+    i32 = types.int32
 
     @device_function
     def tile_number(order, n):
@@ -45,15 +66,15 @@ def tile_finder(kind: Kind, blocks: Blocks) -> Any:
     @device_function
     def tile_of(number, sizes):
         heads, seqlen_q, seqlen_k, lower, upper = sizes[:5]
-        of_head = u32(seqlen_q + (block_m - 1)) // u32(block_m)
-        batch_head = u32(number) // of_head
-        batch = u32(batch_head) // u32(heads)
-        row0 = i32((u32(number) - batch_head * of_head) * u32(block_m))
+        of_head = i32((seqlen_q + (block_m - 1)) // block_m)
+        batch_head = quotient(number, sizes[7:9])
+        batch = quotient(batch_head, sizes[9:11])
+        row0 = i32((number - batch_head * of_head) * block_m)
         last_row = i32(min(row0 + block_m, seqlen_q) - 1)
         first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
         if first == end:
             first, end = NO_KEYS // block_n, NO_KEYS // block_n + 1
-        return row0, i32(batch), i32(batch_head - batch * u32(heads)), i32(first), i32(end)
+        return row0, batch, i32(batch_head - batch * heads), i32(first), i32(end)
 
     return tile_number, tile_of
 
@@ -104,4 +125,13 @@ def order(costs: list[float], heads: int, together: int, processors: int) -> NDA
     return table.ravel()
 
 
-__all__ = ["AT_ONCE", "NO_KEYS", "NO_TILE", "order", "tile_costs", "tile_finder"]
+__all__ = [
+    "AT_ONCE",
+    "NO_KEYS",
+    "NO_TILE",
+    "order",
+    "quotient",
+    "reciprocal",
+    "tile_costs",
+    "tile_finder",
+]

@@ -71,6 +71,24 @@ def mask_scores(kind: Kind, columns: int) -> Any:
     return run
 
 
+@cache
+def end_scores(columns: int) -> Any:
+    """Traced `(scores, row, key, upper, seqlen_k)`: `mask_scores` where no row's band begins within
+    the tile, and there is no mask.
+    """
+    tile, whole = tile_type(columns), types.int32
+
+    @traced(tile, tile, whole, whole, whole, whole)
+    def run(scores, row, key, upper, seqlen_k):
+        end = [_least(x + upper, seqlen_k) - key for x in (row, row + 8)]
+        out = list(scores)
+        for place, j, r, c in places(columns):
+            out[place] = select(end[r] > 8 * j + c, scores[place], NEGATIVE_INFINITY)
+        return out
+
+    return run
+
+
 def _least(a: Any, b: Any) -> Any:
     return select(a < b, a, b)
 
@@ -82,4 +100,4 @@ def loaded(name: str, number: Any) -> Any:
     return f32(number)
 
 
-__all__ = ["LOG2_E", "loaded", "mask_scores"]
+__all__ = ["LOG2_E", "end_scores", "loaded", "mask_scores"]

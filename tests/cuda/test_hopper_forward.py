@@ -100,7 +100,6 @@ def forward(
 ) -> tuple[Any, Any, AttentionProblem]:
     """Output and logsumexp of the Hopper kernel alone."""
     monkeypatch.setattr(cuda_attention, "FLASH_ATTENTION", (hopper,))
-    monkeypatch.setattr(hopper, "why_not", hopper.why_not_backward)  # what it can compute
     q, k, v = (t.shape for t in tensors)
     problem = AttentionProblem.of(q, k, v, tensors[0].dtype, attn_mask=mask, **arguments)
     ops: Any = BACKEND.ops
@@ -157,6 +156,9 @@ SMALL: dict[str, Any] = {
     "mask": {
         "shapes": [(1, 1, 20, 64), (1, 1, 70, 64), (1, 1, 70, 64)],
         "mask": random(20, 70).astype(np.float16),
+    },
+    "window": {
+        "shapes": [(1, 1, 70, 64), (1, 1, 150, 64), (1, 1, 150, 64)], "window": (40, 10),
     },
     "no key": {"shapes": [(1, 1, 70, 64), (1, 1, 0, 64), (1, 1, 0, 64)]},
 }  # fmt: skip
