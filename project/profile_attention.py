@@ -2,6 +2,7 @@
 
     python project/profile_attention.py                 # writes results/attention_profile.md
     python project/profile_attention.py --head-dim 64 --causal --seqlen 512 --add
+    python project/profile_attention.py --head-dim 64 --dropout-p 0.2 --theirs flash --add
 
 Runs itself under `ncu` (Nsight Compute, of the CUDA toolkit), which repeats each kernel while it
 reads the GPU's counters; clocks are left as they are. The times are those under the profiler, each
@@ -58,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--seqlen", type=int, default=8192, help="default: %(default)s")
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--dropout-p", type=float, default=0.0)
     parser.add_argument("--ours", default="hopper", help="our kernels; default: %(default)s")
     parser.add_argument("--theirs", default="cudnn", help="PyTorch's; default: %(default)s")
     parser.add_argument("--backward", action="store_true", help="the backward pass as well")
@@ -89,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     heads = HIDDEN // arguments.head_dim
     case = Case(
         TOKENS // arguments.seqlen, heads, arguments.seqlen, arguments.seqlen,
-        arguments.head_dim, arguments.causal,
+        arguments.head_dim, arguments.causal, dropout_p=arguments.dropout_p,
     )  # fmt: skip
     inputs, once = case.inputs(), OneCall()
     for made in (
@@ -176,6 +178,8 @@ def main() -> None:
     import torch
 
     mask = "causal" if arguments.causal else "not causal"
+    if arguments.dropout_p:
+        mask += f", dropout {arguments.dropout_p}"
     lines = [
         f"## D = {arguments.head_dim}, N = {arguments.seqlen}, {mask}, float16",
         "",

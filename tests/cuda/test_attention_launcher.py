@@ -103,27 +103,27 @@ def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(SIMULATED, reason="the simulator's memory is the host's: numpy is tested below")
-def test_arrays_of_pytorch() -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "columns"), [(200, 64), (200, 59), (1, 128)])
+def test_arrays_of_pytorch(rows: int, columns: int, dtype: str) -> None:
     """Every kernel that this GPU has, through `minitorch.flash_attention`, with gradients."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU")
-    attend = torch.nn.functional.scaled_dot_product_attention
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for rows, columns in ((200, 64), (200, 59), (1, 128)):
-            leaves = [
-                torch.randn(2, 3, n, columns, device="cuda", dtype=dtype, requires_grad=True)
-                for n in (rows, 300, 300)
-            ]
-            ours = minitorch.flash_attention(*leaves)
-            theirs = attend(*leaves)
-            assert ours.dtype == dtype
-            bound = 2e-5 if dtype == torch.float32 else 2e-2
-            assert (ours - theirs).abs().max() < bound
-            grads = (torch.autograd.grad(out.float().sum(), leaves) for out in (ours, theirs))
-            for got, want in zip(*grads, strict=True):
-                scale = max(1.0, float(want.abs().max()))
-                assert (got - want).abs().max() < bound * scale
+    kind = getattr(torch, dtype)
+    leaves = [
+        torch.randn(2, 3, n, columns, device="cuda", dtype=kind, requires_grad=True)
+        for n in (rows, 300, 300)
+    ]
+    ours = minitorch.flash_attention(*leaves)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*leaves)
+    assert ours.dtype == kind
+    bound = 2e-5 if dtype == "float32" else 2e-2
+    assert (ours - theirs).abs().max() < bound
+    grads = (torch.autograd.grad(out.float().sum(), leaves) for out in (ours, theirs))
+    for got, want in zip(*grads, strict=True):
+        scale = max(1.0, float(want.abs().max()))
+        assert (got - want).abs().max() < bound * scale
 
 
 def test_arrays_of_numpy_on_the_cpu() -> None:
