@@ -18,12 +18,10 @@ from .cuda import Architecture, Heads, Inputs, Ints, Matrices, arguments_of, mas
 from .hopper_backward import backward, backward_tiles, backward_workspace
 from .hopper_forward import forward_kernel, forward_memory
 from .hopper_schedule import AT_ONCE, order, reciprocal, tile_costs
-from .hopper_tiles import HEAD_SIZES, ROWS, Blocks, Kind, padded
+from .hopper_tiles import ARCHITECTURE, HEAD_SIZES, NAME, ROWS, Blocks, Kind, padded
 from .problem import AttentionProblem
 from .tuning import choice
 
-NAME = "hopper"
-ARCHITECTURE = (9, 0)
 ROW_ALIGNMENT = 16  # bytes at whose multiples the copy engine's rows begin
 MOST_ROWS = 1 << 30
 MASKS = ("bool", "float16", "bfloat16", "float32", "float64")
@@ -63,7 +61,17 @@ CANDIDATES = {
         128: ((2, 128, 2, 1, 1), (2, 160, 2, 1, 1), (2, 128, 2, 1, 0), (2, 128, 2, 0, 1)),
         192: ((2, 96, 2, 1, 1),),
         256: ((2, 80, 2, 1, 1), (2, 80, 2, 0, 1), (2, 64, 2, 1, 1), (2, 64, 2, 1, 0)),
-    }
+    },
+    # of the backward pass's `Blocks`
+    "key_value": {
+        64: ((128, 128, 2, 2), (128, 96, 2, 2), (128, 64, 3, 2)),
+        128: ((128, 64, 2, 2), (128, 48, 2, 2), (128, 48, 3, 1)),
+    },
+    "query": {
+        64: ((128, 128, 2, 2), (128, 96, 2, 2), (128, 64, 3, 2)),
+        128: ((128, 96, 2, 2), (128, 80, 2, 2), (128, 64, 2, 2)),
+        256: ((128, 48, 2, 1), (128, 32, 2, 1)),
+    },
 }
 
 

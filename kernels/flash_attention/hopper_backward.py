@@ -26,8 +26,9 @@ from .hopper_backward_keys import key_kernel
 from .hopper_backward_pipeline import COUNTER_BYTES, WORK_BYTES, Blocks, memory_plan
 from .hopper_backward_prepare import COUNTERS, THREADS, prepare_kernel, row_threads
 from .hopper_backward_queries import query_kernel
-from .hopper_tiles import ROWS, Kind, padded
+from .hopper_tiles import ARCHITECTURE, NAME, ROWS, Kind, padded
 from .problem import AttentionProblem
+from .tuning import SHORT, choice
 
 PADDING = 256  # rows of L and delta beyond the last query, which tiles may reach
 AT_ONCE = 24 << 20  # bytes of passing tiles that blocks work with at one time: they stay in the L2
@@ -36,6 +37,7 @@ AT_ONCE = 24 << 20  # bytes of passing tiles that blocks work with at one time: 
 
 # By the larger of the two head sizes. 232448 bytes of shared memory, and the registers of a
 # consumer, allow no more.
+# The table of tuning.py goes before these.
 KEYS = {
     64: Blocks(128, 128, 2, 2), 96: Blocks(128, 64, 2, 2), 128: Blocks(128, 64, 2, 2),
     192: Blocks(128, 64, 2, 1, 72), 256: Blocks(128, 48, 2, 1),
@@ -48,10 +50,17 @@ QUERIES = {
 MOST_WITH_DROPOUT = {64: (96, 128), 96: (48, 96), 128: (48, 80), 192: (48, 64), 256: (48, 48)}
 
 
-def backward_blocks(kind: Kind) -> tuple[Blocks, Blocks]:
+def backward_blocks(kind: Kind, seqlen_q: int = SHORT + 1) -> tuple[Blocks, Blocks]:
     """The tiles of the kernel for dK and dV, and of that for dQ."""
     size = max(kind.head_dim, kind.value_dim)
-    for_keys, for_queries = KEYS[size], QUERIES[size]
+    measured = (
+        choice(NAME, kernel, ARCHITECTURE, size, kind.banded, seqlen_q)
+        for kernel in ("key_value", "query")
+    )
+    for_keys, for_queries = (
+        Blocks(*numbers) if numbers else table[size]
+        for numbers, table in zip(measured, (KEYS, QUERIES), strict=True)
+    )
     # Dropout, a mask, and most of all an additive one, take registers for what passes by.
     keys_most, queries_most = MOST_WITH_DROPOUT[size] if kind.dropout else (128, 128)
     if kind.mask != "none":
@@ -79,7 +88,7 @@ def launches_for_keys(kind: Kind) -> tuple[tuple[bool, bool], ...]:
 def backward_tiles(problem: AttentionProblem) -> str:
     """The tiles, in words."""
     mask = {"none": "none", "bool": "bool"}.get(problem.mask_kind, "float32")
-    for_keys, for_queries = backward_blocks(_kind(problem, mask, vectors=True))
+    for_keys, for_queries = backward_blocks(_kind(problem, mask, vectors=True), problem.seqlen_q)
     return (
         f"dK and dV {for_keys.own} keys x {for_keys.passing} queries, dQ {for_queries.own} queries "
         f"x {for_queries.passing} keys, {for_keys.consumers} + 1 warpgroups"
@@ -228,7 +237,7 @@ def backward(
     dq, dk, dv, ds = gradients[:4]
     vectors = _has_pieces(problem.head_dim, dq, dk) and _has_pieces(problem.value_dim, dv)
     kind = _kind(problem, inputs.mask_kind, vectors)
-    both = for_keys, for_queries = blocks or backward_blocks(kind)
+    both = for_keys, for_queries = blocks or backward_blocks(kind, problem.seqlen_q)
     space = _workspace(problem, heads, both)
     (_, *lengths, _, _), numbers = arguments_of(problem, heads)
     maps = _maps(problem, heads, inputs, grad_out)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..runtime import cuda, device_function, types
 
+NAME, ARCHITECTURE = "hopper", (9, 0)  # of the kernels, and the compute capability they are for
 WARPGROUP = 128
 ROWS = 64  # of a warpgroup's tile
 COLUMNS = 64  # 16-bit numbers of a row of 128 bytes, what a swizzled tile has
@@ -135,8 +136,10 @@ def ring(stages: int) -> Any:
 
 
 __all__ = [
+    "ARCHITECTURE",
     "COLUMNS",
     "HEAD_SIZES",
+    "NAME",
     "PAIR",
     "ROWS",
     "WARPGROUP",

@@ -123,7 +123,7 @@ def test_small_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setattr(
             hopper_backward,
             "backward_blocks",
-            lambda kind: tuple(replace(b, own=own, passing=16) for b in find(kind)),
+            lambda *kind: tuple(replace(b, own=own, passing=16) for b in find(*kind)),
         )
     elif compute_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
