@@ -54,7 +54,7 @@ FORWARD = {
     (256, False): Blocks(2, 80), (256, True): Blocks(2, 80),
 }  # fmt: skip
 FEW_QUERIES = 1024  # up to which tiles of 192 rows fit a causal mask's triangle too badly
-CANDIDATES = {
+CANDIDATES: dict[str, dict[int, tuple[Ints, ...]]] = {
     "forward": {
         64: ((3, 128, 2, 1, 0), (3, 128, 3, 1, 0), (2, 128, 2, 1, 1), (2, 128, 3, 1, 1)),
         96: ((2, 128, 2, 1, 1),),
