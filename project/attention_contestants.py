@@ -152,7 +152,7 @@ def our_standard(
     def gradients() -> tuple[Any, ...]:
         for x in (q, k, v):
             x.zero_grad_()
-        forward.results[0].backward(do)
+        forward.results[0].backward(do, retain_graph=True)
         return q.grad, k.grad, v.grad
 
     try:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitor
 
 import minitorch
 from project.attention_contestants import Case, ours, pytorchs
+from project.bench_attention_cuda import own_arguments
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = "attention_profile.md"
@@ -187,7 +188,7 @@ def main() -> None:
         "",
         f"{torch.cuda.get_device_name()}, torch {torch.__version__};"
         f" {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; seed 0. "
-        f"`python {shlex.join(['project/profile_attention.py', *sys.argv[1:]])}`",
+        f"`python {shlex.join(['project/profile_attention.py', *own_arguments(sys.argv[1:])])}`",
         "",
     ]
     path = arguments.out / PAGE

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..ptx import global_address, shared_address
 from ..ptx_hopper import (
+    mbarrier_arrive,
     mbarrier_wait_parity,
     setmaxnreg,
     wgmma_commit_group,
@@ -197,7 +198,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                             dk = dk_done(dk)
                         release(base + empty + 8 * stage, lane)
                         turn += types.uint32(1)
-                release(base + own_empty + 8 * own_stage, lane)
+                mbarrier_arrive(base + own_empty + 8 * own_stage)
                 row = key0 + my_row
                 if wants_dk:
                     place = b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2]

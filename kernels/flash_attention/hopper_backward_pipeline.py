@@ -122,14 +122,14 @@ def make_barriers(kind: Kind, blocks: Blocks) -> Any:
     """Device function `(base)`: one thread initialises the barriers of all rings."""
     plan, own_stages, stages = memory_plan(kind, blocks), blocks.own_stages, blocks.stages
     own_full, own_empty, (first, second), empty = plan[4:8]
-    warps = 4 * blocks.consumers
+    consumers, warps = blocks.consumers, 4 * blocks.consumers
 
     @device_function
     def make(base):
         if cuda.threadIdx.x == 0:
             for stage in range(own_stages):
                 mbarrier_init(base + own_full + 8 * stage, 1)
-                mbarrier_init(base + own_empty + 8 * stage, warps)
+                mbarrier_init(base + own_empty + 8 * stage, WARPGROUP * consumers)
             for stage in range(stages):
                 mbarrier_init(base + first + 8 * stage, 1)
                 mbarrier_init(base + second + 8 * stage, 1)
@@ -144,9 +144,9 @@ def make_barriers(kind: Kind, blocks: Blocks) -> Any:
 def release(empty, lane):
     """A warp's arrival at `empty`: it has read all that it wants of this place of a ring.
 
-    What a product reads it has read when it is waited for. But the lanes also load numbers, an
-    item's `Work` and the queries' L and delta, each for itself. Lane 0's arrival says nothing of
-    the others' loads: without the barrier they might come after the place is written anew.
+    What a product reads it has read when it is waited for. But the lanes also load numbers, the
+    queries' L and delta, each for itself. Lane 0's arrival says nothing of the others' loads:
+    without the barrier they might come after the place is written anew.
     """
     bar_warp_sync()
     if lane == 0:
@@ -198,8 +198,8 @@ def item_taker(kind: Kind, blocks: Blocks) -> Any:
         work, more = ld_global_v4_b32(entry), ld_global_v4_b32(entry + types.uint64(16))
         batches = ld_global_v4_b32(entry + types.uint64(32))
         mbarrier_wait_parity(base + own_empty + 8 * stage, parity ^ types.uint32(1))
-        # All lanes of the consumers have read what was here: see `release`. What is written now
-        # they read after the phase of `full`, which does not end before the arrival below.
+        # Each of the consumers' threads has read what was here, and has arrived. What is written
+        # now they read after the phase of `full`, which does not end before the arrival below.
         target = types.uint32(base + items + ITEM_BYTES * stage)
         st_shared_v4_b32(target, work)
         # Of the others the consumers need two numbers, and whether there is an item.

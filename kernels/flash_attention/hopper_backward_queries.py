@@ -19,6 +19,7 @@ from typing import Any
 
 from ..ptx import global_address, ld_global_f32, shared_address
 from ..ptx_hopper import (
+    mbarrier_arrive,
     mbarrier_wait_parity,
     setmaxnreg,
     wgmma_commit_group,
@@ -179,7 +180,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     dq = dq_done(dq)
                     release(base + empty + 8 * stage, lane)
                     turn += types.uint32(1)
-                release(base + own_empty + 8 * own_stage, lane)
+                mbarrier_arrive(base + own_empty + 8 * own_stage)
                 place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
                 write_dq(
                     dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps[2],
