@@ -42,13 +42,13 @@ test: $(VENV)/dev.stamp
 unit: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest --ignore tests/test_kernels_compile.py
 
-# Two processes, since it is the longest part.
+# Two processes, since it is the longest part; so is the simulator's.
 compile: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/test_kernels_compile.py --numprocesses 2 --dist worksteal
 
 # The simulator is chosen before numba is imported: it needs a process of its own.
 simulator: $(VENV)/dev.stamp
-	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda --numprocesses 2 --dist worksteal
 
 # Most of the time goes into compiling kernels: several processes, on one GPU.
 test-gpu: $(VENV)/gpu.stamp

@@ -293,8 +293,10 @@ def map_kernel(
         group0 = cuda.grid(1)
         while group0 < whole:
             for u in range(AT_ONCE):
-                # Past the end the last group is read: a branch would hold up the reads after it.
-                find_place(min(group0 + u * threads, whole - 1), shape, place)
+                # Past the end the own first group is read again, to no effect: a branch would hold
+                # up the reads after it, and another thread's group may be written at this time.
+                group = group0 + u * threads
+                find_place(group if group < whole else group0, shape, place)
                 targets[u] = offset(place, out_strides)
                 load_group(x, offset(place, x_strides), values, u * lanes)
             for u in range(AT_ONCE):
@@ -363,7 +365,8 @@ def zip_kernel(
         group0 = cuda.grid(1)
         while group0 < whole:
             for u in range(AT_ONCE):
-                find_place(min(group0 + u * threads, whole - 1), shape, place)
+                group = group0 + u * threads
+                find_place(group if group < whole else group0, shape, place)
                 targets[u] = offset(place, out_strides)
                 load_x_group(x, offset(place, x_strides), x_values, u * lanes)
                 load_y_group(y, offset(place, y_strides), y_values, u * lanes)

@@ -411,11 +411,9 @@ def instances() -> Iterator[Instance]:
     """
     kinds = (
         Kind("float32", 64, 64, "none", False, True),
-        Kind("float32", 128, 128, "none", False, True),
         Kind("float32", 256, 256, "none", False, True),
         Kind("float32", 80, 40, "bool", True, False),
-        Kind("float64", 64, 64, "none", True, True),
-        Kind("float64", 256, 256, "float64", False, False),
+        Kind("float64", 64, 64, "float64", True, False),
         Kind("bfloat16", 128, 128, "bool", False, True),
     )
     for kind in kinds:
