@@ -21,8 +21,8 @@ import os
 import re
 import sys
 import sysconfig
-import tempfile
 import time
+import uuid
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -35,7 +35,13 @@ FOLDER_VARIABLE = "MINITORCH_CUDA_CACHE"
 PACKAGE = __name__.split(".", maxsplit=1)[0]
 SIMULATION = ".ptx_simulated"  # on which no machine code depends
 PYTHON = sysconfig.get_path("stdlib")
-REQUIRED = {"numba", "numba_cuda", "numpy", "ml_dtypes"}  # wherever they have been installed to
+REQUIRED = {
+    "llvmlite",
+    "ml_dtypes",
+    "numba",
+    "numba_cuda",
+    "numpy",
+}  # wherever they have been installed to
 CACHED = type(cache(len))  # what functools.cache returns
 DIGEST_SIZE = 32  # bytes of a file, before the machine code
 DAYS_KEPT = 60  # after a file's last use
@@ -266,9 +272,9 @@ def write(name: str | None, code: bytes) -> None:
         return
     try:
         where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=where, prefix=UNFINISHED, delete=False) as file:
-            file.write(_digest(code) + code)
-        os.replace(file.name, where / name)  # whole or not at all, for processes beside this one
+        unfinished = where / f"{UNFINISHED}{uuid.uuid4().hex}"  # readable for whom the umask says
+        unfinished.write_bytes(_digest(code) + code)
+        os.replace(unfinished, where / name)  # whole or not at all, for processes beside this one
         _forget_old(where)
     except OSError:
         return

@@ -59,7 +59,7 @@ def gelu_worker(x, y, next_row, block, key=KEY):
 @njit(nogil=True, cache=True, error_model="numpy")
 def gelu_backward_worker(dy, x, dx, next_row, block, key=KEY):
     """dy, x, dx (n,)."""
-    one, three = x.dtype.type(1), x.dtype.type(3)
+    one, three, most = x.dtype.type(1), x.dtype.type(3), x.dtype.type(1000)
     cubic, scale = x.dtype.type(CUBIC), x.dtype.type(TWO_SQRT_2_OVER_PI)
     while True:
         first = fetch_add(next_row, 0, block)
@@ -69,9 +69,10 @@ def gelu_backward_worker(dy, x, dx, next_row, block, key=KEY):
         out = dx[first : first + block]
         for j in range(len(out)):
             v = source[j]
-            z = scale * (v + cubic * v * v * v)
+            square = cubic * min(v * v, most)  # where t is 0 all factors beside it are finite
+            z = scale * v * (one + square)
             t = exp(-abs(z))
             r = one / (one + t)
             s = (one if z > 0 else t) * r
-            dz = scale * (one + three * cubic * v * v)  # 2 du/dx
-            out[j] = grad[j] * (s + v * (t * r * r) * dz)  # s (1 - s) = t / (1 + t)^2
+            dz = scale * (one + three * square)  # 2 du/dx
+            out[j] = grad[j] * (s + (v * t) * (dz * (r * r)))  # s (1 - s) = t / (1 + t)^2

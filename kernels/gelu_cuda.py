@@ -56,16 +56,16 @@ def _derivative(precision_name: str) -> Any:
     real = precision(precision_name).real
     exp, invert = exponential(precision_name), reciprocal(precision_name)
     linear, cubic, one = real(TWO_SQRT_2_OVER_PI), real(TWO_SQRT_2_OVER_PI * CUBIC), real(1.0)
-    three, zero = real(3.0), real(0.0)
+    three, zero, most = real(3.0), real(0.0), real(1000.0)
 
     @device_function
     def derivative(x):
-        square = cubic * (x * x)
+        square = cubic * min(x * x, most)  # where t is 0 all factors beside it are finite
         z, dz = x * (linear + square), linear + three * square  # 2u and 2 du/dx
         t = exp(-abs(z))  # of a number <= 0: never infinite, s (1 - s) needs it
         r = invert(one + t)
         s = t * r if z < zero else r
-        return s + (x * dz) * (t * r * r)  # s (1 - s) = t / (1 + t)^2
+        return s + (x * t) * (dz * (r * r))  # s (1 - s) = t / (1 + t)^2
 
     return derivative
 

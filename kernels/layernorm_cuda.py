@@ -244,17 +244,19 @@ def backward(
 
 
 @cache
-def _normalised(precision_name: str, shape: RowShape) -> Any:
-    """Device function: reads a tile of dy and x; leaves dy and xhat. Past the row's end dy is 0."""
+def _tile_reader(precision_name: str, shape: RowShape) -> Any:
+    """Device function: reads a tile of dy and x; leaves dy, and x's distance from the mean. Past
+    the row's end dy is 0, and the distance finite: no sum must see 0 times infinity.
+    """
     real, count = precision(precision_name).real, shape.values
     load, _ = tile_access(precision_name, shape)
 
     @device_function
-    def read(dy, x, start, tile, columns, centre, rstd, grad, xhat):
+    def read(dy, x, start, tile, columns, centre, grad, distance):
         load(dy, start, tile, columns, grad, real(0.0))
-        load(x, start, tile, columns, xhat, real(0.0))  # not `centre`: it is on its way as well
+        load(x, start, tile, columns, distance, real(0.0))  # not `centre`, itself on its way
         for i in range(count):
-            xhat[i] = (xhat[i] - centre) * rstd
+            distance[i] -= centre
 
     return read
 
@@ -280,12 +282,12 @@ def _weighted(weight_name: str, shape: RowShape) -> Any:
 def _team_sums(precision_name: str, shape: RowShape) -> tuple[Any, Any, Any]:
     """Device functions that add up dgamma and dbeta of a team's columns.
 
-    `gather(dy, xhat, dgamma, dbeta, sums, place)` adds a tile's to a thread's own sums, and these
-    to the team's unless they are kept for later. `pass_on(dgamma, dbeta, sums, place)` adds a
-    thread's own to the team's, in shared memory: dgamma's from `place` on, then dbeta's. A thread
-    has its columns to itself, so that no barrier is needed. `column_of(n)`: that of sum number n.
-    The sums lie in pieces of 16 bytes, those of neighbouring threads side by side: thus a warp's
-    are in different banks.
+    `gather(dy, distance, rstd, dgamma, dbeta, sums, place)` adds a tile's to a thread's own sums,
+    and these to the team's unless they are kept for later. `pass_on(dgamma, dbeta, sums, place)`
+    adds a thread's own to the team's, in shared memory: dgamma's from `place` on, then dbeta's. A
+    thread has its columns to itself, so that no barrier is needed. `column_of(n)`: that of sum
+    number n. The sums lie in pieces of 16 bytes, those of neighbouring threads side by side: thus a
+    warp's are in different banks.
     """
     real, count, vector, threads = (
         precision(precision_name).real, shape.values, shape.vector, shape.threads,
@@ -311,9 +313,9 @@ def _team_sums(precision_name: str, shape: RowShape) -> tuple[Any, Any, Any]:
             store(sums, first + width, total)
 
     @device_function
-    def gather(dy, xhat, dgamma, dbeta, sums, place):
+    def gather(dy, distance, rstd, dgamma, dbeta, sums, place):
         for i in range(count):
-            dgamma[i] += dy[i] * xhat[i]
+            dgamma[i] += dy[i] * rstd * distance[i]
             dbeta[i] += dy[i]
         if not kept:
             pass_on(dgamma, dbeta, sums, place)
@@ -331,7 +333,7 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
     """dx of rows number blockIdx.x + n gridDim.x, of the columns of tile blockIdx.y; their sums."""
     real = precision(precision_name).real
     _, store = tile_access(precision_name, shape)
-    read, weigh = _normalised(precision_name, shape), _weighted(weight_name, shape)
+    read, weigh = _tile_reader(precision_name, shape), _weighted(weight_name, shape)
     gather, pass_on, column_of = _team_sums(precision_name, shape)
     add, invert_root = team_sums(precision_name, shape.threads), inverse_root(precision_name)
     count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
@@ -341,7 +343,7 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
     def layernorm_backward(dy, x, gamma, var, mean, eps, dx, partials, rows, columns):
         sums = cuda.shared.array(0, real)  # (rows_of_block, 2, width)
         grad = cuda.local.array(count, real)
-        xhat = cuda.local.array(count, real)
+        distance = cuda.local.array(count, real)
         dgamma = cuda.local.array(count, real)
         dbeta = cuda.local.array(count, real)
         for i in range(count):
@@ -360,24 +362,24 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
             limit = columns if row < rows else 0
             known = min(row, rows - 1)
             centre, rstd = mean[known], invert_root(var[known] + real(eps))
-            sum_g, sum_g_xhat = real(0.0), real(0.0)
+            sum_g, sum_g_distance = real(0.0), real(0.0)
             for tile in range(tiles):
-                read(dy, x, start, tile, limit, centre, rstd, grad, xhat)
+                read(dy, x, start, tile, limit, centre, grad, distance)
                 if not tiled:
-                    gather(grad, xhat, dgamma, dbeta, sums, place)
+                    gather(grad, distance, rstd, dgamma, dbeta, sums, place)
                 weigh(gamma, tile, limit, grad)
                 for i in range(count):
                     sum_g += grad[i]
-                    sum_g_xhat += grad[i] * xhat[i]
-            sum_g, sum_g_xhat = add(sum_g, sum_g_xhat)
-            mean_g, mean_g_xhat = sum_g * share, sum_g_xhat * share
+                    sum_g_distance += grad[i] * distance[i]
+            sum_g, sum_g_distance = add(sum_g, sum_g_distance)
+            mean_g, slope = sum_g * share, sum_g_distance * share * rstd * rstd
             if tiled:  # the own tile again
-                read(dy, x, start, own, limit, centre, rstd, grad, xhat)
-                gather(grad, xhat, dgamma, dbeta, sums, place)
+                read(dy, x, start, own, limit, centre, grad, distance)
+                gather(grad, distance, rstd, dgamma, dbeta, sums, place)
                 weigh(gamma, own, limit, grad)
             for i in range(count):
-                xhat[i] = (grad[i] - mean_g - xhat[i] * mean_g_xhat) * rstd
-            store(dx, start, own, limit, xhat)
+                grad[i] = (grad[i] - mean_g - distance[i] * slope) * rstd
+            store(dx, start, own, limit, grad)
         pass_on(dgamma, dbeta, sums, place)  # what is kept
         cuda.syncthreads()
         for n in range(thread, width, threads):

@@ -11,7 +11,8 @@ round(dropout_p * 2**32).
 **Attention's mask.** The generator is what dropout costs, so a call's four words are made to serve
 eight weights: a word is the number of one weight, and with its two halves exchanged that of
 another. Each number is uniform; of two weights that share a word, the one's first half is the
-other's second half, which matters to a threshold once in 2**16 times. The eight weights are those
+other's second half, which matters to a threshold once in 2**16 times (and so to a dropout_p that
+is itself not far above 2**-16). The eight weights are those
 that a lane has in its registers of a 16 x 16 tile of scores on tensor cores ("Matrix Fragments for
 mma.m16n8k16", PTX ISA): two rows, 8 apart, and of each 8 columns two neighbours. So row i and
 column j of head h have

@@ -15,7 +15,13 @@ import numpy.typing as npt
 
 from .cuda_precision import fp32_precision
 from .fused_functions import LogSumExp, Softmax
-from .kernels.flash_attention.problem import AttentionProblem, Causal, Window
+from .kernels.flash_attention.problem import (
+    AttentionProblem,
+    Causal,
+    Window,
+    checked_dropout_p,
+    checked_seed,
+)
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
 from .tensor_data import TensorData
@@ -227,13 +233,14 @@ def attention_dropout_mask(
         Array of bool, of `shape`.
 
     Raises:
-        ValueError: `shape` has fewer than two sizes, or `dropout_p` is out of range.
+        ValueError: `shape` has fewer than two sizes, `dropout_p` is no probability, or `seed` no
+            integer in [0, 2**64).
 
     """
     if len(shape) < 2:
         raise ValueError(f"shape must be (..., seqlen_q, seqlen_k), got {shape}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    dropout_p = checked_dropout_p(dropout_p)
+    seed = None if seed is None else checked_seed(seed)
     *batch, seqlen_q, seqlen_k = shape
     batch_heads = int(np.prod(batch, dtype=np.int64))
     mask = philox_mask(

@@ -181,6 +181,13 @@ def test_gelu_far_from_zero() -> None:
     np.testing.assert_array_equal(y[3:], x[3:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_slope_of_gelu_far_from_zero(dtype: Any) -> None:
+    x = np.array([-1e38, -1e19, -2e13, -1e4, 1e4, 2e13, 1e19, 1e38], dtype)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(gelu.backward(np.ones_like(x), x), x > 0)
+
+
 @settings(max_examples=20)
 @given(data=st.data())
 def test_linear(data: st.DataObject) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import minitorch
 from minitorch.kernels.philox import (
     attention_dropout_mask,
     philox4x32,
@@ -89,3 +90,13 @@ def test_neighbours_are_uncorrelated(p: float, down: int, right: int) -> None:
 def test_seeds_give_different_masks() -> None:
     one, other = (attention_dropout_mask(1, 64, 64, 0.5, seed) for seed in (1, 2**32 + 1))
     assert 0.4 < (one != other).mean() < 0.6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [({"seed": s}, "seed") for s in (-1, 2**64, 1.5, "s")]
+    + [({"dropout_p": p}, "dropout_p") for p in (-0.1, 1.5, float("nan"), "x", None)],
+)
+def test_bad_arguments(arguments: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is"):
+        minitorch.attention_dropout_mask((2, 3), **{"dropout_p": 0.5, "seed": 1} | arguments)

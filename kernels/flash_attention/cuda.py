@@ -237,8 +237,9 @@ def arguments_of(problem: AttentionProblem, heads: Heads) -> tuple[Ints, tuple[A
         heads.v_group,
     )  # fmt: skip
     p = problem.dropout_p
-    keep = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    return sizes, (float(problem.scale), np.uint64(problem.seed), dropout_threshold(p), keep)
+    threshold = dropout_threshold(p)
+    keep = 1.0 / (1.0 - p) if threshold < 1 << 32 else 0.0  # no number of 32 bits reaches it
+    return sizes, (float(problem.scale), np.uint64(problem.seed), threshold, keep)
 
 
 def mask_of(inputs: Inputs) -> tuple[Any, Ints]:

@@ -26,7 +26,7 @@ WORDS = types.UniTuple(types.uint32, 4)  # what `dropout_words` gives
 @device_function
 def dropout_words(seed, batch_head, threshold):
     """The generator's key, low word and high word, batch_head, and the threshold. One of 2**32
-    wraps around to 0: there the factor of all weights is 0.
+    wraps around to 0: there `keep`, the factor of all weights, is 0.
     """
     return (
         types.uint32(seed & types.uint64(0xFFFFFFFF)), types.uint32(seed >> types.uint64(32)),

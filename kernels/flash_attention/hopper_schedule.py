@@ -118,7 +118,7 @@ def order(costs: list[float], heads: int, together: int, processors: int) -> NDA
                 time, block = busy[0]
                 taken[block].append(head * len(costs) + tile)
                 heapq.heapreplace(busy, (time + costs[tile], block))
-    # One more than there are: a block looks for its next tile while it has the last.
+    # Two more than there are: a block knows its next tile before it is done with one.
     table = np.full((max(map(len, taken)) + 2, processors), NO_TILE, np.int32)
     for block, tiles in enumerate(taken):
         table[: len(tiles), block] = tiles

@@ -114,8 +114,8 @@ class AttentionProblem:
             left=left,
             right=right,
             offset=offset,
-            dropout_p=_dropout_p(dropout_p),
-            seed=_seed(seed),
+            dropout_p=checked_dropout_p(dropout_p),
+            seed=checked_seed(seed),
             enable_gqa=bool(enable_gqa),
             fp32_precision=checked_fp32_precision(fp32_precision),
         )
@@ -277,13 +277,13 @@ def _scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _dropout_p(dropout_p: float) -> float:
+def checked_dropout_p(dropout_p: float) -> float:
     if not isinstance(dropout_p, float | int | np.number) or not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p is {dropout_p!r}; wanted a probability in [0, 1].")
     return float(dropout_p)
 
 
-def _seed(seed: int) -> int:
+def checked_seed(seed: int) -> int:
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}; wanted an integer in [0, 2**64).")
     return int(seed)

@@ -223,6 +223,29 @@ def check_layernorm(seed: int, name: str, weight_name: str, rows: int, columns: 
     assert_close(to_host(dbeta, weight_name, columns), g.sum(0), weight_name)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(2, 5), (2, 33), (3, 128)])
+def test_layernorm_of_huge_constant_rows(rows: int, columns: int) -> None:
+    """What stands beside a row, and beside the rows, must not become 0 times infinity."""
+    x, dy = np.full((rows, columns), 2.0**120, np.float32), random(1, "float32", rows, columns)
+    gamma, zeros = random(2, "float32", columns), np.zeros(rows, np.float32)
+    mean = np.full(rows, 2.0**120, np.float32)
+    blocks = layernorm_cuda.backward_blocks("float32", rows, columns)
+    dx, dgamma, dbeta = (empty("float32", *s) for s in ((rows, columns), (columns,), (columns,)))
+    layernorm_cuda.backward(
+        "float32", "float32", to_device(dy), to_device(x), to_device(gamma), to_device(zeros),
+        to_device(mean), 1e-5, dx, empty("float32", blocks, 2, columns), dgamma, dbeta, rows,
+        columns,
+    )  # fmt: skip
+    g = exact(dy) * exact(gamma)
+    assert_close(
+        to_host(dx, "float32", rows, columns),
+        (g - g.mean(-1, keepdims=True)) / 1e-5**0.5,
+        "float32",
+    )
+    assert not to_host(dgamma, "float32", columns).any()
+    assert_close(to_host(dbeta, "float32", columns), exact(dy).sum(0), "float32")
+
+
 def test_layernorm_of_many_rows() -> None:
     """More rows than blocks: each block goes round several times."""
     check_layernorm(7, "float32", "float32", 40 if SIMULATED else 10_000, 48)
@@ -255,6 +278,14 @@ def test_gelu(seed: int, name: str, size: int) -> None:
     assert_close(to_host(y, name, size), 0.5 * a * (1 + t), name)
     slope = 0.5 * (1 + t) + 0.5 * a * (1 - t * t) * c * (1 + 3 * 0.044715 * a**2)
     assert_close(to_host(dx, name, size), exact(dy) * slope, name)
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_the_slope_of_gelu_far_from_zero(name: str) -> None:
+    x = np.array([-1e38, -1e19, -2e13, -1e4, 1e4, 2e13, 1e19, 1e38], DTYPES[name])
+    dx = empty(name, 8)
+    gelu_cuda.backward(name, to_device(np.ones_like(x)), to_device(x), dx, 8)
+    np.testing.assert_array_equal(exact(to_host(dx, name, 8)), exact(x) > 0)
 
 
 @few

@@ -79,6 +79,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "scale 0": {"scale": 0.0},
     "dropout": {"dropout_p": 0.3, "seed": 2**63 + 5},
     "everything dropped": {"dropout_p": 1.0},
+    "no number reaches the threshold": {"dropout_p": 1 - 1e-11},
     "boolean mask": {"mask": bias() > -0.5},
     "additive mask": {"mask": bias()},
     "causal, mask, dropout": {"is_causal": True, "mask": bias(), "dropout_p": 0.5, "seed": 3},
