@@ -1,4 +1,4 @@
-"""exp(x), x / y, 1 / x and 1 / sqrt(x) for kernels, as precise as what is stored is worth.
+"""exp(x), 1 / x and 1 / sqrt(x) for kernels, as precise as what is stored is worth.
 
 A GPU has instructions for 2**x and 1 / x that are right to about 22 bits. Where elements have 16
 bits that is plenty, and what libraries do beyond it would take longer than the memory does.
@@ -10,7 +10,7 @@ import math
 from functools import cache
 from typing import Any
 
-from .ptx import SIXTEEN_BITS, div_full_f32
+from .ptx import SIXTEEN_BITS
 from .runtime import SIMULATED, cuda, device_function, precision, types
 
 
@@ -19,13 +19,7 @@ def exponential(precision_name: str) -> Any:
     """Device function x -> exp(x), in the arithmetic type of the precision."""
     real = precision(precision_name).real
     if precision_name in SIXTEEN_BITS and not SIMULATED:
-        approximate = cuda.libdevice.fast_expf
-
-        @device_function
-        def fast(x):
-            return approximate(x)
-
-        return fast
+        return cuda.libdevice.fast_expf
 
     @device_function
     def exact(x):
@@ -54,24 +48,12 @@ def reciprocal(precision_name: str) -> Any:
     return exact
 
 
-@device_function
-def quotient(x, y):
-    """x / y of float32 numbers, to within 2 units in the last place."""
-    return div_full_f32(x, y)
-
-
 @cache
 def inverse_root(precision_name: str) -> Any:
     """Device function x -> 1 / sqrt(x), to within 2 units in the last place."""
     real = precision(precision_name).real
     if real is types.float32 and not SIMULATED:
-        approximate = cuda.libdevice.rsqrtf  # without a branch, which would hold up reads
-
-        @device_function
-        def fast(x):
-            return approximate(x)
-
-        return fast
+        return cuda.libdevice.rsqrtf  # without a branch, which would hold up reads
 
     @device_function
     def exact(x):

@@ -275,7 +275,7 @@ def map_kernel(
     to, of = operand_precision(out_dtype), operand_precision(x_dtype)
     real, out_real, store, load = of.real, to.real, to.store, of.load
     storage = numba.from_dtype(to.storage)
-    scalar = scalar_function(fn, real, rough=to.name in SIXTEEN_BITS)
+    scalar = scalar_function(fn, real, approximate=to.name in SIXTEEN_BITS)
     find_place = group_place(dims, lanes, types.uint64 if wide else types.uint32)
     offset = place_offset(dims)
     load_group = group_load(of, lanes, repeats[1])
@@ -345,7 +345,7 @@ def zip_kernel(
     of_x, of_y = operand_precision(x_dtype), operand_precision(y_dtype)
     real, store, load_x, load_y = to.real, to.store, of_x.load, of_y.load
     storage = numba.from_dtype(to.storage)
-    scalar = scalar_function(fn, real, rough=to.name in SIXTEEN_BITS)
+    scalar = scalar_function(fn, real, approximate=to.name in SIXTEEN_BITS)
     find_place = group_place(dims, lanes, types.uint64 if wide else types.uint32)
     offset = place_offset(dims)
     load_x_group = group_load(of_x, lanes, repeats[1])

@@ -21,26 +21,27 @@ from typing import Any
 
 import numba
 
-from .approximate_cuda import exponential, quotient
+from .approximate_cuda import exponential
+from .ptx import div_full_f32
 from .runtime import SIMULATED, cuda, device_function, types
 
 CONVERT, DIVIDE, EXP = "_working_type", "_quotient", "_exponential"
 
 
 @cache
-def scalar_function(fn: Callable[..., Any], real: Any, rough: bool = False) -> Any:
+def scalar_function(fn: Callable[..., Any], real: Any, approximate: bool = False) -> Any:
     """A device function that computes `fn` in `real`; the caller converts the result to `real`.
 
     Args:
         fn: numbers -> number: plain, or compiled by numba for the CPU or the GPU. Where its source
             cannot be had it is compiled as it is, with Python's float64 constants.
         real: numba type of its arguments.
-        rough: whether exponentials and divisions need be right to 16 bits only.
+        approximate: whether exponentials and divisions need be right to 16 bits only.
 
     """
     plain = plain_function(fn)
-    rough = rough and real is types.float32 and not SIMULATED
-    plain = with_constants_of_type(plain, real, rough) or plain
+    approximate = approximate and real is types.float32 and not SIMULATED
+    plain = with_constants_of_type(plain, real, approximate) or plain
     if not SIMULATED:
         return device_function(plain)
     # Python's own arithmetic raises where a GPU returns inf or NaN: compiled for the CPU, it does
@@ -61,10 +62,10 @@ def plain_function(fn: Any) -> Any:
     return fn
 
 
-def with_constants_of_type(fn: Any, real: Any, rough: bool = False) -> Any:
+def with_constants_of_type(fn: Any, real: Any, approximate: bool = False) -> Any:
     """`fn` with `real(...)` around each number in its text; None if its text cannot be had.
 
-    If `rough`, exponentials and divisions are those of `approximate_cuda`.
+    If `approximate`, exponentials and divisions are approximate ones.
     """
     if not isinstance(fn, FunctionType) or fn.__closure__:
         return None
@@ -80,8 +81,8 @@ def with_constants_of_type(fn: Any, real: Any, rough: bool = False) -> Any:
     for argument in definition.args.args:
         argument.annotation = None
     floats = {name for name, value in fn.__globals__.items() if isinstance(value, float)}
-    tree = ast.fix_missing_locations(_Convert(floats, rough).visit(tree))
-    scope = {**fn.__globals__, CONVERT: real, DIVIDE: quotient, EXP: exponential("float16")}
+    tree = ast.fix_missing_locations(_Convert(floats, approximate).visit(tree))
+    scope = {**fn.__globals__, CONVERT: real, DIVIDE: div_full_f32, EXP: exponential("float16")}
     text = ast.unparse(tree)
     file = f"<{fn.__module__}.{fn.__qualname__} in {real}, {zlib.crc32(text.encode()):08x}>"
     # Where `inspect.getsource` looks, for error messages and for `compile_cache`.
@@ -91,13 +92,13 @@ def with_constants_of_type(fn: Any, real: Any, rough: bool = False) -> Any:
 
 
 class _Convert(ast.NodeTransformer):
-    """Wraps float numbers, global names of floats, and whole numbers that meet floats; if `rough`,
-    calls exponentials and divisions by name.
+    """Wraps float numbers, global names of floats, and whole numbers that meet floats; calls
+    exponentials and divisions by name if they are to be approximate.
     """
 
-    def __init__(self, floats: set[str], rough: bool) -> None:
+    def __init__(self, floats: set[str], approximate: bool) -> None:
         self.floats = floats
-        self.rough = rough
+        self.approximate = approximate
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         return _call(CONVERT, node) if isinstance(node.value, float) else node
@@ -120,13 +121,13 @@ class _Convert(ast.NodeTransformer):
         node.left = _number(node.left)
         if not isinstance(node.op, ast.Pow):  # x ** 2 is a product, x ** 2.0 a call
             node.right = _number(node.right)
-        if self.rough and isinstance(node.op, ast.Div):
+        if self.approximate and isinstance(node.op, ast.Div):
             return _call(DIVIDE, _call(CONVERT, node.left), _call(CONVERT, node.right))
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
-        if self.rough and ast.unparse(node.func) == "math.exp":
+        if self.approximate and ast.unparse(node.func) == "math.exp":
             return _call(EXP, *[_call(CONVERT, x) for x in node.args])
         return node
 
