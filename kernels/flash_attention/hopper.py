@@ -75,8 +75,8 @@ CANDIDATES: dict[str, dict[int, tuple[Ints, ...]]] = {
 }
 
 
-def blocks_of(kernel: str, numbers: Ints) -> Blocks:
-    """The tiles that a row of the tuning table, or of CANDIDATES, stands for."""
+def blocks_of(numbers: Ints) -> Blocks:
+    """The tiles that a row of the tuning table, or of CANDIDATES["forward"], stands for."""
     warpgroups, block_n, stages, ping_pong, overlap = numbers
     return Blocks(warpgroups, block_n, stages, bool(ping_pong), bool(overlap))
 
@@ -88,7 +88,7 @@ def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
     measured = choice(NAME, "forward", ARCHITECTURE, size, kind.banded, seqlen_q)
     blocks = FORWARD[size, kind.banded]
     if measured:
-        blocks = blocks_of("forward", measured)
+        blocks = blocks_of(measured)
     elif kind.banded and seqlen_q <= FEW_QUERIES and blocks.warpgroups > 2:
         blocks = Blocks(2, 128)
     # What is done with each score takes registers, of which two warpgroups have more each.

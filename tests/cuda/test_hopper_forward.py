@@ -310,7 +310,7 @@ def test_every_tile_that_can_be_chosen(
     candidates = hopper.CANDIDATES["forward"][size]
     if number >= len(candidates):
         pytest.skip("there are fewer")
-    chosen = hopper.blocks_of("forward", candidates[number])
+    chosen = hopper.blocks_of(candidates[number])
     monkeypatch.setattr(hopper, "forward_blocks", lambda *_: chosen)
     hopper._planned.cache_clear()
     check(monkeypatch, [(1, 2, 500, size)] * 3, is_causal=True)
