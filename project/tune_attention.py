@@ -47,8 +47,9 @@ def written(table: dict[Any, Any], source: str) -> str:
     """The text of tuning.py with another table."""
     before, rest = source.split(BEGIN)
     _, after = rest.split(END)
-    entries = pprint.pformat(table, width=96, sort_dicts=True) if table else "{}"
+    entries = "{}"
     if table:
+        entries = pprint.pformat(table, width=96, sort_dicts=True).replace("'", '"')
         entries = "{\n " + entries[1:-1] + ",\n}"
     lines = f"TABLE: dict[Entry, Numbers] = {entries}\n".replace("\n ", "\n    ")
     return before + BEGIN + lines + END + after
@@ -136,17 +137,25 @@ def entries(arguments: argparse.Namespace) -> Iterator[tuple[Any, tuple[Any, ...
 def main() -> None:
     arguments = parse_arguments()
     import minitorch
+    from minitorch import cuda_attention
     from minitorch.kernels.flash_attention import tuning
 
     if not minitorch.cuda.is_available():
         raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
+    wanted = list(entries(arguments))
+    if not wanted:
+        modules = [m.NAME for m in cuda_attention.FLASH_ATTENTION if hasattr(m, "CANDIDATES")]
+        raise SystemExit(
+            f"nothing to measure: modules with candidates are {', '.join(modules)}; their kernels "
+            "and head sizes are in CANDIDATES; see --modules, --kernels and --head-dims"
+        )
     from project.gpu_timing import Recorder
 
     begun = time.monotonic()
     recorder = Recorder()
     gc.collect()
     gc.freeze()  # each capture looks for garbage
-    for module, entry in entries(arguments):
+    for module, entry in wanted:
         if time.monotonic() - begun > arguments.seconds:
             print(f"{entry}: no time left", flush=True)
             continue

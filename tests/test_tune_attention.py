@@ -36,7 +36,7 @@ def test_the_table_is_rewritten_and_the_rest_stays() -> None:
     exec(compile(text, "tuning.py", "exec"), found)
     assert found["TABLE"] == table
     assert tune.written(found["TABLE"], text) == text
-    assert tune.written(tuning.TABLE, text) == tune.written(tuning.TABLE, source)
+    assert tune.written(tuning.TABLE, text) == source
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
@@ -48,6 +48,13 @@ def test_entries_are_of_the_right_shape() -> None:
         assert isinstance(causal, bool)
         assert isinstance(short, bool)
         assert all(isinstance(n, int) for n in numbers)
+
+
+def test_nothing_to_measure_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitorch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("sys.argv", ["tune_attention.py", "--modules", "hoper"])
+    with pytest.raises(SystemExit, match="modules with candidates are hopper"):
+        tune.main()
 
 
 def test_candidates() -> None:
