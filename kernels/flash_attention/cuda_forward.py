@@ -31,15 +31,13 @@ from ..runtime import (
     types,
 )  # fmt: skip
 from ..vectors_cuda import vector_access
+from .cuda_dropout import keep_factor, keep_maker, keep_size
 from .cuda_registers import Factor, exp2_function, multiply
 from .cuda_tiles import (
     Blocks,
     Kind,
     fill,
     is_whole,
-    keep_factor,
-    keep_maker,
-    keep_size,
     own_columns,
     own_keys,
     own_place,

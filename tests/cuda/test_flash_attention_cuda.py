@@ -15,13 +15,8 @@ from minitorch import TensorBackend, cuda_attention, cuda_driver
 from minitorch.cuda_kernel_ops import CudaKernelOps
 from minitorch.device_array import DeviceArray
 from minitorch.kernels import runtime
-from minitorch.kernels.flash_attention.cuda_tiles import (
-    Blocks,
-    Kind,
-    keep_factor,
-    keep_maker,
-    keep_size,
-)
+from minitorch.kernels.flash_attention.cuda_dropout import keep_factor, keep_maker, keep_size
+from minitorch.kernels.flash_attention.cuda_tiles import Blocks, Kind
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.philox import attention_dropout_mask, dropout_threshold
 from minitorch.kernels.runtime import SIMULATED, compute_capability, cuda, kernel, types
