@@ -123,6 +123,21 @@ def opaque(x: u32) -> u32:
     """
 
 
+# ----- barriers of threads -----
+
+
+@ptx("bar.sync {barrier}, {threads};", simulated=simulated.bar_sync)
+def bar_sync(barrier: u32, threads: u32) -> None:
+    """9.7.13.1: wait at one of the 16 named barriers until `threads` threads, a multiple of 32,
+    have arrived at it. `cuda.syncthreads` is number 0.
+    """
+
+
+@ptx("bar.arrive {barrier}, {threads};", simulated=simulated.bar_arrive)
+def bar_arrive(barrier: u32, threads: u32) -> None:
+    """9.7.13.1: arrive at a named barrier, and go on."""
+
+
 # ----- addresses, and single words: 9.7.9 -----
 
 

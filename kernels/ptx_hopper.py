@@ -57,25 +57,6 @@ def mbarrier_wait_parity(barrier: u32, parity: u32) -> None:
     """
 
 
-@ptx("bar.sync {barrier}, {threads};", simulated=simulated.bar_sync)
-def bar_sync(barrier: u32, threads: u32) -> None:
-    """9.7.13.1: wait at one of the 16 named barriers until `threads` threads, a multiple of 32,
-    have arrived at it. `cuda.syncthreads` is number 0.
-    """
-
-
-@ptx("bar.arrive {barrier}, {threads};", simulated=simulated.bar_arrive)
-def bar_arrive(barrier: u32, threads: u32) -> None:
-    """9.7.13.1: arrive at a named barrier, and go on."""
-
-
-@ptx("bar.warp.sync 0xffffffff;", simulated=simulated.bar_warp_sync)
-def bar_warp_sync() -> None:
-    """9.7.13.2: wait for all lanes of the warp; what each has read and written comes before what
-    any of them does next.
-    """
-
-
 # ----- the copy engine (TMA): 9.7.9.25.4 and .5, compute capability 9.0 -----
 
 

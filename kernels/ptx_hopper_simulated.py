@@ -9,18 +9,15 @@ steps or swizzles are wrong: operands are read byte by byte from where a descrip
 from __future__ import annotations
 
 import ctypes
-import itertools
-import threading
 from typing import Any
 
 import numpy as np
 
-from .ptx_simulated import area_of, block, numbers, together, until
+from .ptx_simulated import area_of, block, numbers, ordered, together, until
 from .shared_layout import PANEL, swizzle
 from .tensor_map import SIZES, map_at
 
 WARPGROUP = 128
-_moments = itertools.count()
 
 
 def _bytes(address: int, size: int) -> Any:
@@ -29,12 +26,6 @@ def _bytes(address: int, size: int) -> Any:
     plain = getattr(area.array, "_item", area.array)
     plain = getattr(plain, "_ary", plain)
     return plain.reshape(-1).view(np.uint8)[first : first + size]
-
-
-def _ordered() -> None:
-    """What the threads that were waited for have done comes before what this one does: no race."""
-    thread: Any = threading.current_thread()
-    thread.interval = ("after", next(_moments))
 
 
 # ----- barriers -----
@@ -77,13 +68,13 @@ def mbarrier_init(address: Any, count: Any) -> None:
 
 def mbarrier_arrive(address: Any) -> None:
     """mbarrier.arrive."""
-    _ordered()
+    ordered()
     _change(address, 1, 0)
 
 
 def mbarrier_arrive_expect_tx(address: Any, size: Any) -> None:
     """mbarrier.arrive.expect_tx."""
-    _ordered()
+    ordered()
     _change(address, 1, int(size))
 
 
@@ -95,39 +86,7 @@ def mbarrier_try_wait(address: Any, parity: Any) -> Any:
 def mbarrier_wait(address: Any, parity: Any) -> None:
     """mbarrier.try_wait.parity until it succeeds."""
     until(lambda: bool(mbarrier_try_wait(address, parity)))
-    _ordered()
-
-
-def _named(number: Any, threads: Any) -> tuple[list[int], int]:
-    """Arrive at a named barrier: its state, arrivals and turns, and the turn it was."""
-    _ordered()
-    here = block()
-    with here.lock:
-        state: list[int] = here.barriers.setdefault(("named", int(number)), [0, 0])
-        turn = state[1]
-        state[0] += 1
-        if state[0] == int(threads):
-            state[:] = [0, turn + 1]
-        return state, turn
-
-
-def bar_sync(number: Any, threads: Any) -> None:
-    """bar.sync."""
-    state, turn = _named(number, threads)
-    until(lambda: state[1] != turn)
-    _ordered()
-
-
-def bar_arrive(number: Any, threads: Any) -> None:
-    """bar.arrive."""
-    _named(number, threads)
-
-
-def bar_warp_sync() -> None:
-    """bar.warp.sync."""
-    _ordered()
-    together(None, lambda given: given)
-    _ordered()
+    ordered()
 
 
 def nothing(*arguments: Any) -> None:

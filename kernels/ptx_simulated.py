@@ -11,9 +11,11 @@ begin at multiples of 1024, the first at 0.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy as np
 WARP = 32
 PATIENCE = 20.0  # seconds that all threads wait for each other
 _atomic = threading.Lock()
+_moments = itertools.count()
 
 # ----- a block's threads -----
 
@@ -70,12 +73,13 @@ def together(value: Any, make: Callable[[list[Any]], Sequence[Any]], size: int =
     Args:
         value: what this lane gives.
         make: from as many values to as many results.
-        size: threads that meet, those of a warp or, 128, of a warpgroup.
+        size: threads that meet, those of a warp or, 128, of a warpgroup; fewer if the block ends.
 
     """
     thread: Any = threading.current_thread()
     number, here = int(thread.thread_id), block()
     first = number - number % size
+    size = min(size, prod(thread._manager._block_dim) - first)
     with here.lock:
         meeting = here.meetings.setdefault((first, size), _Meeting())
         meeting.given[number] = value
@@ -109,6 +113,37 @@ def until(condition: Callable[[], bool]) -> None:
             raise TimeoutError("a thread waits for what no other thread does")
         time.sleep(0)
     here.moves += 1
+
+
+def ordered() -> None:
+    """What the threads that were waited for have done comes before what this one does: no race."""
+    thread: Any = threading.current_thread()
+    thread.interval = ("after", next(_moments))
+
+
+def _named(number: Any, threads: Any) -> tuple[list[int], int]:
+    """Arrive at a named barrier: its state, arrivals and turns, and the turn it was."""
+    ordered()
+    here = block()
+    with here.lock:
+        state: list[int] = here.barriers.setdefault(("named", int(number)), [0, 0])
+        turn = state[1]
+        state[0] += 1
+        if state[0] == int(threads):
+            state[:] = [0, turn + 1]
+        return state, turn
+
+
+def bar_sync(number: Any, threads: Any) -> None:
+    """bar.sync."""
+    state, turn = _named(number, threads)
+    until(lambda: state[1] != turn)
+    ordered()
+
+
+def bar_arrive(number: Any, threads: Any) -> None:
+    """bar.arrive."""
+    _named(number, threads)
 
 
 def shuffle_xor(x: Any, lane_mask: Any) -> Any:

@@ -22,7 +22,7 @@ import numba
 import numba.cuda
 import numpy as np
 
-from . import compile_cache
+from . import compile_cache, ptx_simulated
 
 # numba publishes no types for its CUDA target: it is named Any once, here, and the checkers stay
 # strict elsewhere.
@@ -425,31 +425,16 @@ def _cast(target: Any) -> Any:
 # ----- a warp's and a block's sums -----
 
 
-@cuda.jit(device=True)
-def _shuffle_xor_simulated(x, mask):
-    """Through shared memory: all threads of the block must call it."""
-    lanes = cuda.shared.array(1024, types.float64)
-    thread = cuda.threadIdx.x + cuda.blockDim.x * cuda.threadIdx.y
-    lanes[thread] = x
-    cuda.syncthreads()
-    other = lanes[thread ^ mask]
-    cuda.syncthreads()
-    return other
-
-
 def _shuffle_xor(x, mask):
     return cuda.shfl_xor_sync(0xFFFFFFFF, x, mask)
 
 
-shuffle_xor = _shuffle_xor_simulated if SIMULATED else device_function(_shuffle_xor)
+shuffle_xor = ptx_simulated.shuffle_xor if SIMULATED else device_function(_shuffle_xor)
 
 
 @device_function
 def warp_sum(x):
-    """The sum of x over the 32 threads of a warp, in every one of them, always in one order.
-
-    In the simulator a block must call it with all its threads, a multiple of 32.
-    """
+    """The sum of x over the 32 threads of a warp, in every one of them, always in one order."""
     x += shuffle_xor(x, 16)
     x += shuffle_xor(x, 8)
     x += shuffle_xor(x, 4)

@@ -35,6 +35,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..ptx import (
+    bar_arrive,
+    bar_sync,
     div_full_f32,
     ex2_approx_ftz_f32,
     lg2_approx_ftz_f32,
@@ -42,8 +44,6 @@ from ..ptx import (
     shfl_sync_idx_b32,
 )
 from ..ptx_hopper import (
-    bar_arrive,
-    bar_sync,
     cp_async_bulk_tensor_4d,
     fence_mbarrier_init_release_cluster,
     mbarrier_arrive,

@@ -131,7 +131,7 @@ class TurnThread(threading.Thread):
 
     def prepare(self, turns: Turns, manager: Any, block: Any, point: Any, args: Any) -> TurnThread:
         """Be the thread `point` of a block, from the next waking on."""
-        self.turns, self.manager, self.args = turns, manager, args
+        self.turns, self._manager, self.args = turns, manager, args
         self.blockIdx, self.threadIdx = kernelapi.Dim3(*block), kernelapi.Dim3(*point)
         x, y, _ = manager._block_dim
         self.thread_id = point[0] + x * (point[1] + y * point[2])
@@ -147,7 +147,7 @@ class TurnThread(threading.Thread):
             try:
                 if self.turns.failure is None:
                     with np.errstate(all="ignore"):  # integers wrap around, as on a GPU
-                        self.manager._f(*self.args)
+                        self._manager._f(*self.args)
             except BaseException as error:
                 if self.turns.failure is None:
                     error.add_note(f"in thread {self.threadIdx} of block {self.blockIdx}")
@@ -165,9 +165,9 @@ class TurnThread(threading.Thread):
             self.turns.sleep(self, condition)
 
     def _vote(self, value: Any, answer: Any) -> int:
-        self.manager.block_state[tuple(self.threadIdx)] = value
+        self._manager.block_state[tuple(self.threadIdx)] = value
         self.syncthreads(4)
-        result = int(answer(self.manager.block_state))
+        result = int(answer(self._manager.block_state))
         self.syncthreads(4)
         return result
 

@@ -13,8 +13,8 @@ from minitorch.kernels.runtime import cuda, types
 if not runtime.SIMULATED:
     pytest.skip("about numba's simulator: make simulator", allow_module_level=True)
 
-from minitorch.kernels.ptx import shared_address
-from minitorch.kernels.ptx_hopper import bar_arrive, bar_sync, mbarrier_arrive, mbarrier_init
+from minitorch.kernels.ptx import bar_arrive, bar_sync, shared_address
+from minitorch.kernels.ptx_hopper import mbarrier_arrive, mbarrier_init
 from minitorch.kernels.ptx_hopper import mbarrier_wait_parity as wait_for
 from tests.cuda.simulator import Deadlock, DivergentBarrier, Race
 
