@@ -43,7 +43,6 @@ from .hopper_backward_pipeline import (
     memory_plan,
     own_loader,
     pair_loader,
-    release,
     score_product,
 )
 from .hopper_backward_tiles import score_gradients, weigher, write_rows
@@ -196,7 +195,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                             dv = dv_done(dv)
                         if wants_dk:
                             dk = dk_done(dk)
-                        release(base + empty + 8 * stage, lane)
+                        mbarrier_arrive(base + empty + 8 * stage)
                         turn += types.uint32(1)
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
                 row = key0 + my_row

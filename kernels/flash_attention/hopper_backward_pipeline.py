@@ -9,7 +9,9 @@ item too: no consumer waits for what could have been asked for earlier.
 
 Tiles go through rings in shared memory. Each place of a ring has barriers `full` and `empty`, so
 that the next item's tiles are on their way while this one's are computed with, and its results are
-written. What the item is, its `Work`, comes with its own tiles.
+written. What the item is, its `Work`, comes with its own tiles. At `empty` all threads of the
+consumers arrive: what a product reads it has read when one of them has waited for it, but each also
+reads numbers, of the item or of the passing queries, for itself.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from ..ptx import atom_global_add_u32, ld_global_v4_b32, ld_shared_b32, st_shared_v4_b32
+from ..ptx import (
+    atom_global_add_u32,
+    ld_global_v4_b32,
+    ld_shared_b32,
+    st_shared_v4_b32,
+)
 from ..ptx_hopper import (
-    bar_warp_sync,
     cp_async_bulk,
     cp_async_bulk_tensor_4d,
     fence_mbarrier_init_release_cluster,
-    mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
     mbarrier_wait_parity,
@@ -122,35 +127,22 @@ def make_barriers(kind: Kind, blocks: Blocks) -> Any:
     """Device function `(base)`: one thread initialises the barriers of all rings."""
     plan, own_stages, stages = memory_plan(kind, blocks), blocks.own_stages, blocks.stages
     own_full, own_empty, (first, second), empty = plan[4:8]
-    consumers, warps = blocks.consumers, 4 * blocks.consumers
+    readers = WARPGROUP * blocks.consumers
 
     @device_function
     def make(base):
         if cuda.threadIdx.x == 0:
             for stage in range(own_stages):
                 mbarrier_init(base + own_full + 8 * stage, 1)
-                mbarrier_init(base + own_empty + 8 * stage, WARPGROUP * consumers)
+                mbarrier_init(base + own_empty + 8 * stage, readers)
             for stage in range(stages):
                 mbarrier_init(base + first + 8 * stage, 1)
                 mbarrier_init(base + second + 8 * stage, 1)
-                mbarrier_init(base + empty + 8 * stage, warps)
+                mbarrier_init(base + empty + 8 * stage, readers)
             fence_mbarrier_init_release_cluster()
         cuda.syncthreads()
 
     return make
-
-
-@device_function
-def release(empty, lane):
-    """A warp's arrival at `empty`: it has read all that it wants of this place of a ring.
-
-    What a product reads it has read when it is waited for. But the lanes also load numbers, the
-    queries' L and delta, each for itself. Lane 0's arrival says nothing of the others' loads:
-    without the barrier they might come after the place is written anew.
-    """
-    bar_warp_sync()
-    if lane == 0:
-        mbarrier_arrive(empty)
 
 
 # ----- items of work -----
@@ -362,6 +354,5 @@ __all__ = [
     "memory_plan",
     "own_loader",
     "pair_loader",
-    "release",
     "score_product",
 ]

@@ -40,7 +40,6 @@ from .hopper_backward_pipeline import (
     memory_plan,
     own_loader,
     pair_loader,
-    release,
     score_product,
 )
 from .hopper_backward_tiles import score_gradients, weigher, write_rows, write_scores
@@ -178,7 +177,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)
                     wgmma_commit_group()
                     dq = dq_done(dq)
-                    release(base + empty + 8 * stage, lane)
+                    mbarrier_arrive(base + empty + 8 * stage)
                     turn += types.uint32(1)
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
                 place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
