@@ -5,13 +5,15 @@ dx = (g - mean(g) - xhat mean(g xhat)) / sqrt(var + eps),     g = gamma dy
 dgamma = sum over rows of dy xhat,     dbeta = sum over rows of dy
 
 The backward pass is two kernels: in the first, each thread adds up dgamma and dbeta over the rows
-of its block, in registers, or in shared memory where rows are long; the second adds the blocks'
-sums. Always in one order, so a second run gives the same bits.
+of its team, in registers, or in shared memory where rows are long, and the block adds up those of
+its teams; the second adds the blocks' sums. Always in one order, so a second run gives the same
+bits. A block has as many teams as fit, since each block's sums are written and read again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -31,6 +33,7 @@ from .rows_cuda import (
 )
 from .runtime import (
     SIMULATED,
+    WARP,
     Instance,
     ceil_div,
     cuda,
@@ -45,11 +48,12 @@ from .vectors_cuda import BYTES, vector_access
 FORWARD_BYTES = 128  # of a row that a thread keeps, in its registers
 BACKWARD_BYTES = (64, 128)  # of each of two rows: the first with which a row is kept whole
 BACKWARD_THREADS = 512  # of a row's team
-BACKWARD_ROWS = 2 if SIMULATED else 8
-TILED_BYTES = 48
+BACKWARD_ROWS = 2 if SIMULATED else 32  # of a block
+TILED_BYTES = 32
 REGISTERS, SHARED_BYTES = 65536, 220 * 1024  # of a multiprocessor
+MOST_THREADS, MOST_BARRIERS = 1024, 15  # of a block; it has a 16th barrier, of all its threads
 KEPT_SUMS = 16  # columns of a thread whose sums stay in its registers
-AHEAD = 2 if SIMULATED else 32  # blocks' sums that a thread reads at once
+AHEAD = 2 if SIMULATED else 16  # blocks' sums that a thread reads at once
 
 
 def forward(
@@ -150,10 +154,20 @@ def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> An
 def backward_shape(precision_name: str, columns: int) -> RowShape:
     """The shape of the backward pass, in which the sums of a block's teams share its memory."""
     for bytes_kept in BACKWARD_BYTES:
-        shape = row_shape(precision_name, columns, bytes_kept, BACKWARD_ROWS, BACKWARD_THREADS)
+        shape = row_shape(precision_name, columns, bytes_kept, 1, BACKWARD_THREADS)
         if not shape.tiled and _sums_bytes(precision_name, shape) <= most_shared_bytes():
-            return shape
+            return replace(shape, rows=_teams(precision_name, shape))
     return row_shape(precision_name, columns, TILED_BYTES, 1, BACKWARD_THREADS)
+
+
+def _teams(precision_name: str, shape: RowShape) -> int:
+    """Of a block: as many as its threads, registers, memory and barriers are enough for."""
+    by_memory = most_shared_bytes() // _sums_bytes(precision_name, shape)
+    # Registers are dealt out to four warps at a time.
+    threads = REGISTERS // _registers(precision_name, shape) // (4 * WARP) * (4 * WARP)
+    by_threads = min(MOST_THREADS, threads) // shape.threads
+    by_barriers = BACKWARD_ROWS if shape.threads == WARP else MOST_BARRIERS
+    return max(1, min(BACKWARD_ROWS, by_memory, by_threads, by_barriers))
 
 
 def sums_in_registers(precision_name: str, shape: RowShape) -> bool:
@@ -173,7 +187,7 @@ def backward_blocks(precision_name: str, rows: int, columns: int) -> int:
     shape = backward_shape(precision_name, columns)
     # The blocks of a row's tiles run side by side, so that the row is read from memory once.
     most = blocks_at_once(precision_name, shape) // ceil_div(columns, shape.tile)
-    return max(1, min(row_blocks(rows, shape), most))
+    return max(1, min(rows, most))
 
 
 def blocks_at_once(precision_name: str, shape: RowShape) -> int:
@@ -184,10 +198,16 @@ def blocks_at_once(precision_name: str, shape: RowShape) -> int:
 
 def _blocks_by_registers(precision_name: str, shape: RowShape) -> int:
     """Of a multiprocessor; the compiler is told, and keeps to it."""
+    threads = shape.threads * shape.rows
+    return max(1, REGISTERS // (_registers(precision_name, shape) * threads))
+
+
+def _registers(precision_name: str, shape: RowShape) -> int:
+    """Of a thread: what it keeps, and some for addresses."""
     words = 2 if precision_name == "float64" else 1  # of a number
-    kept = sums_in_registers(precision_name, shape)
-    registers = 4 * shape.values + 32 if kept else (2 * shape.values + 16) * words + 24
-    return max(1, REGISTERS // (registers * shape.threads * shape.rows))
+    if sums_in_registers(precision_name, shape):
+        return 4 * shape.values + 40
+    return (2 * shape.values + 16) * words + 24
 
 
 def backward(
@@ -330,12 +350,17 @@ def _team_sums(precision_name: str, shape: RowShape) -> tuple[Any, Any, Any]:
 
 @cache
 def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> Any:
-    """dx of rows number blockIdx.x + n gridDim.x, of the columns of tile blockIdx.y; their sums."""
+    """dx of rows number blockIdx.x + n gridDim.x, of the columns of tile blockIdx.y; their sums.
+
+    The block's first team takes the first of these rows, the second team the second: so a few rows
+    occupy all blocks.
+    """
     real = precision(precision_name).real
     _, store = tile_access(precision_name, shape)
     read, weigh = _tile_reader(precision_name, shape), _weighted(weight_name, shape)
     gather, pass_on, column_of = _team_sums(precision_name, shape)
-    add, invert_root = team_sums(precision_name, shape.threads), inverse_root(precision_name)
+    add = team_sums(precision_name, shape.threads, shape.rows)
+    invert_root = inverse_root(precision_name)
     count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
     threads = shape.threads * shape.rows
 
@@ -355,31 +380,28 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
         place, share = cuda.threadIdx.y * 2 * width, real(1.0) / real(columns)
         own = cuda.blockIdx.y if tiled else 0
         tiles = (columns + width - 1) // width if tiled else 1
-        # All teams of a block go round equally often: they meet at barriers.
-        for first in range(cuda.blockIdx.x * rows_of_block, rows, cuda.gridDim.x * rows_of_block):
-            row = types.int64(first) + cuda.threadIdx.y
+        first = types.int64(cuda.blockIdx.x) + types.int64(cuda.threadIdx.y) * cuda.gridDim.x
+        for row in range(first, rows, rows_of_block * cuda.gridDim.x):
             start = row * columns
-            limit = columns if row < rows else 0
-            known = min(row, rows - 1)
-            centre, rstd = mean[known], invert_root(var[known] + real(eps))
+            centre, rstd = mean[row], invert_root(var[row] + real(eps))
             sum_g, sum_g_distance = real(0.0), real(0.0)
             for tile in range(tiles):
-                read(dy, x, start, tile, limit, centre, grad, distance)
+                read(dy, x, start, tile, columns, centre, grad, distance)
                 if not tiled:
                     gather(grad, distance, rstd, dgamma, dbeta, sums, place)
-                weigh(gamma, tile, limit, grad)
+                weigh(gamma, tile, columns, grad)
                 for i in range(count):
                     sum_g += grad[i]
                     sum_g_distance += grad[i] * distance[i]
             sum_g, sum_g_distance = add(sum_g, sum_g_distance)
             mean_g, slope = sum_g * share, sum_g_distance * share * rstd * rstd
             if tiled:  # the own tile again
-                read(dy, x, start, own, limit, centre, grad, distance)
+                read(dy, x, start, own, columns, centre, grad, distance)
                 gather(grad, distance, rstd, dgamma, dbeta, sums, place)
-                weigh(gamma, own, limit, grad)
+                weigh(gamma, own, columns, grad)
             for i in range(count):
                 grad[i] = (grad[i] - mean_g - distance[i] * slope) * rstd
-            store(dx, start, own, limit, grad)
+            store(dx, start, own, columns, grad)
         pass_on(dgamma, dbeta, sums, place)  # what is kept
         cuda.syncthreads()
         for n in range(thread, width, threads):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from .ptx import bar_sync
 from .runtime import (
     SIMULATED,
     WARP,
@@ -40,7 +41,7 @@ class RowShape:
     """How a block reads rows.
 
     Args:
-        threads: of a row's team: a multiple of 32, 32 unless `rows` is 1.
+        threads: of a row's team: a multiple of 32.
         rows: rows that a block works on at once, one team each; 1 if they are tiled.
         vector: elements that a thread reads at once.
         vectors: vectors that a thread keeps.
@@ -217,33 +218,38 @@ def _over_team(precision_name: str, threads: int, over_warp: Any, nothing: float
 
 
 @cache
-def team_sums(precision_name: str, threads: int) -> Any:
-    """Device function `(x, y)`: the sums of both over the threads of a row, in each of them."""
+def team_sums(precision_name: str, threads: int, rows: int) -> Any:
+    """Device function `(x, y)`: the sums of both over the threads of a row, in each of them.
+
+    The teams of a block do not wait for each other: each has a barrier of its own.
+    """
     real = precision(precision_name).real
     warps = threads // WARP
     places, steps = 2 * warps, warps.bit_length() - 1
+    all_places = places * rows
 
     @device_function
     def over_warp(x, y):
         return warp_sum(x), warp_sum(y)
 
     @device_function
-    def over_block(x, y):
-        of_warp = cuda.shared.array(places, real)
+    def over_team(x, y):
+        of_warp = cuda.shared.array(all_places, real)
         x, y = warp_sum(x), warp_sum(y)
         lane, warp = cuda.threadIdx.x % WARP, cuda.threadIdx.x // WARP
+        first, barrier = cuda.threadIdx.y * places, types.uint32(cuda.threadIdx.y + 1)
         if lane == 0:
-            of_warp[warp] = x
-            of_warp[warps + warp] = y
-        cuda.syncthreads()
-        x, y = of_warp[lane % warps], of_warp[warps + lane % warps]
-        cuda.syncthreads()  # all have read before the next call writes
+            of_warp[first + warp] = x
+            of_warp[first + warps + warp] = y
+        bar_sync(barrier, types.uint32(threads))
+        x, y = of_warp[first + lane % warps], of_warp[first + warps + lane % warps]
+        bar_sync(barrier, types.uint32(threads))  # all have read before the next call writes
         for step in range(steps):
             x += shuffle_xor(x, 1 << step)
             y += shuffle_xor(y, 1 << step)
         return x, y
 
-    return over_warp if threads == WARP else over_block
+    return over_warp if threads == WARP else over_team
 
 
 @cache

@@ -218,7 +218,9 @@ def check_layernorm(seed: int, name: str, weight_name: str, rows: int, columns: 
     gx = g * scale
     expected = rstd * (gx - gx.mean(-1, keepdims=True) - xhat * (gx * xhat).mean(-1, keepdims=True))
     if columns > 1:
-        assert_close(to_host(dx, name, rows, columns), expected, name)
+        # In a row far from 0, by its own measure, the mean's last digits are magnified.
+        far = np.maximum(1.0, np.abs(centre) * rstd)
+        assert_close(to_host(dx, name, rows, columns) / far, expected / far, name)
     assert_close(to_host(dgamma, weight_name, columns), (g * xhat).sum(0), weight_name)
     assert_close(to_host(dbeta, weight_name, columns), g.sum(0), weight_name)
 
