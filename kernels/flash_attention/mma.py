@@ -19,6 +19,7 @@ from .mma_forward import forward_kernel, forward_memory
 from .mma_memory import copy_team
 from .mma_tiles import Kind, Tiles
 from .problem import AttentionProblem
+from .tuning import SHORT, Numbers, choice
 
 NAME = "mma"
 ROW_ALIGNMENT = 16  # bytes: where rows of queries, keys, values and dO begin
@@ -71,7 +72,10 @@ def is_turing(architecture: Architecture) -> bool:
 #
 # The first in a list that fits: in shared memory, and in registers, which hold a warp's sums.
 # Addresses, fragments and the masks' bounds take about 60 of the 255. The order is that of the
-# speed on an H200.
+# speed on an H200. The table of tuning.py goes before it.
+#
+# Tiles of eight warps are for head sizes beyond WIDE, where a block of four warps often leaves no
+# room for another: eight hide more of each other's waiting, and read what passes by half as often.
 
 FORWARD: tuple[Tiles, ...]
 KEY_VALUE: tuple[Tiles, ...]
@@ -81,20 +85,71 @@ if SIMULATED:
 else:
     FORWARD = (
         Tiles(128, 64, 4, 2, in_registers=True), Tiles(128, 64, 4, 2),
-        Tiles(128, 64, 4, 2, lazy=True), Tiles(128, 32, 4, 2, lazy=True), Tiles(64, 64, 4, 2),
+        Tiles(128, 64, 4, 2, lazy=True), Tiles(128, 32, 4, 2, lazy=True),
+        Tiles(128, 64, 8, 2, lazy=True), Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 2),
         Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1),
         Tiles(32, 16, 2, 1),
     )  # fmt: skip
     KEY_VALUE = (
         Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 1),
-        Tiles(64, 16, 4, 1), Tiles(64, 32, 4, 2, parts=2), Tiles(64, 32, 4, 1, parts=2),
-        Tiles(64, 16, 4, 1, parts=2), Tiles(32, 16, 2, 1, parts=2),
+        Tiles(64, 16, 4, 1), Tiles(128, 32, 8, 2, parts=2), Tiles(64, 32, 4, 2, parts=2),
+        Tiles(64, 32, 4, 1, parts=2), Tiles(64, 16, 4, 1, parts=2), Tiles(32, 16, 2, 1, parts=2),
         Tiles(32, 16, 2, 1, parts=4), Tiles(16, 16, 1, 1, parts=2),
     )  # fmt: skip
     QUERY = (
-        Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2),
-        Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(32, 16, 2, 1),
+        Tiles(128, 64, 4, 2), Tiles(128, 32, 4, 2), Tiles(128, 64, 8, 2), Tiles(128, 32, 8, 2),
+        Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2), Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1),
+        Tiles(64, 16, 4, 1), Tiles(32, 16, 2, 1),
     )  # fmt: skip
+# To be measured for plain attention: arguments of `Tiles`.
+CANDIDATES: dict[str, dict[int, tuple[Numbers, ...]]] = {
+    "forward": {
+        64: (
+            (128, 64, 4, 2, True), (128, 64, 4, 2, True, 1, 1, True), (256, 64, 8, 2, True),
+            (64, 64, 4, 2, True, 3), (64, 128, 4, 2, True), (128, 128, 8, 2, True),
+        ),
+        128: (
+            (128, 64, 4, 2, False, 1, 1, True), (256, 64, 8, 2, False, 1, 1, True),
+            (128, 32, 4, 2, False, 1, 1, True), (64, 64, 4, 2, True), (128, 64, 8, 2, True),
+            (128, 128, 8, 2, True, 1, 1, True),
+        ),
+        256: (
+            (128, 64, 8, 2, False, 1, 1, True), (128, 48, 8, 2, False, 1, 1, True),
+            (128, 32, 8, 2), (128, 64, 8, 1, False, 1, 1, True), (64, 32, 4, 2),
+            (64, 64, 4, 1, False, 1, 1, True),
+        ),
+    },
+    "key_value": {
+        64: (
+            (128, 32, 4, 2), (256, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2, True),
+            (64, 64, 4, 2, False, 3), (128, 64, 8, 2, True),
+        ),
+        128: (
+            (64, 64, 4, 2), (128, 64, 8, 2), (128, 48, 8, 2), (128, 32, 8, 2), (64, 48, 4, 2),
+            (64, 32, 4, 2),
+        ),
+        256: (
+            (128, 32, 8, 2, False, 1, 2), (128, 64, 8, 1, False, 1, 2),
+            (128, 48, 8, 1, False, 1, 2), (64, 32, 4, 2, False, 1, 2),
+            (64, 32, 4, 1, False, 1, 2), (64, 16, 4, 2, False, 1, 2),
+        ),
+    },
+    "query": {
+        64: (
+            (128, 64, 4, 2), (256, 64, 8, 2), (128, 32, 4, 2, True), (64, 64, 4, 2, True),
+            (64, 64, 4, 2, True, 3), (128, 64, 8, 2, True),
+        ),
+        128: (
+            (128, 32, 4, 2), (256, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2, True),
+            (128, 64, 8, 2, True), (128, 32, 4, 1),
+        ),
+        256: (
+            (128, 32, 8, 2), (128, 64, 8, 1), (128, 48, 8, 1), (64, 64, 4, 2), (64, 32, 4, 1),
+            (64, 16, 4, 2),
+        ),
+    },
+}  # fmt: skip
+WIDE = 128  # columns
 SUMS = 192  # of a lane at most, 4 bytes each
 SUMS_OF_SOFTMAX = 144  # if all of them are rescaled while there are scores
 SUMS_WITH_DROPOUT = 160  # of 16-bit numbers; the generator's words stand beside them
@@ -102,6 +157,12 @@ SUMS_WITH_MASK = 144  # of float32
 SUMS_OF_TURING = 144  # for dK and dV: what is copied goes through registers
 OWN = 32  # words of a warp's own operand in registers
 SCORES_WITH_MASK = 16  # of a lane, for each of which a number of the mask is on its way
+
+
+def tiles_of(numbers: Numbers) -> Tiles:
+    """The tiles that a row of the tuning table, or of CANDIDATES, stands for."""
+    arguments: Any = numbers  # some of them are bools
+    return Tiles(*arguments)
 
 
 def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums: int) -> bool:
@@ -122,12 +183,29 @@ def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums:
     return sums <= most and size <= MEMORY.get(architecture, LITTLE_MEMORY)
 
 
-def _first(choices: tuple[Tiles, ...], fits: Callable[[Tiles], bool]) -> Tiles:
-    return choices[0] if SIMULATED else next(filter(fits, choices))
+def _first(
+    choices: tuple[Tiles, ...],
+    kind: Kind,
+    measured: Numbers | None,
+    fits: Callable[[Tiles], bool],
+) -> Tiles:
+    """The tiles that were measured to be the fastest, or else the first of the choices.
+
+    Those are for 16-bit numbers without mask and dropout, to which they may leave no registers.
+    """
+    if SIMULATED:
+        return choices[0]
+    plain = kind == Kind(kind.precision, kind.head_dim, kind.value_dim, "none", False, False, False)
+    if measured and plain and kind.width == kind.value_width and fits(tiles_of(measured)):
+        return tiles_of(measured)
+    most = 8 if max(kind.width, kind.value_width) > WIDE else 4
+    return next(tiles for tiles in choices if tiles.warps <= most and fits(tiles))
 
 
 @cache
-def forward_tiles(kind: Kind, architecture: Architecture) -> Tiles:
+def forward_tiles(
+    kind: Kind, architecture: Architecture, causal: bool = False, seqlen_q: int = SHORT + 1
+) -> Tiles:
     """The forward kernel's tiles."""
 
     def fits(tiles: Tiles) -> bool:
@@ -140,11 +218,14 @@ def forward_tiles(kind: Kind, architecture: Architecture) -> Tiles:
             return False
         return _fits(kind, tiles, architecture, forward_memory(kind, tiles).size, sums)
 
-    return _first(FORWARD, fits)
+    measured = choice(NAME, "forward", architecture, kind.width, causal, seqlen_q)
+    return _first(FORWARD, kind, measured, fits)
 
 
 @cache
-def backward_tiles(kind: Kind, architecture: Architecture) -> tuple[Tiles, Tiles]:
+def backward_tiles(
+    kind: Kind, architecture: Architecture, causal: bool = False, seqlen_q: int = SHORT + 1
+) -> tuple[Tiles, Tiles]:
     """The tiles of the kernel for dK and dV, and of that for dQ."""
 
     def key_value_fits(tiles: Tiles) -> bool:
@@ -158,21 +239,34 @@ def backward_tiles(kind: Kind, architecture: Architecture) -> tuple[Tiles, Tiles
         sums = tiles.row_blocks * (kind.width + 2 * tiles.columns) // 2
         return _fits(kind, tiles, architecture, backward_memory(kind, tiles, False).size, sums)
 
-    return _first(KEY_VALUE, key_value_fits), _first(QUERY, query_fits)
+    for_keys, for_queries = (
+        choice(NAME, kernel, architecture, kind.width, causal, seqlen_q)
+        for kernel in ("key_value", "query")
+    )
+    return (
+        _first(KEY_VALUE, kind, for_keys, key_value_fits),
+        _first(QUERY, kind, for_queries, query_fits),
+    )
 
 
 def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:
     """The sizes of the tiles, for people."""
     mask = {"none": "none", "bool": "bool", "additive": "float32"}[problem.mask_kind]
     kind = _kind(problem, mask, architecture)
+    of_problem = kind, architecture, problem.right is not None, problem.seqlen_q
     if not backward:
-        found = forward_tiles(kind, architecture)
-        return f"{found.rows} queries x {found.columns} keys, {found.warps} warps"
-    keys, queries = backward_tiles(kind, architecture)
+        return _in_words(forward_tiles(*of_problem), "queries", "keys")
+    for_keys, for_queries = backward_tiles(*of_problem)
+    parts = f" in {for_keys.parts} parts" * (for_keys.parts > 1)
     return (
-        f"{keys.rows} keys x {keys.columns} queries for dK and dV, {queries.rows} queries x "
-        f"{queries.columns} keys for dQ, {keys.warps} warps"
+        f"dK and dV{parts} {_in_words(for_keys, 'keys', 'queries')}; "
+        f"dQ {_in_words(for_queries, 'queries', 'keys')}"
     )
+
+
+def _in_words(tiles: Tiles, rows: str, columns: str) -> str:
+    stages = "two stages" if tiles.stages == 2 else "one stage"
+    return f"{tiles.rows} {rows} x {tiles.columns} {columns}, {tiles.warps} warps, {stages}"
 
 
 # ----- launches -----
@@ -195,7 +289,8 @@ def forward(
     if not problem.batch_heads * problem.seqlen_q:
         return
     kind = _kind(problem, inputs.mask_kind, architecture)
-    tiles = blocks or forward_tiles(kind, architecture)
+    causal = problem.right is not None
+    tiles = blocks or forward_tiles(kind, architecture, causal, problem.seqlen_q)
     mask, mask_strides = cuda.mask_of(inputs)
     sizes, numbers = cuda.arguments_of(problem, heads)
     q, k, v = inputs.q, inputs.k, inputs.v
@@ -227,7 +322,8 @@ def backward(
     if not problem.batch_heads:
         return
     kind = _kind(problem, inputs.mask_kind, architecture)
-    for_keys, for_queries = blocks or backward_tiles(kind, architecture)
+    causal = problem.right is not None
+    for_keys, for_queries = blocks or backward_tiles(kind, architecture, causal, problem.seqlen_q)
     mask, mask_strides = cuda.mask_of(inputs)
     sizes, numbers = cuda.arguments_of(problem, heads)
     q, k, v = inputs.q, inputs.k, inputs.v
@@ -296,7 +392,10 @@ def instances() -> Iterator[Instance]:
         ),
         (Kind("bfloat16", 128, 128, "none", False, False, False), {"sm_90a": (9, 0)}),
         (Kind("float16", 128, 128, "float32", True, True, False), {"sm_86": (8, 6)}),
-        (Kind("float16", 256, 256, "none", False, False, False), {"sm_80": (8, 0)}),
+        (
+            Kind("float16", 256, 256, "none", False, False, False),
+            {"sm_80": (8, 0), "sm_90a": (9, 0)},
+        ),
         (Kind("tf32x3", 64, 64, "bool", False, False, False), {"sm_80": (8, 0)}),
     ):
         yield from _instances_of(kind, architectures)
