@@ -2,7 +2,10 @@
 
 Most layouts are read and written in order by the elementwise kernel. In a transposed copy one side
 would be read a row apart from thread to thread: there a tile goes through shared memory, which is
-written along the rows of one side and read along those of the other.
+written along the rows of one side and read along those of the other. Where addresses and strides
+allow, both sides are moved 16 bytes at a time: a thread reads as many such vectors, one from each
+of neighbouring rows of x, as a vector has elements, and so holds a square, which it turns in its
+registers.
 """
 
 from __future__ import annotations
@@ -23,9 +26,21 @@ from .elementwise_cuda import (
     map_kernel,
     merge_dimensions,
 )
-from .runtime import SIMULATED, Instance, ceil_div, cuda, kernel, launch, precision, types
+from .runtime import (
+    SIMULATED,
+    Instance,
+    ceil_div,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    types,
+)
+from .vectors_cuda import BYTES, vector_access
 
-THREADS = 8 if SIMULATED else 256
+MOST_THREADS = 8 if SIMULATED else 256
+BAND = 2 if SIMULATED else 16  # tiles
 
 
 def identity(x: float) -> float:
@@ -35,20 +50,19 @@ def identity(x: float) -> float:
 
 def copy_into(out: View, x: View) -> None:
     """out[i] = x[i], where x broadcasts to out; rounded to the dtype of out."""
-    strides = broadcast_strides(out.shape, x.shape, x.strides)
-    plan = _transposition(out.shape, out.strides, strides) if out.dtype == x.dtype else None
+    plan = make_plan(out, x) if out.dtype == x.dtype else None
     if plan is None:
         map_into(identity, out, x)
         return
-    tile = tile_size(out.dtype)
-    tiles = ceil_div(plan.rows, tile) * ceil_div(plan.columns, tile) * prod(plan.rest)
+    side = tile_side(out.dtype, plan.lanes)
     launch(
-        transpose_kernel(out.dtype, len(plan.rest)),
-        tiles,
-        (tile, THREADS // tile),
+        transpose_kernel(out.dtype, len(plan.rest), plan.lanes),
+        ceil_div(plan.rows, side) * ceil_div(plan.columns, side) * prod(plan.rest),
+        block_shape(out.dtype, plan.lanes),
         out.array,
         x.array,
-        *plan,
+        *plan[1:],
+        shared_bytes=side * side * precision(out.dtype).storage.itemsize,
     )
 
 
@@ -56,6 +70,7 @@ class Transposition(NamedTuple):
     """A copy as the transposition of many matrices.
 
     Args:
+        lanes: elements that are moved at once, on both sides.
         rest: sizes of the dimensions that number the matrices.
         out_rest: strides of out along them.
         x_rest: strides of x along them.
@@ -66,6 +81,7 @@ class Transposition(NamedTuple):
 
     """
 
+    lanes: int
     rest: Ints
     out_rest: Ints
     x_rest: Ints
@@ -75,9 +91,18 @@ class Transposition(NamedTuple):
     x_column: int
 
 
-@lru_cache(4096)
-def _transposition(shape: Ints, out_strides: Ints, x_strides: Ints) -> Transposition | None:
+def make_plan(out: View, x: View) -> Transposition | None:
     """None where the elementwise kernel does as well."""
+    strides = broadcast_strides(out.shape, x.shape, x.strides)
+    itemsize = precision(out.dtype).storage.itemsize
+    # Of an address only its alignment counts, so that one plan serves many.
+    return _plan(out.shape, out.strides, strides, itemsize, (out.address | x.address) % BYTES)
+
+
+@lru_cache(4096)
+def _plan(
+    shape: Ints, out_strides: Ints, x_strides: Ints, itemsize: int, addresses: int
+) -> Transposition | None:
     least = 4 if SIMULATED else 16
     if prod(shape) == 0:
         return None
@@ -92,75 +117,129 @@ def _transposition(shape: Ints, out_strides: Ints, x_strides: Ints) -> Transposi
         tuple(values[d] for d in others) or (fill,)
         for values, fill in ((shape, 1), (out_strides, 0), (x_strides, 0))
     )
-    return Transposition(
-        rest, out_rest, x_rest, shape[row], shape[last], out_strides[row], x_strides[last]
-    )
+    rows, columns, out_row, x_column = shape[row], shape[last], out_strides[row], x_strides[last]
+    lanes = BYTES // itemsize
+    while lanes > 1 and (
+        addresses % (lanes * itemsize) != 0
+        or any(n % lanes != 0 for n in (rows, columns, out_row, x_column, *out_rest, *x_rest))
+    ):
+        lanes //= 2
+    return Transposition(lanes, rest, out_rest, x_rest, rows, columns, out_row, x_column)
 
 
-def tile_size(dtype: str) -> int:
-    """Side of a tile: 128 bytes, so that each row of it is whole memory transactions."""
+def tile_side(dtype: str, lanes: int) -> int:
+    """Rows of a tile, and columns: 128 bytes or more, whole memory transactions."""
     if SIMULATED:
-        return 4
-    return 64 if precision(dtype).storage.itemsize == 2 else 32
+        return max(4, 2 * lanes)
+    return 32 if dtype == "float64" else 64
+
+
+def block_shape(dtype: str, lanes: int) -> tuple[int, int]:
+    """Threads of a block: as many as a tile's row has vectors, and lines of them."""
+    vectors = tile_side(dtype, lanes) // lanes
+    return vectors, min(vectors, MOST_THREADS // vectors)
 
 
 @cache
-def transpose_kernel(dtype: str, rest_dims: int) -> Any:
+def transpose_kernel(dtype: str, rest_dims: int, lanes: int) -> Any:
     """The kernel that transposes matrices tile by tile.
 
     Args:
         dtype: of both sides.
         rest_dims: number of dimensions that number the matrices.
+        lanes: elements of a vector.
 
     """
-    tile_side = tile_size(dtype)
-    width = tile_side + 1  # odd: the numbers of a column lie in different banks
-    lines = THREADS // tile_side  # rows of a tile that the block moves at a time
-    steps = tile_side // lines  # numbers of a thread
+    side = tile_side(dtype, lanes)
+    vectors, lines = block_shape(dtype, lanes)
+    squares = vectors // lines  # of lanes x lanes elements, that a thread reads
+    held = squares * lanes * lanes
     storage = numba.from_dtype(precision(dtype).storage)
-    offset = group_offset(rest_dims, 1, types.uint32)
+    load, store = vector_access(lanes)
+    find_tile, offset = tile_place(side), group_offset(rest_dims, 1, types.uint32)
+    short = types.uint32
 
-    @kernel(THREADS)
+    @device_function
+    def in_tile(row, vector):
+        """Where a vector of a row begins in shared memory; the order of a row's vectors changes
+        from row to row, so that those of a column, too, lie in different banks."""
+        return (row * vectors + (vector ^ (row // lanes))) * lanes
+
+    @kernel(vectors * lines)
     def transpose(out, x, rest, out_rest, x_rest, rows, columns, out_row, x_column):
-        tile = cuda.shared.array((tile_side, width), storage)
-        values = cuda.local.array(steps, storage)
-        # 32 bits are enough to number tiles, and quick to divide.
-        across = types.uint32((columns - 1) // tile_side + 1)
-        down = types.uint32((rows - 1) // tile_side + 1)
-        block = types.uint32(cuda.blockIdx.x)
-        matrix, number = block // (across * down), block % (across * down)
-        row0 = types.int64(number // across) * tile_side
-        column0 = types.int64(number % across) * tile_side
-        p = offset(matrix, rest, out_rest)
-        q = offset(matrix, rest, x_rest)
-        i, line = cuda.threadIdx.x, cuda.threadIdx.y
+        tile = cuda.shared.array(0, storage)  # (side, side); a static one may not be aligned
+        values = cuda.local.array(held, storage)
+        one = cuda.local.array(lanes, storage)
+        matrix, row0, column0 = find_tile(rows, columns)
+        p = offset(matrix, rest, out_rest) + row0 * out_row + column0
+        q = offset(matrix, rest, x_rest) + column0 * x_column + row0
+        # Of the tile; 32 bits are enough within it, and 64 would double the instructions.
+        rows, columns = short(min(rows - row0, side)), short(min(columns - column0, side))
+        i, line = short(cuda.threadIdx.x), short(cuda.threadIdx.y)
 
-        # Neighbouring threads along a row of x. All numbers are read before the first is needed;
+        # Neighbouring threads along a row of x. All vectors are read before the first is needed;
         # beyond an edge the edge's is read, since a branch would hold up those after it.
-        row = min(row0 + i, rows - 1)
-        for step in range(steps):
-            column = min(column0 + line + step * lines, columns - 1)
-            values[step] = x[q + row + column * x_column]
-        for step in range(steps):
-            tile[line + step * lines, i] = values[step]
+        q += min(short(i * lanes), short(rows - lanes))
+        for square in range(squares):
+            column = min(short((line + square * lines) * lanes), short(columns - lanes))
+            for k in range(lanes):
+                load(x, q + short(column + k) * x_column, one)
+                for j in range(lanes):
+                    values[(square * lanes + k) * lanes + j] = one[j]
+        for square in range(squares):
+            for j in range(lanes):
+                for k in range(lanes):
+                    one[k] = values[(square * lanes + k) * lanes + j]
+                store(tile, in_tile(short(i * lanes + j), short(line + square * lines)), one)
         cuda.syncthreads()
-        for step in range(steps):  # and along a row of out
-            r = line + step * lines
-            if row0 + r < rows and column0 + i < columns:
-                out[p + (row0 + r) * out_row + column0 + i] = tile[i, r]
+        column = short(i * lanes)
+        for step in range(squares * lanes):  # and along a row of out
+            row = short(line + step * lines)
+            if row < rows and column < columns:
+                load(tile, in_tile(row, i), one)
+                store(out, p + row * out_row + column, one)
 
     return transpose
+
+
+@cache
+def tile_place(side: int) -> Any:
+    """Device function `(rows, columns)`: the matrix of a block, its tile's first row and column.
+
+    A band is `BAND` tiles high, and its tiles are numbered from the top down. So blocks that are at
+    work at one time read pieces of x that follow one another in memory, and write such of out.
+    """
+    number_type = types.uint32  # enough to number tiles, and quick to divide
+
+    @device_function
+    def find_tile(rows, columns):
+        # uint32() each time: numba would go on in 64 bits.
+        down = number_type((rows - 1) // side + 1)
+        across = number_type((columns - 1) // side + 1)
+        tiles, tiles_of_band = number_type(down * across), number_type(BAND * across)
+        block = number_type(cuda.blockIdx.x)
+        matrix = number_type(block // tiles)
+        number = number_type(block - matrix * tiles)
+        first = number_type(number // tiles_of_band * BAND)
+        height = min(number_type(down - first), number_type(BAND))
+        number = number_type(number - first * across)
+        column = number_type(number // height)
+        row = number_type(first + number - column * height)
+        return matrix, types.int64(row) * side, types.int64(column) * side
+
+    return find_tile
 
 
 def instances() -> Iterator[Instance]:
     """Kernels for the compile tests: transpositions, and casts from and to float32."""
     for dtype in ("float32", "float64", "float16", "bfloat16"):
         array = precision(dtype).array
-        for dims in (1, 2) if dtype == "float32" else (1,):
+        most = BYTES // precision(dtype).storage.itemsize
+        for dims, lanes in ((1, 1), (1, most), (2, most)) if dtype == "float32" else ((1, most),):
             ints = types.UniTuple(types.int64, dims)
             yield Instance(
-                f"transpose[{dtype}, rest_dims={dims}]",
-                transpose_kernel(dtype, dims),
+                f"transpose[{dtype}, rest_dims={dims}, {lanes=}]",
+                transpose_kernel(dtype, dims, lanes),
                 (array, array, ints, ints, ints) + (types.int64,) * 4,
                 most_registers=96,
             )

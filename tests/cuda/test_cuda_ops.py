@@ -293,10 +293,62 @@ def test_masked_fill(dtype: str) -> None:
     )
 
 
+def transposition(
+    shape: tuple[int, ...], out: tuple[int, ...], x: tuple[int, ...], address: int = 0
+) -> copy_cuda.Transposition | None:
+    """The plan for these strides of two float32 tensors."""
+    return copy_cuda.make_plan(
+        elementwise_cuda.View(None, 256, "float32", shape, out),
+        elementwise_cuda.View(None, 256 + address, "float32", shape, x),
+    )
+
+
 def test_a_transposition_is_recognised() -> None:
-    found = copy_cuda._transposition((64, 5, 48), (240, 48, 1), (1, 64, 320))
+    found = transposition((64, 5, 48), (240, 48, 1), (1, 64, 320))
     assert found is not None and (found.rows, found.columns, found.rest) == (64, 48, (5,))
-    assert copy_cuda._transposition((64, 48), (48, 1), (48, 1)) is None
+    assert transposition((64, 48), (48, 1), (48, 1)) is None
+
+
+@pytest.mark.parametrize(
+    "shape, out_row, x_column, address, lanes",
+    [
+        ((64, 48), 48, 64, 0, 4),
+        ((64, 48), 48, 64, 8, 2),
+        ((64, 48), 48, 64, 4, 1),
+        ((64, 48), 50, 64, 0, 2),
+        ((64, 48), 48, 65, 0, 1),
+        ((62, 48), 48, 64, 0, 2),
+        ((64, 47), 48, 64, 0, 1),
+    ],
+)
+def test_vectors_of_a_transposition(
+    shape: tuple[int, ...], out_row: int, x_column: int, address: int, lanes: int
+) -> None:
+    found = transposition(shape, (out_row, 1), (1, x_column), address)
+    assert found is not None and found.lanes == lanes
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    unit=st.sampled_from([1, 2, 4, 8]),
+    sizes=st.tuples(st.integers(1, 3), *[st.integers(1, 5)] * 2),
+    around=st.tuples(*[st.integers(0, 2)] * 4),
+)
+def test_transposed_copy_between_views(
+    dtype: str, unit: int, sizes: tuple[int, ...], around: tuple[int, ...]
+) -> None:
+    """In vectors of every size: sizes, strides and addresses are multiples of `unit`."""
+    count, rows, columns = sizes[0], *(max(4, unit * n) for n in sizes[1:])
+    before, after, out_before, out_after = (unit * n for n in around)
+    x, array = make((count, columns, before + rows + after), dtype)
+    out, _ = make((count, rows, out_before + columns + out_after), dtype)
+    kept = out.to_numpy().copy()
+    inside, target = slice(before, before + rows), slice(out_before, out_before + columns)
+    kept[:, :, target] = array[:, :, inside].transpose(0, 2, 1)
+    source = CudaOps.slice(x, (slice(None), slice(None), inside)).permute(0, 2, 1)
+    CudaOps.copy_into(CudaOps.slice(out, (slice(None), slice(None), target)), source)
+    np.testing.assert_array_equal(out.to_numpy(), kept)
 
 
 # ----- the course's cases -----
