@@ -5,8 +5,9 @@ order in which it is applied depends on the shape alone, so a second run gives t
 
 A block holds `fold_lanes` threads for each of `THREADS // fold_lanes` outputs (or groups of them,
 where those lie side by side). They step through their fold together, 16 bytes at a time where that
-is possible, and meet in a tree in shared memory. Where folds are few and long they are
-cut into chunks, one block each, and a second launch folds what the chunks gave.
+is possible, `AHEAD` times that before the first is waited for. What they found meets in a tree of
+shuffles within a warp, then in shared memory. Where folds are few and long they are cut into
+chunks, one block each, and a second launch folds what the chunks gave.
 """
 
 from __future__ import annotations
@@ -16,14 +17,29 @@ from functools import cache, lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 
-from .elementwise_cuda import Ints, View, group_load, group_offset, merge_dimensions
-from .runtime import SIMULATED, Instance, ceil_div, cuda, kernel, launch, precision, types
+from .elementwise_cuda import Ints, View, group_offset, merge_dimensions
+from .runtime import (
+    SIMULATED,
+    WARP,
+    Instance,
+    ceil_div,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    shuffle_xor,
+    types,
+)
 from .scalar_cuda import scalar_function
-from .vectors_cuda import BYTES
+from .vectors_cuda import BYTES, vector_load_or
 
 THREADS = 32 if SIMULATED else 256
+TREE = 8 if SIMULATED else WARP  # threads that meet by shuffles
+AHEAD = 2 if SIMULATED else 4  # groups that a thread reads at once
 WANTED_BLOCKS = 2 if SIMULATED else 512  # enough to occupy a large GPU
 LEAST_STEPS = 16  # that a thread takes before its fold is worth cutting into more chunks
 
@@ -136,56 +152,86 @@ def fold_kernel(
 
     """
     to, of = precision(out_dtype), precision(x_dtype)
-    real, store = of.real, to.store
+    real, load, store = of.real, of.load, to.store
+    storage, storage_of_x = numba.from_dtype(of.storage), of.store
     scalar = scalar_function(fn, real)
     width = 1 if along_row else lanes  # outputs of a thread
     offset = group_offset(dims, width, types.uint64 if wide else types.uint32)
-    load_group = group_load(of, lanes, False)
+    load_group = vector_load_or(lanes, of.storage.itemsize)
     slots = THREADS // fold_lanes
-    shared_size = THREADS * width
+    tree = min(fold_lanes, TREE) if along_row else 1
+    meeting = fold_lanes // tree  # threads of one output that meet in shared memory
+    shared_size, held = THREADS * width, AHEAD * lanes
+    # Enough to number a chunk's groups, in half the instructions of 64 bits; to each sum anew,
+    # since numba would go on in 64.
+    short = types.uint32
+
+    @device_function
+    def read(x, p, step, groups, values):
+        """The first AHEAD of so many groups, a step apart."""
+        one = cuda.local.array(lanes, storage)
+        for n in range(AHEAD):
+            load_group(x, p + n * step, n < groups, storage_of_x(real(0)), one)
+            for k in range(lanes):
+                values[n * lanes + k] = one[k]
 
     @kernel(THREADS)
     def fold(out, x, shape, strides, outputs, length, step, per_chunk, start):
         partial = cuda.shared.array(shared_size, real)
         totals = cuda.local.array(lanes, real)
-        values = cuda.local.array(lanes, real)
-        thread = cuda.threadIdx.x
+        values = cuda.local.array(held, storage)
+        thread = short(cuda.threadIdx.x)
         if along_row:
-            slot, lane = thread // fold_lanes, thread % fold_lanes
+            slot, lane = short(thread // fold_lanes), short(thread % fold_lanes)
         else:
-            slot, lane = thread % slots, thread // slots
+            slot, lane = short(thread % slots), short(thread // slots)
         output = types.int64(cuda.blockIdx.x) * slots + slot  # or group of outputs
         chunk = types.int64(cuda.blockIdx.y)
         first = chunk * per_chunk
-        end = min(first + per_chunk, length)
+        present = short(min(per_chunk, length - first))  # groups, of all threads
 
-        if output * width < outputs and first + lane < end:
+        if output * width < outputs:
             p = offset(output, shape, strides) + (first + lane) * step
-            load_group(x, p, totals, 0)
-            mine = (end - first - lane + fold_lanes - 1) // fold_lanes  # groups of this thread
-            for _ in range(1, mine):
-                p += fold_lanes * step
-                load_group(x, p, values, 0)
-                for k in range(lanes):
-                    totals[k] = real(scalar(totals[k], values[k]))
+            step *= fold_lanes
+            groups = short(short(present - lane + fold_lanes - 1) // fold_lanes)  # of this thread
+            read(x, p, step, groups, values)
+            for k in range(lanes):
+                totals[k] = load(values[k])
+            for n in range(1, AHEAD):
+                if n < groups:
+                    for k in range(lanes):
+                        totals[k] = real(scalar(totals[k], load(values[n * lanes + k])))
+            while groups > AHEAD:
+                groups = short(groups - AHEAD)
+                p += AHEAD * step
+                read(x, p, step, groups, values)
+                for n in range(AHEAD):
+                    if n < groups:
+                        for k in range(lanes):
+                            totals[k] = real(scalar(totals[k], load(values[n * lanes + k])))
             if along_row:  # the lanes are of one fold
                 for k in range(1, lanes):
                     totals[0] = real(scalar(totals[0], totals[k]))
 
         # The tree: lane 0 takes lane 1's, both having taken those further up. Lanes beyond the end
         # of the chunk have nothing to give.
-        half = fold_lanes // 2
+        half = tree // 2
         while half > 0:
-            if lane < 2 * half:
+            theirs = real(shuffle_xor(totals[0], half))
+            if lane % tree < half and short(lane + half) < present:
+                totals[0] = real(scalar(totals[0], theirs))
+            half //= 2
+        if meeting > 1:
+            if lane % tree == 0:
                 for k in range(width):
                     partial[k * THREADS + thread] = totals[k]
             cuda.syncthreads()
-            if lane < half and first + lane + half < end:
-                other = thread + half if along_row else thread + half * slots
-                for k in range(width):
-                    totals[k] = real(scalar(totals[k], partial[k * THREADS + other]))
-            cuda.syncthreads()
-            half //= 2
+            if lane == 0:
+                for n in range(1, meeting):
+                    if n * tree < present:
+                        other = thread + n * (tree if along_row else slots)
+                        for k in range(width):
+                            totals[k] = real(scalar(totals[k], partial[k * THREADS + other]))
 
         if lane == 0 and output * width < outputs:
             for k in range(width):

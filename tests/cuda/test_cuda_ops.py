@@ -209,7 +209,10 @@ def test_reduce(dtype: str, layout: tuple[tuple[int, ...], list[int]], dim: int,
 
 @pytest.mark.parametrize(
     "shape, dim",
-    [((2200,), 0), ((3, 71), 1), ((3, 72), 1), ((600, 3), 0), ((300, 8), 0), ((2, 40, 4), 1)],
+    [
+        *(((2200,), 0), ((3, 71), 1), ((3, 72), 1), ((600, 3), 0), ((300, 8), 0), ((2, 40, 4), 1)),
+        *(((3, 33), 1), ((2, 65), 1), ((5, 3), 0), ((2, 516), 1), ((41, 2), 0)),
+    ],
 )
 def test_reduce_long_folds(shape: tuple[int, ...], dim: int) -> None:
     """In chunks, and by trees of every height."""
