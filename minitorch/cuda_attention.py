@@ -154,8 +154,9 @@ def _aligned(data: TensorData, alignment: int) -> TensorData:
     multiple = max(1, alignment // itemsize)
     columns = data.shape[-1]
     width = -(-columns // multiple) * multiple
+    padded = strides_from_shape((*data.shape[:-1], width))
     if data.size == 0:
-        return data
+        return TensorData._of(device_storage(data), data.shape, padded)
     *steps, last = (
         width if n == 1 else step for n, step in zip(data.shape, data.strides, strict=True)
     )
@@ -166,7 +167,6 @@ def _aligned(data: TensorData, alignment: int) -> TensorData:
         and not any(step % multiple for step in steps)
     ):
         return TensorData._of(storage, data.shape, (*steps, 1))
-    padded = strides_from_shape((*data.shape[:-1], width))
     copy = DeviceArray.empty(width * prod(data.shape[:-1]), data.dtype)
     if width != columns:
         copy.fill(0)

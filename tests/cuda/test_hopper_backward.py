@@ -111,6 +111,14 @@ SMALL: dict[str, dict[str, Any]] = {
         "shapes": [(1, 1, 20, 64), (1, 1, 30, 64), (1, 1, 30, 64)],
         "mask": random(20, 30).astype(np.float32),
     },
+    "no queries, columns before rows": {
+        "shapes": [(1, 1, 0, 64), (1, 1, 20, 64), (1, 1, 20, 64)],
+        "layouts": ["transposed"] * 3,
+    },
+    "no keys, columns before rows": {
+        "shapes": [(1, 1, 20, 64), (1, 1, 0, 64), (1, 1, 0, 64)],
+        "layouts": ["transposed"] * 3,
+    },
     "large heads": {"shapes": [(1, 1, 10, 256), (1, 1, 10, 256), (1, 1, 10, 256)]},
 }
 
