@@ -46,13 +46,16 @@ from .runtime import (
 from .vectors_cuda import BYTES, vector_access
 
 FORWARD_BYTES = 128  # of a row that a thread keeps, in its registers
-BACKWARD_BYTES = (64, 128)  # of each of two rows: the first with which a row is kept whole
+# Of each of two rows, in float32: the first with which a row is kept whole. Of 16-bit numbers it is
+# twice what is read: with less, too little would be on its way from memory.
+BACKWARD_BYTES = {"float32": (64, 128), "float64": (64, 128), "float16": (128,), "bfloat16": (128,)}
 BACKWARD_THREADS = 512  # of a row's team
 BACKWARD_ROWS = 2 if SIMULATED else 32  # of a block
 TILED_BYTES = 32
 REGISTERS, SHARED_BYTES = 65536, 220 * 1024  # of a multiprocessor
 MOST_THREADS, MOST_BARRIERS = 1024, 15  # of a block; it has a 16th barrier, of all its threads
-KEPT_SUMS = 16  # columns of a thread whose sums stay in its registers
+# Columns of a thread whose sums stay in its registers.
+KEPT_SUMS = {"float32": 16, "float64": 0, "float16": 32, "bfloat16": 32}
 AHEAD = 2 if SIMULATED else 16  # blocks' sums that a thread reads at once
 
 
@@ -153,7 +156,7 @@ def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> An
 @cache
 def backward_shape(precision_name: str, columns: int) -> RowShape:
     """The shape of the backward pass, in which the sums of a block's teams share its memory."""
-    for bytes_kept in BACKWARD_BYTES:
+    for bytes_kept in BACKWARD_BYTES[precision_name]:
         shape = row_shape(precision_name, columns, bytes_kept, 1, BACKWARD_THREADS)
         if not shape.tiled and _sums_bytes(precision_name, shape) <= most_shared_bytes():
             return replace(shape, rows=_teams(precision_name, shape))
@@ -172,7 +175,7 @@ def _teams(precision_name: str, shape: RowShape) -> int:
 
 def sums_in_registers(precision_name: str, shape: RowShape) -> bool:
     """Whether a thread adds up its columns in registers, or in shared memory, row by row."""
-    return precision_name != "float64" and shape.values <= KEPT_SUMS and not shape.tiled
+    return shape.values <= KEPT_SUMS[precision_name] and not shape.tiled
 
 
 def _sums_bytes(precision_name: str, shape: RowShape) -> int:
