@@ -10,6 +10,7 @@ import math
 from functools import cache
 from typing import Any
 
+from . import ptx_simulated
 from .ptx import SIXTEEN_BITS
 from .runtime import SIMULATED, cuda, device_function, precision, types
 
@@ -18,7 +19,9 @@ from .runtime import SIMULATED, cuda, device_function, precision, types
 def exponential(precision_name: str) -> Any:
     """Device function x -> exp(x), in the arithmetic type of the precision."""
     real = precision(precision_name).real
-    if precision_name in SIXTEEN_BITS and not SIMULATED:
+    if SIMULATED:
+        return ptx_simulated.exponential
+    if precision_name in SIXTEEN_BITS:
         return cuda.libdevice.fast_expf
 
     @device_function

@@ -165,6 +165,12 @@ def ex2(x: Any) -> Any:
     return np.float32(0) if y < np.finfo(np.float32).tiny else y
 
 
+def exponential(x: Any) -> Any:
+    """exp(x), infinite where Python's raises an error."""
+    with np.errstate(over="ignore"):
+        return np.exp(x)
+
+
 def lg2(x: Any) -> Any:
     """log2(x)."""
     with np.errstate(divide="ignore", invalid="ignore"):
