@@ -50,7 +50,7 @@ def identity(x: float) -> float:
 
 def copy_into(out: View, x: View) -> None:
     """out[i] = x[i], where x broadcasts to out; rounded to the dtype of out."""
-    plan = make_plan(out, x) if out.dtype == x.dtype else None
+    plan = make_plan(out, x) if out.dtype == x.dtype != "mask" else None
     if plan is None:
         map_into(identity, out, x)
         return

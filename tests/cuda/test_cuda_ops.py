@@ -20,6 +20,8 @@ from minitorch.cuda_ops import (
     tensor_reduce,
     tensor_zip,
 )
+from minitorch.cuda_views import contiguous_data, view_of
+from minitorch.device_array import DeviceArray
 from minitorch.kernels import copy_cuda, elementwise_cuda, fold_cuda, runtime
 from minitorch.kernels.scalar_cuda import with_constants_of_type
 from minitorch.tensor_data import TensorData
@@ -352,6 +354,15 @@ def test_transposed_copy_between_views(
     source = CudaOps.slice(x, (slice(None), slice(None), inside)).permute(0, 2, 1)
     CudaOps.copy_into(CudaOps.slice(out, (slice(None), slice(None), target)), source)
     np.testing.assert_array_equal(out.to_numpy(), kept)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_copies_of_a_mask(order: tuple[int, int]) -> None:
+    array = np.random.default_rng(3).random((40, 24)) > 0.5
+    mask = CudaOps.attention_mask(array).permute(*order)
+    copy = contiguous_data(DeviceArray.empty(mask.size, mask.dtype), mask.shape)
+    copy_cuda.copy_into(view_of(copy), view_of(mask))
+    np.testing.assert_array_equal(copy.to_numpy(), array.transpose(order))
 
 
 # ----- the course's cases -----

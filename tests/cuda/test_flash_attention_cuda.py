@@ -210,6 +210,10 @@ def test_masks_and_dropout_together() -> None:
     )  # fmt: skip
 
 
+def test_a_mask_whose_batch_has_no_single_stride() -> None:
+    check([(2, 2, 1, 9, 3)] * 3, mask=random(2, 1, 1, 9, 9) > -0.5)
+
+
 def test_rows_that_see_no_key() -> None:
     """Output 0, logsumexp -inf, gradients 0: also in the other rows of their tile."""
     allowed = random(11, 13) > 0
