@@ -154,18 +154,21 @@ def forward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> An
 
 
 @cache
-def backward_shape(precision_name: str, columns: int) -> RowShape:
-    """The shape of the backward pass, in which the sums of a block's teams share its memory."""
+def backward_shape(precision_name: str, columns: int, shared_bytes: int | None = None) -> RowShape:
+    """The shape of the backward pass, in which the sums of a block's teams share its memory:
+    `shared_bytes`, or what this GPU has.
+    """
+    room = most_shared_bytes() if shared_bytes is None else shared_bytes
     for bytes_kept in BACKWARD_BYTES[precision_name]:
         shape = row_shape(precision_name, columns, bytes_kept, 1, BACKWARD_THREADS)
-        if not shape.tiled and _sums_bytes(precision_name, shape) <= most_shared_bytes():
-            return replace(shape, rows=_teams(precision_name, shape))
+        if not shape.tiled and _sums_bytes(precision_name, shape) <= room:
+            return replace(shape, rows=_teams(precision_name, shape, room))
     return row_shape(precision_name, columns, TILED_BYTES, 1, BACKWARD_THREADS)
 
 
-def _teams(precision_name: str, shape: RowShape) -> int:
+def _teams(precision_name: str, shape: RowShape, room: int) -> int:
     """Of a block: as many as its threads, registers, memory and barriers are enough for."""
-    by_memory = most_shared_bytes() // _sums_bytes(precision_name, shape)
+    by_memory = room // _sums_bytes(precision_name, shape)
     # Registers are dealt out to four warps at a time.
     threads = REGISTERS // _registers(precision_name, shape) // (4 * WARP) * (4 * WARP)
     by_threads = min(MOST_THREADS, threads) // shape.threads
@@ -175,7 +178,13 @@ def _teams(precision_name: str, shape: RowShape) -> int:
 
 def sums_in_registers(precision_name: str, shape: RowShape) -> bool:
     """Whether a thread adds up its columns in registers, or in shared memory, row by row."""
-    return shape.values <= KEPT_SUMS[precision_name] and not shape.tiled
+    enough = _registers_to_keep(shape) * shape.threads <= REGISTERS
+    return enough and shape.values <= KEPT_SUMS[precision_name] and not shape.tiled
+
+
+def _registers_to_keep(shape: RowShape) -> int:
+    """Of a thread that has dy, x and both sums of its columns there, and some for addresses."""
+    return 4 * shape.values + 40
 
 
 def _sums_bytes(precision_name: str, shape: RowShape) -> int:
@@ -209,7 +218,7 @@ def _registers(precision_name: str, shape: RowShape) -> int:
     """Of a thread: what it keeps, and some for addresses."""
     words = 2 if precision_name == "float64" else 1  # of a number
     if sums_in_registers(precision_name, shape):
-        return 4 * shape.values + 40
+        return _registers_to_keep(shape)
     return (2 * shape.values + 16) * words + 24
 
 
@@ -454,7 +463,12 @@ def fold_kernel(real_name: str, weight_name: str) -> Any:
 def instances() -> Iterator[Instance]:
     """Rows for one warp, a block, and several tiles; gamma of the precision of x and in float32."""
     size, eps = types.int64, types.float64
-    lengths = {"float32": (63, 384, 1024, 16384, 100_000), "float64": (1024, 100_000)}
+    lengths = {
+        "float32": (63, 384, 1024, 16384, 100_000),
+        "float64": (1024, 100_000),
+        "bfloat16": (384, 1024, 16384),
+    }
+    rooms: dict[int, tuple[str, ...]] = {47 * 1024: (), 226 * 1024: ("sm_90a",)}
     for name in ("float32", "float64", "float16", "bfloat16"):
         array, sums = precision(name).array, precision(precision(name).real.name).array
         for weight_name in sorted({name, precision(name).real.name}):
@@ -466,12 +480,15 @@ def instances() -> Iterator[Instance]:
                     forward_kernel(name, weight_name, row_shape(name, columns, FORWARD_BYTES)),
                     (array, weight, weight, eps, array, sums, sums, size, size),
                 )
-                shape = backward_shape(name, columns)
-                yield Instance(
-                    "layernorm_backward" + label,
-                    backward_kernel(name, weight_name, shape),
-                    (array, array, weight, sums, sums, eps, array, sums, size, size),
-                )
+                for room, architectures in rooms.items():
+                    if architectures and weight_name != name:
+                        continue
+                    yield Instance(
+                        f"layernorm_backward{label[:-1]}, {room // 1024} KB]",
+                        backward_kernel(name, weight_name, backward_shape(name, columns, room)),
+                        (array, array, weight, sums, sums, eps, array, sums, size, size),
+                        architectures=architectures,
+                    )
             fold_of = fold_kernel(precision(name).real.name, weight_name)
             if name == weight_name:
                 yield Instance(
