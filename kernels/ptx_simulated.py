@@ -43,7 +43,7 @@ class Block:
         self.lock = threading.Lock()
         self.areas: list[_Area] = []
         self.meetings: dict[tuple[int, int], _Meeting] = {}
-        self.barriers: dict[Any, Any] = {}  # of ptx_hopper_simulated.py
+        self.barriers: dict[Any, Any] = {}  # named ones, and those of ptx_hopper_simulated.py
         self.moves = 0  # how often a thread has got what it waited for
 
 
@@ -115,10 +115,13 @@ def until(condition: Callable[[], bool]) -> None:
     here.moves += 1
 
 
-def ordered() -> None:
-    """What the threads that were waited for have done comes before what this one does: no race."""
+def ordered(since: Any = None) -> None:
+    """What the threads that were waited for have done comes before what this one does: no race.
+
+    Threads with the same `since` go on side by side: between them there can be one.
+    """
     thread: Any = threading.current_thread()
-    thread.interval = ("after", next(_moments))
+    thread.interval = since or ("after", next(_moments))
 
 
 def _named(number: Any, threads: Any) -> tuple[list[int], int]:
@@ -138,7 +141,7 @@ def bar_sync(number: Any, threads: Any) -> None:
     """bar.sync."""
     state, turn = _named(number, threads)
     until(lambda: state[1] != turn)
-    ordered()
+    ordered(("named", int(number), turn))
 
 
 def bar_arrive(number: Any, threads: Any) -> None:

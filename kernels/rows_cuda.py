@@ -1,8 +1,9 @@
 """Rows of a matrix on a GPU: which threads read which columns, and sums over the threads of a row.
 
-The team of a row is one warp, or a whole block where the row is long. A thread reads vectors of up
-to 16 bytes and keeps what it read in registers, so that a kernel that needs a row twice (the sum,
-then the quotients) reads it from memory once:
+The team of a row is one warp, or several where the row is long: a whole block, unless teams meet
+by `team_sums`, which has a barrier for each. A thread reads vectors of up to 16 bytes and keeps
+what it read in registers, so that a kernel that needs a row twice (the sum, then the quotients)
+reads it from memory once:
 
     columns   0 1 2 3 | 4 5 6 7 | ...      with vectors of 4
     thread       0    |    1    | ... thread 31, then thread 0 again with its second vector
@@ -186,13 +187,17 @@ def weights_access(precision_name: str, shape: RowShape) -> Any:
 
 @cache
 def team_sum(precision_name: str, threads: int) -> Any:
-    """Device function: the sum of x over the threads of a row, in each of them."""
+    """Device function: the sum of x over the threads of a row, in each of them; a warp's, or else a
+    whole block's.
+    """
     return _over_team(precision_name, threads, warp_sum, 0.0)
 
 
 @cache
 def team_max(precision_name: str, threads: int) -> Any:
-    """Device function: the largest x of the threads of a row, in each of them."""
+    """Device function: the largest x of the threads of a row, in each of them; a warp's, or else a
+    whole block's.
+    """
     return _over_team(precision_name, threads, warp_max, float("-inf"))
 
 

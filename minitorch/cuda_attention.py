@@ -148,7 +148,7 @@ def _matrices(data: TensorData, leading: Shape, alignment: int = 1) -> Matrices:
 def _aligned(data: TensorData, alignment: int) -> TensorData:
     """`data` if its rows are contiguous and begin at multiples of `alignment` bytes; else a copy in
     rows that do, with zeros between a row's end and the next multiple. The stride of a dimension
-    of size 1 says nothing, and becomes such a multiple.
+    of size 1 says nothing, and becomes such a multiple; of an empty tensor so do all.
     """
     itemsize = data.dtype.itemsize
     multiple = max(1, alignment // itemsize)

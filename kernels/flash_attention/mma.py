@@ -74,8 +74,9 @@ def is_turing(architecture: Architecture) -> bool:
 # Addresses, fragments and the masks' bounds take about 60 of the 255. The order is that of the
 # speed on an H200. The table of tuning.py goes before it.
 #
-# Tiles of eight warps are for head sizes beyond WIDE, where a block of four warps often leaves no
-# room for another: eight hide more of each other's waiting, and read what passes by half as often.
+# In these lists, tiles of eight warps are for head sizes beyond WIDE, where a block of four warps
+# often leaves no room for another: eight hide more of each other's waiting, and read what passes by
+# half as often.
 
 FORWARD: tuple[Tiles, ...]
 KEY_VALUE: tuple[Tiles, ...]
@@ -191,7 +192,8 @@ def _first(
 ) -> Tiles:
     """The tiles that were measured to be the fastest, or else the first of the choices.
 
-    Those are for 16-bit numbers without mask and dropout, to which they may leave no registers.
+    What was measured is for 16-bit numbers without mask and dropout: to these it may leave no
+    registers.
     """
     if SIMULATED:
         return choices[0]
