@@ -392,28 +392,32 @@ def backward_kernel(precision_name: str, weight_name: str, shape: RowShape) -> A
         place, share = cuda.threadIdx.y * 2 * width, real(1.0) / real(columns)
         own = cuda.blockIdx.y if tiled else 0
         tiles = (columns + width - 1) // width if tiled else 1
-        first = types.int64(cuda.blockIdx.x) + types.int64(cuda.threadIdx.y) * cuda.gridDim.x
-        for row in range(first, rows, rows_of_block * cuda.gridDim.x):
+        # All teams of a block go round equally often, so that they have passed as many barriers at
+        # the end: compute-sanitizer counts them.
+        for first in range(cuda.blockIdx.x, rows, rows_of_block * cuda.gridDim.x):
+            row = types.int64(first) + types.int64(cuda.threadIdx.y) * cuda.gridDim.x
             start = row * columns
-            centre, rstd = mean[row], invert_root(var[row] + real(eps))
+            limit = columns if row < rows else 0
+            known = min(row, rows - 1)
+            centre, rstd = mean[known], invert_root(var[known] + real(eps))
             sum_g, sum_g_distance = real(0.0), real(0.0)
             for tile in range(tiles):
-                read(dy, x, start, tile, columns, centre, grad, distance)
+                read(dy, x, start, tile, limit, centre, grad, distance)
                 if not tiled:
                     gather(grad, distance, rstd, dgamma, dbeta, sums, place)
-                weigh(gamma, tile, columns, grad)
+                weigh(gamma, tile, limit, grad)
                 for i in range(count):
                     sum_g += grad[i]
                     sum_g_distance += grad[i] * distance[i]
             sum_g, sum_g_distance = add(sum_g, sum_g_distance)
             mean_g, slope = sum_g * share, sum_g_distance * share * rstd * rstd
             if tiled:  # the own tile again
-                read(dy, x, start, own, columns, centre, grad, distance)
+                read(dy, x, start, own, limit, centre, grad, distance)
                 gather(grad, distance, rstd, dgamma, dbeta, sums, place)
-                weigh(gamma, own, columns, grad)
+                weigh(gamma, own, limit, grad)
             for i in range(count):
                 grad[i] = (grad[i] - mean_g - distance[i] * slope) * rstd
-            store(dx, start, own, columns, grad)
+            store(dx, start, own, limit, grad)
         pass_on(dgamma, dbeta, sums, place)  # what is kept
         cuda.syncthreads()
         for n in range(thread, width, threads):
