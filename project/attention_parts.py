@@ -116,8 +116,8 @@ def shown(cell: dict[str, Any]) -> dict[str, Any]:
 # ----- parts -----
 
 
-def measure_ceilings(recorder: Recorder, arguments: argparse.Namespace) -> dict[str, float]:
-    """What the GPU does at best: a large 16-bit matrix product, and a large copy."""
+def measure_ceilings(recorder: Recorder, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the GPU does at best: a large matrix product of this dtype, and a large copy."""
     import torch
 
     dtype = getattr(torch, arguments.dtype)
@@ -132,7 +132,7 @@ def measure_ceilings(recorder: Recorder, arguments: argparse.Namespace) -> dict[
     times = {name: t["ms"] for name, t in recorder.medians(works, arguments.rounds).items()}
     copy = min(times["copy by the driver"], times["copy by a kernel"])
     found = {
-        "matmul_tflops": 2 * MATMUL**3 / times["matmul"] / 1e9,
+        "matmul_tflops": {arguments.dtype: 2 * MATMUL**3 / times["matmul"] / 1e9},
         "copy_tb_per_s": 2 * COPY_BYTES / copy / 1e9,
     }
     print(found, flush=True)

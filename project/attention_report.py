@@ -129,9 +129,9 @@ def grid_bars(result: dict[str, Any]) -> Iterator[Bar]:
     yield Bar(f"hopper forward {flash}", 1.2, 2.0, ratios(cells, "forward", "hopper", "flash"))
     yield Bar(f"hopper forward {cudnn}", 0.9, None, forward)
     yield Bar(f"hopper forward {cudnn}, geometric mean", 1.0, 1.05, forward, by_mean=True)
-    ceiling = result.get("ceilings", {}).get("matmul_tflops", math.nan)
+    products = result.get("ceilings", {}).get("matmul_tflops", {})
     shares = {
-        place(cell): rate / ceiling
+        place(cell): rate / products.get(cell["dtype"], math.nan)
         for cell in cells
         if cell["head_dim"] == 128
         and cell["seqlen_k"] >= 8192
@@ -302,14 +302,17 @@ def markdown(result: dict[str, Any]) -> str:
     """The results as a page."""
     about, ceilings = result["machine"], result.get("ceilings", {})
     versions = ", ".join(f"{name} {about[name]}" for name in about["packages"])
+    products = " and ".join(
+        f"{tflops:.0f} TFLOP/s in {dtype}"
+        for dtype, tflops in ceilings.get("matmul_tflops", {}).items()
+    )
     lines = [
         "# FlashAttention on the GPU",
         "",
         f"{about['date']}; {about['gpu']}, {about['memory_gib']} GiB, driver for CUDA "
         f"{about['driver']}; {versions}. Seed {result['seed']}, median of {result['rounds']}, each "
-        f"pass a CUDA graph, L2 flushed. A large matrix product runs at "
-        f"{number(ceilings.get('matmul_tflops'), '{:.0f}')} TFLOP/s, a copy at "
-        f"{number(ceilings.get('copy_tb_per_s'))} TB/s. Command: `{result['command']}`.",
+        f"pass a CUDA graph, L2 flushed. A large matrix product runs at {products or '-'}, a copy "
+        f"at {number(ceilings.get('copy_tb_per_s'))} TB/s. Command: `{result['command']}`.",
         "",
         "Figures are times of others over ours unless it says otherwise; a bar holds for the worst "
         "cell:",
@@ -342,7 +345,7 @@ def draw_one(result: dict[str, Any], cells: list[Cell], what: str, path: Path) -
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    ceiling = result.get("ceilings", {}).get("matmul_tflops")
+    ceiling = result.get("ceilings", {}).get("matmul_tflops", {}).get(cells[0]["dtype"])
     for axes, causal in ((left, False), (right, True)):
         half = [cell for cell in cells if cell["causal"] is causal]
         for name, color in COLORS.items():

@@ -196,7 +196,7 @@ def main() -> None:
     title = (
         "# Attention under the profiler\n\nUtilisation is a share of what the unit could do.\n\n"
     )
-    path.write_text((before or title) + "\n".join(lines), encoding="utf-8")
+    path.write_text((before + "\n" if before else title) + "\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 

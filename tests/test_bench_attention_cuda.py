@@ -53,7 +53,7 @@ def result() -> dict[str, Any]:
         "command": "python project/bench_attention.py --device cuda",
         "seed": 0,
         "rounds": 30,
-        "ceilings": {"matmul_tflops": 700.0, "copy_tb_per_s": 4.0},
+        "ceilings": {"matmul_tflops": {"float16": 700.0}, "copy_tb_per_s": 4.0},
         "grid": grid,
         "decode": [decode],
         "memory": [{"length": 4096, "flash_attention": 48.0, "attention": None}],
