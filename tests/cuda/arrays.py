@@ -5,10 +5,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from hypothesis import strategies as st
 
 import minitorch
 from minitorch import Tensor
 from minitorch.cuda_ops import CudaOps
+from minitorch.kernels import runtime
 
 Array = npt.NDArray[Any]
 
@@ -16,6 +18,14 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 backend = minitorch.TensorBackend(CudaOps)
 numbers = np.random.default_rng(3)
+EXAMPLES = 12 if runtime.SIMULATED else 5  # on a GPU each layout is a kernel to compile
+
+
+@st.composite
+def layouts(draw: st.DrawFn, most: int = 5) -> tuple[tuple[int, ...], list[int]]:
+    """A shape and an order of its dimensions."""
+    shape = draw(st.lists(st.integers(1, most), min_size=1, max_size=4))
+    return tuple(shape), draw(st.permutations(range(len(shape))))
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
