@@ -467,34 +467,38 @@ def fold_kernel(real_name: str, weight_name: str) -> Any:
 def instances() -> Iterator[Instance]:
     """Rows for one warp, a block, and several tiles; gamma of the precision of x and in float32."""
     size, eps = types.int64, types.float64
-    lengths = {
-        "float32": (63, 384, 1024, 16384, 100_000),
-        "float64": (1024, 100_000),
-        "bfloat16": (384, 1024, 16384),
-    }
-    rooms: dict[int, tuple[str, ...]] = {47 * 1024: (), 226 * 1024: ("sm_90a",)}
+    lengths = {"float32": (63, 384, 1024, 16384, 100_000), "float64": (1024, 100_000)}
     for name in ("float32", "float64", "float16", "bfloat16"):
         array, sums = precision(name).array, precision(precision(name).real.name).array
         for weight_name in sorted({name, precision(name).real.name}):
             weight = precision(weight_name).array
             for columns in lengths.get(name, (384,)):
-                label = f"[{name}, {weight_name}, {columns}]"
                 yield Instance(
-                    "layernorm_forward" + label,
+                    f"layernorm_forward[{name}, {weight_name}, {columns}]",
                     forward_kernel(name, weight_name, row_shape(name, columns, FORWARD_BYTES)),
                     (array, weight, weight, eps, array, sums, sums, size, size),
                 )
-                for room, architectures in rooms.items():
-                    if architectures and weight_name != name:
-                        continue
-                    yield Instance(
-                        f"layernorm_backward{label[:-1]}, {room // 1024} KB]",
-                        backward_kernel(name, weight_name, backward_shape(name, columns, room)),
-                        (array, array, weight, sums, sums, eps, array, sums, size, size),
-                        architectures=architectures,
-                    )
+                yield _backward_instance(name, weight_name, columns, 47 * 1024)
             fold_of = fold_kernel(precision(name).real.name, weight_name)
             if name == weight_name:
                 yield Instance(
                     f"layernorm_fold[{name}]", fold_of, (sums, weight, weight, size, size)
                 )
+    # More memory makes other shapes.
+    for name, columns in (("float32", 1024), ("float32", 16384), ("bfloat16", 16384)):
+        yield _backward_instance(name, name, columns, 226 * 1024, ("sm_90a",))
+
+
+def _backward_instance(
+    name: str, weight_name: str, columns: int, room: int, architectures: tuple[str, ...] = ()
+) -> Instance:
+    """The backward pass where a block has `room` bytes of shared memory."""
+    number, size = precision(name), types.int64
+    array, sums = number.array, precision(number.real.name).array
+    weight = precision(weight_name).array
+    return Instance(
+        f"layernorm_backward[{name}, {weight_name}, {columns}, {room // 1024} KB]",
+        backward_kernel(name, weight_name, backward_shape(name, columns, room)),
+        (array, array, weight, sums, sums, types.float64, array, sums, size, size),
+        architectures=architectures,
+    )
