@@ -52,7 +52,7 @@ simulator: $(VENV)/dev.stamp
 
 # Most of the time goes into compiling kernels: several processes, on one GPU.
 test-gpu: $(VENV)/gpu.stamp
-	$(BIN)/python -m pytest tests/cuda --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest tests/cuda -rs --numprocesses auto --dist worksteal
 
 # Tests without the mark `gpu` have small shapes, for the simulator's sake.
 SANITIZED := $(patsubst tests/cuda/test_%.py,%,$(wildcard tests/cuda/test_*.py))

@@ -160,12 +160,9 @@ def main(words: list[str] | None = None) -> None:
     if arguments.draw:
         write(measured(path), arguments.out)
         return
-    import minitorch
+    from project.gpu_timing import Recorder, require_gpu
 
-    if not minitorch.cuda.is_available():
-        raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
-    from project.gpu_timing import Recorder
-
+    require_gpu()
     result = measured(path) if arguments.add and path.exists() else {}
     command = ["python", "project/bench_attention.py", "--device", "cuda", *own_arguments(words)]
     before = [result["command"]] if result else []

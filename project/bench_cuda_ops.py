@@ -35,6 +35,7 @@ import numpy as np
 import minitorch
 from minitorch import Tensor
 from minitorch.kernels.runtime import cuda, current_stream
+from project.gpu_timing import require_gpu
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = 1024
@@ -200,9 +201,7 @@ def markdown(result: dict[str, Any]) -> str:
 def main() -> int:
     """Measure and write; returns the exit code."""
     arguments = parse_arguments()
-    if not minitorch.cuda.is_available():
-        print("there is no GPU here", file=sys.stderr)
-        return 1
+    require_gpu()
     rows = []
     for dtype in arguments.dtypes:
         for size in arguments.sizes:

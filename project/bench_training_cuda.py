@@ -38,6 +38,7 @@ import numpy as np
 
 from minitorch.cuda_driver import stream_handle
 from minitorch.kernels import runtime
+from project.gpu_timing import require_gpu
 from project.transformer import data
 from project.transformer.options import RunOptions
 from project.transformer.training import Trainer
@@ -444,8 +445,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, write."""
     arguments = parse_arguments()
-    if not minitorch.cuda.is_available():
-        sys.exit("this benchmark needs a GPU: `python -m minitorch doctor` says what is missing")
+    require_gpu()
     rows: list[dict[str, Any]] = kept_rows(arguments) if arguments.add else []
     report: dict[str, Any] = {
         "machine": machine(arguments.seed),

@@ -19,6 +19,22 @@ FEWEST_ROUNDS = 3
 TOO_SLOW = 5  # times the fastest: such a contestant has fewer rounds
 
 
+def require_gpu() -> None:
+    """End the program where there is no GPU, or only numba's simulator of one.
+
+    Raises:
+        SystemExit: so it is.
+
+    """
+    import minitorch
+    from minitorch.kernels import runtime
+
+    if runtime.SIMULATED:
+        raise SystemExit("this needs a GPU, the simulator is none: unset NUMBA_ENABLE_CUDASIM")
+    if not minitorch.cuda.is_available():
+        raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
+
+
 @dataclass
 class Work:
     """What a graph repeats.

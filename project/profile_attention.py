@@ -25,9 +25,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
 
-import minitorch
 from project.attention_contestants import Case, ours, pytorchs
 from project.bench_attention_cuda import own_arguments
+from project.gpu_timing import require_gpu
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = "attention_profile.md"
@@ -106,8 +106,7 @@ def run(arguments: argparse.Namespace) -> None:
 def counters(arguments: argparse.Namespace) -> list[dict[str, str]]:
     """One row of ncu's table for each kernel that was launched."""
     ncu = shutil.which("ncu")
-    if not minitorch.cuda.is_available():
-        raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
+    require_gpu()
     if ncu is None:
         raise SystemExit("ncu is not on the path: it comes with the CUDA toolkit (Nsight Compute)")
     command = [

@@ -136,12 +136,11 @@ def entries(arguments: argparse.Namespace) -> Iterator[tuple[Any, tuple[Any, ...
 
 def main() -> None:
     arguments = parse_arguments()
-    import minitorch
     from minitorch import cuda_attention
     from minitorch.kernels.flash_attention import tuning
+    from project.gpu_timing import Recorder, require_gpu
 
-    if not minitorch.cuda.is_available():
-        raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
+    require_gpu()
     wanted = list(entries(arguments))
     if not wanted:
         modules = [m.NAME for m in cuda_attention.FLASH_ATTENTION if hasattr(m, "CANDIDATES")]
@@ -149,8 +148,6 @@ def main() -> None:
             f"nothing to measure: modules with candidates are {', '.join(modules)}; their kernels "
             "and head sizes are in CANDIDATES; see --modules, --kernels and --head-dims"
         )
-    from project.gpu_timing import Recorder
-
     begun = time.monotonic()
     recorder = Recorder()
     gc.collect()

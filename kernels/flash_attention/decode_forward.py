@@ -203,7 +203,8 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     ):  # fmt: skip
         heads, seqlen_q, lower, upper, group, k_group, v_group = sizes
         begin, end, split_keys, splits, rows_of_all, sums_start = cuts
-        outputs, sums = cuda.shared.array((warps, width), real), cuda.shared.array((warps, 2), real)
+        outputs = cuda.shared.array((warps, width), real)
+        sums = cuda.shared.array((warps, 2), real)
         q_own = cuda.local.array((rows, size), real)
         o = cuda.local.array((rows, size_v), real)
         m, l = cuda.local.array(rows, real), cuda.local.array(rows, real)
