@@ -161,7 +161,7 @@ def _capability(architecture: str | Architecture | None) -> Architecture:
             raise RuntimeError("there is no GPU here: say which is meant, architecture='sm_80'")
         return compute_capability()
     if isinstance(architecture, str):
-        match = re.fullmatch(r"sm_([1-9]\d*)(\d)[a-z]?", architecture)
+        match = re.fullmatch(r"sm_([1-9]\d*)(\d)[af]?", architecture)
         if match is not None:
             return int(match[1]), int(match[2])
     elif isinstance(architecture, tuple | list) and len(architecture) == 2:

@@ -164,7 +164,9 @@ def test_explain_refuses_what_attention_refuses() -> None:
             minitorch.cuda.explain(q, q, q)
 
 
-@pytest.mark.parametrize("wrong", ["sm_9", "8.0", "sm_00", 80, (8,), (8, 0, 0), (9.5, 0), (-8, 0)])
+@pytest.mark.parametrize(
+    "wrong", ["sm_9", "sm_90b", "8.0", "sm_00", 80, (8,), (8, 0, 0), (9.5, 0), (-8, 0)]
+)
 def test_explain_refuses_what_is_no_architecture(wrong: Any) -> None:
     q = np.zeros((4, 64), np.float16)
     with pytest.raises(ValueError, match=r"architecture is .*; wanted one such as 'sm_80' or"):
