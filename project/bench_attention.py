@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results" / "attention_cpu.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "attention_cpu.json"
 LENGTHS = [255, 256, 512, 1000, 1024, 2048, 3001, 4096]
 SINGLE_HEAD_LENGTHS = [256, 1000, 4096]
 AVX2 = {

@@ -45,7 +45,7 @@ from project import attention_report
 from project.attention_contestants import OURS
 from project.attention_parts import PARTS, first_call, measure_ceilings
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384]
 HEAD_DIMS = [64, 128, 256]
 CELL = ("head_dim", "seqlen_k", "causal", "dtype")  # what tells a part's cells apart

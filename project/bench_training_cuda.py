@@ -43,7 +43,7 @@ from project.transformer import data
 from project.transformer.options import RunOptions
 from project.transformer.training import Trainer
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 VOCABULARY = 96
 ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 WARM_UP, CHECKED = 2, 5  # steps before the graph is captured; losses that are compared

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results" / "transformer_cpu.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "transformer_cpu.json"
 LAYERS, D_MODEL, HEADS, CONTEXT, BATCH, VOCABULARY = 4, 128, 4, 128, 16, 96
 ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 AVX2 = {

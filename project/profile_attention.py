@@ -29,7 +29,7 @@ from project.attention_contestants import Case, ours, pytorchs
 from project.bench_attention_cuda import own_arguments
 from project.gpu_timing import require_gpu
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = "attention_profile.md"
 HIDDEN, TOKENS = 2048, 16384
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats")

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
 
 import numpy as np
 import numpy.typing as npt

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import random
+import runpy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,3 +154,50 @@ def test_the_network_of_the_course() -> None:
     hidden = np.maximum(np.array([2.0, 3.0]) @ w1 + b1, 0)
     expected = 1 / (1 + np.exp(-(hidden @ drawn[9:12] + drawn[12])))
     assert out.shape == (1,) and out.item() == pytest.approx(expected)
+
+
+# ----- every program of the folder -----
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = [
+    path.name
+    for path in sorted((ROOT / "project").glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
+
+
+def test_the_courses_scripts_are_programs() -> None:
+    wanted = "run_manual run_scalar run_tensor run_fast_tensor run_sentiment run_sentiment_linear"
+    assert {f"{name}.py" for name in wanted.split()} <= set(PROGRAMS)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_start_from_anywhere(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Started in another folder, through a link, where the package is not installed: the script
+    puts the folder where `minitorch` is on the path before it imports anything of it.
+    """
+    link = tmp_path / name
+    try:
+        link.symlink_to(ROOT / "project" / name)
+    except OSError:
+        pytest.skip("no links can be made here")
+    elsewhere = [folder for folder in sys.path if folder and Path(folder).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.chdir(tmp_path)
+    real_import = builtins.__import__
+
+    def checked_import(module: str, *rest: Any, **options: Any) -> Any:
+        if module.split(".")[0] in ("minitorch", "project"):
+            assert str(ROOT) in sys.path, f"{module} would not be found"
+        return real_import(module, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", checked_import)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(link), run_name="__main__")
+    monkeypatch.undo()
+    assert end.value.code in (0, None)
+    text = capsys.readouterr().out
+    assert "usage" in text.lower() and str(tmp_path) not in text
