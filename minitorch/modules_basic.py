@@ -107,8 +107,8 @@ class Dropout(Module):
     """In training, set elements to 0 with probability p_dropout and scale the others by 1 / (1 -
     p_dropout).
 
-    The mask comes from numpy's global generator, on every backend; within `rng.repeatable_step` and
-    CUDA graphs a kernel makes it, from the seeds of `manual_seed`. p_dropout = 0 draws nothing.
+    The mask comes from numpy's global generator, on every backend; within `rng.repeatable_step` a
+    kernel makes it, from seeds. p_dropout = 0 draws nothing.
 
     Args:
         p_dropout: from 0 to 1.

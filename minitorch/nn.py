@@ -94,8 +94,8 @@ def logsumexp(input: Tensor, dim: int) -> Tensor:
 def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
     """Set elements to 0 with probability `rate`. As in MiniTorch the others are not rescaled.
 
-    The mask is drawn by `rand`, on every backend; within `rng.repeatable_step` and CUDA graphs a
-    kernel makes it, from the seeds of `manual_seed`.
+    The mask is drawn by `rand`, on every backend; within `rng.repeatable_step` a kernel makes
+    it, from seeds.
 
     Args:
         input: any tensor.

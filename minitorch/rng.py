@@ -73,10 +73,18 @@ def repeatable_step(seed: int) -> Iterator[None]:
 
 
 def masks_come_from_seeds() -> bool:
-    """Whether dropout on the GPU makes its masks there: in `repeatable_step`, and while a CUDA
-    graph is captured, which would repeat numbers of the host for ever.
+    """Whether dropout on the GPU makes its masks there: in `repeatable_step`.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured outside of it: each replay would repeat one mask.
+
     """
-    return _steps.depth > 0 or is_capturing()
+    if _steps.depth == 0 and is_capturing():
+        raise RuntimeError(
+            "dropout in a CUDA graph takes masks that a kernel makes: put the step, also where it "
+            "runs before the capture, into `with minitorch.rng.repeatable_step(seed):`"
+        )
+    return _steps.depth > 0
 
 
 @cache
