@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -313,11 +314,32 @@ class TensorBackend:
         self.adamw_step = ops.adamw_step
         self.flash_attention_forward = ops.flash_attention_forward
         self.flash_attention_backward = ops.flash_attention_backward
+        _first.setdefault((type(self), self._wanted), self)
+
+    # A backend has no state: it is its own copy, and pickle names its operations.
+
+    def __copy__(self) -> TensorBackend:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorBackend:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _backend_of, (type(self), self._wanted)
 
     def __repr__(self) -> str:
         if self.ops is self._wanted:
             return f"TensorBackend({self.ops.__name__})"
         return f"TensorBackend({self._wanted.__name__}, no GPU: {self.ops.__name__})"
+
+
+# The first backend of each kind that this process made, for those that pickle brings.
+_first: WeakValueDictionary[tuple[type, type], TensorBackend] = WeakValueDictionary()
+
+
+def _backend_of(kind: type[TensorBackend], ops: type[TensorOps]) -> TensorBackend:
+    """The process's backend of these operations, made if there is none."""
+    return _first.get((kind, ops)) or kind(ops)
 
 
 SimpleBackend = TensorBackend(SimpleOps)

@@ -67,6 +67,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         "tensors",
         {
             "attention",
+            "copies",
             "factories",
             "fast_conv",
             "foreign",
