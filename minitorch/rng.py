@@ -70,7 +70,7 @@ def uniform(size: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
         version, internal, gauss = random.getstate()
         *keys, position = internal
         twin = np.random.RandomState(0)
-        twin.set_state(("MT19937", np.array(keys, np.uint32), position))
+        twin.set_state(("MT19937", np.array(keys, np.uint32), position, 0, 0.0))
         for start in range(0, size, CHUNK):
             part = out[start : start + CHUNK]
             part[...] = twin.random_sample(part.size)

@@ -264,7 +264,7 @@ class Tensor:
 
     def __truediv__(self, b: TensorLike) -> Tensor:
         if isinstance(b, int | float | np.number):
-            divisor = float(dtypes.arithmetic_dtype(self.dtype).type(b))
+            divisor = dtypes.rounded(b, dtypes.arithmetic_dtype(self.dtype))
             if divisor:
                 return self * (1.0 / divisor)  # what Inv would give
         return Mul.apply(self, Inv.apply(self._ensure_tensor(b)))

@@ -334,7 +334,9 @@ class TensorData:
 
     def set(self, key: UserIndex, val: float) -> None:
         """Change the element at a full index."""
-        self._storage[self.index(key)] = val
+        position = self.index(key)
+        with np.errstate(over="ignore"):  # a number too large for the dtype is infinite
+            self._storage[position] = val
         self.number = None
         if self.slot is not None:
             self.slot.changed()

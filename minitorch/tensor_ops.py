@@ -17,6 +17,7 @@ import numpy as np
 
 from . import operators
 from .fused_ops import FusedOps
+from .ieee import ieee, quiet
 from .storage_ops import StorageOps
 from .tensor_data import (
     IndexingError,
@@ -112,7 +113,9 @@ class TensorOps(FusedOps, StorageOps):
 
 
 class SimpleOps(TensorOps):
-    """Loops in plain Python: slow, and the definition of what is right."""
+    """Loops in plain Python: slow, and the definition of what is right. Where Python would raise an
+    error for a number (1 / 0) there is IEEE's infinity or NaN, as on every backend.
+    """
 
     @staticmethod
     def map(fn: MapFn) -> MapProto:
@@ -160,6 +163,7 @@ class SimpleOps(TensorOps):
         return apply
 
     @staticmethod
+    @quiet
     def matrix_multiply(a: Tensor, b: Tensor) -> Tensor:
         """The definition: each element is a sum of products."""
         shape = check_matmul(a, b)
@@ -176,7 +180,9 @@ class SimpleOps(TensorOps):
 
 def tensor_map(fn: MapFn) -> MapKernel:
     """The loop of `SimpleOps.map`: out[i] = fn(in[i]), where `in` broadcasts to `out`."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,
@@ -198,7 +204,9 @@ def tensor_map(fn: MapFn) -> MapKernel:
 
 def tensor_zip(fn: ZipFn) -> ZipKernel:
     """The loop of `SimpleOps.zip`: out[i] = fn(a[i], b[i]), where both broadcast to `out`."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,
@@ -226,7 +234,9 @@ def tensor_zip(fn: ZipFn) -> ZipKernel:
 
 def tensor_reduce(fn: ZipFn) -> ReduceKernel:
     """The loop of `SimpleOps.reduce`: out[i] = fn(out[i], a[i with each j along reduce_dim])."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,

@@ -230,7 +230,8 @@ def test_what_is_no_probability(rate: Any) -> None:
 
 def test_rates_that_are_probabilities() -> None:
     x = minitorch.ones((200,), FAST)
-    for rate in (0, 1, 0.0, 1.0, np.float32(0.5), np.float64(0.5), np.int64(1)):
+    rates: tuple[Any, ...] = (0, 1, 0.0, 1.0, np.float32(0.5), np.float64(0.5), np.int64(1))
+    for rate in rates:
         share = float(minitorch.dropout(x, rate).mean().item())
         assert share == pytest.approx(1 - float(rate), abs=0.2)
         assert minitorch.Dropout(rate)(x).mean().item() == pytest.approx(float(rate < 1), abs=0.4)

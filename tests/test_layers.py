@@ -30,6 +30,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "device_array",
             "dlpack",
             "dtypes",
+            "ieee",
             "jit",
             "operators",
             "rng",
