@@ -46,18 +46,18 @@ def ieee(fn: Callable[..., Any]) -> Callable[..., float]:
 def _with_numpy(fn: Callable[..., Any]) -> Callable[..., float] | None:
     """`fn` computed with numpy; None if it is not a Python function."""
     plain: Any = getattr(fn, "py_func", fn)  # of one that numba has compiled
-    if isinstance(plain, BuiltinFunctionType) and getattr(math, plain.__name__, None) is plain:
-        plain = getattr(_MATH, plain.__name__)
-    elif isinstance(plain, FunctionType):
+    if isinstance(plain, FunctionType):
         scope = {k: _MATH if v is math else v for k, v in plain.__globals__.items()}
-        plain = FunctionType(
+        twin: Any = FunctionType(
             plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__
         )
+    elif isinstance(plain, BuiltinFunctionType) and plain in vars(math).values():
+        twin = getattr(_MATH, plain.__name__)
     else:
         return None
 
     @quiet
     def again(*numbers: float) -> float:
-        return float(plain(*(np.float64(x) for x in numbers)))
+        return float(twin(*(np.float64(x) for x in numbers)))
 
     return again

@@ -87,6 +87,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         {
             "capturable",
             "checkpoint",
+            "containers",
             "datasets",
             "grad_scaler",
             "module",
