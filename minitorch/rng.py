@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -89,16 +91,40 @@ def device_offset() -> DeviceArray:
     return permanent(np.uint64)
 
 
+def _states() -> tuple[Any, Any, Any]:
+    """The states of the three generators, as they give them."""
+    numpys = np.random.get_state(legacy=True)
+    return random.getstate(), numpys, dict(_attention_seeds.bit_generator.state)
+
+
+def fingerprint() -> tuple[Any, ...]:
+    """What differs after any number has been drawn."""
+    python, (_, keys, *rest), ours = _states()
+    return python, np.asarray(keys).tobytes(), rest, ours
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave all three generators afterwards as they are before."""
+    python, numpys, ours = _states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)
+        _attention_seeds.bit_generator.state = ours
+
+
 def get_rng_state() -> dict[str, Any]:
     """The state of all three generators, as values that JSON can hold; `set_rng_state` takes it
     back.
     """
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    (version, internal, gauss), numpys, ours = _states()
+    name, keys, position, has_gauss, cached = numpys
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "attention": _attention_seeds.bit_generator.state,
+        "attention": ours,
     }
 
 

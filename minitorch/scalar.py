@@ -8,7 +8,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from .autodiff import Variable, backpropagate, central_difference, new_id, no_grad
+from .autodiff import (
+    Variable,
+    backpropagate,
+    central_difference,
+    new_id,
+    no_grad,
+    topological_sort,
+)
 from .copies import another_history, become_another, check_deepcopy
 from .scalar_functions import (
     EQ,
@@ -228,22 +235,26 @@ ScalarFunction.variable = Scalar
 
 
 def derivative_check(f: Callable[..., Scalar], *scalars: Scalar) -> None:
-    """Check the derivatives that autodiff gives for `f` against finite differences, to 1e-2.
+    """Check the derivatives that autodiff gives for `f` against finite differences, to 1e-3.
 
     At a kink (relu at 0) or a jump (`<` where both sides meet) the derivative is that of one side,
     so a match with the forward, the backward or the central difference will do.
 
     Args:
         f: a function of `len(scalars)` Scalars that returns one.
-        scalars: where the derivatives are taken; their own `derivative` is left alone.
+        scalars: where the derivatives are taken. Their own `derivative`, and those of other Scalars
+            that `f` uses, are left alone.
 
     Raises:
         AssertionError: no difference matches; the message names the argument and the values.
+        TypeError: `scalars` are not Scalars, or `f` returns none.
+        ValueError: no Scalar, one that is NaN, or `f` gives two values for the same Scalars.
 
     """
+    _check_scalars(scalars)
     eps = 1e-6
     leaves = [Scalar(x.data) for x in scalars]
-    f(*leaves).backward()
+    value = _derivatives(f, leaves)
     for i, leaf in enumerate(leaves):
         derivative = 0.0 if leaf.derivative is None else leaf.derivative
         with no_grad():
@@ -251,9 +262,41 @@ def derivative_check(f: Callable[..., Scalar], *scalars: Scalar) -> None:
             above = f(*leaves[:i], leaf + eps, *leaves[i + 1 :]).data
             below = f(*leaves[:i], leaf - eps, *leaves[i + 1 :]).data
             central = central_difference(f, *leaves, arg=i, epsilon=eps).data
+        if not np.array_equal(here, value, equal_nan=True):
+            raise ValueError("f gives different values for the same Scalars: it has no derivative")
         differences = [central, (above - here) / eps, (here - below) / eps]
-        if not any(np.isclose(derivative, d, rtol=1e-2, atol=1e-2) for d in differences):
+        rounding = 64 * np.finfo(np.float64).eps * abs(here) / eps
+        atol = 1e-6 + (rounding if np.isfinite(rounding) else 0.0)
+        if not any(np.isclose(derivative, d, rtol=1e-3, atol=atol) for d in differences):
             raise AssertionError(
                 f"derivative check failed at {[x.data for x in leaves]}: in argument {i} autodiff "
                 f"gives {derivative}; central, forward and backward difference are {differences}"
             )
+
+
+def _check_scalars(scalars: tuple[Any, ...]) -> None:
+    """Raise unless there are Scalars, and numbers in them."""
+    if not scalars:
+        raise ValueError("derivative_check needs at least one Scalar beside the function, got none")
+    for i, x in enumerate(scalars):
+        if not isinstance(x, Scalar):
+            raise TypeError(
+                f"argument {i} must be a Scalar, got {type(x).__name__}: write Scalar(...)"
+            )
+        if np.isnan(x.data):
+            raise ValueError(f"argument {i} is NaN, where there is no derivative to check")
+
+
+def _derivatives(f: Callable[..., Scalar], leaves: list[Scalar]) -> float:
+    """The value of f; the leaves get their derivatives, and no other Scalar does."""
+    result = f(*leaves)
+    if not isinstance(result, Scalar):
+        raise TypeError(f"f must return a Scalar, got {type(result).__name__}")
+    graph: list[Any] = list(topological_sort(result))
+    others = [(x, x.derivative) for x in graph if x.is_leaf() and all(x is not y for y in leaves)]
+    try:
+        result.backward()
+    finally:
+        for other, derivative in others:
+            other.derivative = derivative
+    return result.data
