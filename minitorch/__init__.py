@@ -22,6 +22,7 @@ from .autodiff import (
     topological_sort,
 )
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .containers import ModuleList, Sequential
 from .cuda_kernel_ops import CudaKernelOps
 from .cuda_ops import CudaOps, mm_practice, sum_practice
 from .datasets import Graph, datasets, make_pts
@@ -173,6 +174,7 @@ __all__ = [
     "MathTestVariable",
     "Max",
     "Module",
+    "ModuleList",
     "Mul",
     "MultiHeadAttention",
     "Neg",
@@ -185,6 +187,7 @@ __all__ = [
     "Scalar",
     "ScalarFunction",
     "ScalarHistory",
+    "Sequential",
     "Shape",
     "Sigmoid",
     "SimpleBackend",

@@ -9,6 +9,7 @@ import numpy as np
 from .factories import rand
 from .function import check_dim
 from .fused_functions import DropoutFun, GELUFun, LogSoftmax, LogSumExp, Softmax, SoftmaxLoss
+from .kernels.flash_attention.problem import checked_dropout_p
 from .rng import masks_come_from_seeds, next_seed
 from .storage_ops import StorageOps
 from .tensor import Tensor
@@ -102,7 +103,11 @@ def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
         rate: 0 keeps everything, 1 drops everything.
         ignore: if True nothing is dropped.
 
+    Raises:
+        ValueError: `rate` is not in [0, 1].
+
     """
+    rate = checked_dropout_p(rate, "rate")
     if ignore:
         return input
     if input.backend.cuda and masks_come_from_seeds():

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import count
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -14,7 +13,8 @@ import numpy.typing as npt
 
 from . import dtypes
 from .attention import flash_attention, standard_attention
-from .autodiff import Variable, backpropagate
+from .autodiff import Variable, backpropagate, new_id
+from .copies import copy_tensor, deepcopy_tensor, set_tensor_state, tensor_state
 from .function import Function, History, check_dim
 from .fused_functions import Attn_Softmax, LayerNorm
 from .interop import cuda_array_interface, dlpack_device, to_dlpack
@@ -65,8 +65,6 @@ Sizes: TypeAlias = tuple[int, ...]
 Arrays: TypeAlias = tuple[Storage, Shape, Strides]
 Derivative: TypeAlias = tuple[Variable, Any]
 
-_ids = count(1)
-
 
 class Tensor:
     """A multi-dimensional array with a gradient.
@@ -93,7 +91,7 @@ class Tensor:
                 f"v must be a TensorData, got {type(v).__name__}: "
                 "minitorch.tensor() takes lists and arrays"
             )
-        self.unique_id = next(_ids)
+        self.unique_id = new_id()
         self.history = back
         self.backend = backend = SimpleBackend if backend is None else backend
         self._tensor = v if v.on_device == backend.cuda else backend.ops.placed(v)
@@ -164,6 +162,10 @@ class Tensor:
         if copy is False:
             raise ValueError("a tensor on the GPU becomes a numpy array by a copy only")
         return np.asarray(self.to_numpy(), dtype)
+
+    # For copies and pickle, which make other variables: see copies.py
+    __copy__, __deepcopy__ = copy_tensor, deepcopy_tensor
+    __getstate__, __setstate__ = tensor_state, set_tensor_state
 
     # For other libraries, which share the memory: see interop.py
     __cuda_array_interface__ = property(cuda_array_interface)
@@ -251,7 +253,7 @@ class Tensor:
 
     def __truediv__(self, b: TensorLike) -> Tensor:
         if isinstance(b, int | float | np.number):
-            divisor = float(dtypes.arithmetic_dtype(self.dtype).type(b))
+            divisor = dtypes.rounded(b, dtypes.arithmetic_dtype(self.dtype))
             if divisor:
                 return self * (1.0 / divisor)  # what Inv would give
         return Mul.apply(self, Inv.apply(self._ensure_tensor(b)))

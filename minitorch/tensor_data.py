@@ -189,6 +189,10 @@ class TensorData:
         data._set(storage, shape, strides, prod(shape))
         return data
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickle: `slot` and `number` belong to this one alone."""
+        return TensorData._of, (self._storage, self.shape, self.strides)
+
     @staticmethod
     def from_array(array: npt.NDArray[Any]) -> TensorData:
         """The same elements as `array`, which is not copied unless a stride is negative or its
@@ -330,7 +334,9 @@ class TensorData:
 
     def set(self, key: UserIndex, val: float) -> None:
         """Change the element at a full index."""
-        self._storage[self.index(key)] = val
+        position = self.index(key)
+        with np.errstate(over="ignore"):  # a number too large for the dtype is infinite
+            self._storage[position] = val
         self.number = None
         if self.slot is not None:
             self.slot.changed()

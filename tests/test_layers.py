@@ -30,6 +30,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "device_array",
             "dlpack",
             "dtypes",
+            "ieee",
             "jit",
             "operators",
             "rng",
@@ -67,6 +68,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         "tensors",
         {
             "attention",
+            "copies",
             "factories",
             "fast_conv",
             "foreign",
@@ -85,6 +87,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         {
             "capturable",
             "checkpoint",
+            "containers",
             "datasets",
             "grad_scaler",
             "module",
