@@ -45,6 +45,7 @@ from .grad_check import grad_central_difference, grad_check
 from .grad_scaler import GradScaler
 from .module import Module, Parameter
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
+from .movement_functions import BroadcastTo, Concatenate, Copy, Permute, Slice, View
 from .nn import (
     GELU,
     argmax,
@@ -90,8 +91,6 @@ from .tensor_functions import (
     Add,
     All,
     Cast,
-    Concatenate,
-    Copy,
     Exp,
     FlashAttention,
     Inv,
@@ -102,14 +101,11 @@ from .tensor_functions import (
     Max,
     Mul,
     Neg,
-    Permute,
     PowerScalar,
     ReLU,
     Sigmoid,
-    Slice,
     Sum,
     Tanh,
-    View,
 )
 from .tensor_ops import MapProto, SimpleBackend, SimpleOps, TensorBackend, TensorOps
 from .testing import MathTest, MathTestVariable
@@ -134,6 +130,7 @@ __all__ = [
     "Add",
     "All",
     "Attn_Softmax",
+    "BroadcastTo",
     "Cast",
     "CheckpointError",
     "Concatenate",

@@ -74,8 +74,10 @@ def set_default_dtype(dtype: npt.DTypeLike) -> None:
 
 
 def storage_dtype(given: np.dtype[Any], on_gpu: bool = False) -> np.dtype[Any]:
-    """The dtype in which an array of dtype `given` is stored: its own if it is a float of ours,
-    else the default.
+    """The dtype in which an array of dtype `given` is stored: its own, in the byte order of this
+    machine, if it is a float of ours, else the default.
     """
+    if not given.isnative:
+        given = given.newbyteorder("=")
     ours = given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES)
     return given if ours else _default_dtype

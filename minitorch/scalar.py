@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from .arguments import as_number
 from .autodiff import Variable, backpropagate, central_difference, no_grad
 from .scalar_functions import (
     EQ,
@@ -38,6 +39,9 @@ class Scalar:
             a constant.
         name: shown by tools that draw the graph; a number if not given.
 
+    Raises:
+        TypeError: the value is no real number.
+
     Example:
         >>> from minitorch import Scalar
         >>> x = Scalar(3.0)
@@ -57,7 +61,7 @@ class Scalar:
         self, v: float, back: ScalarHistory | None = _LEAF, name: str | None = None
     ) -> None:
         self.unique_id = next(_ids)
-        self.data = float(v)
+        self.data = as_number(v, "v")
         self.derivative = None
         self.history = back
         self.name = str(self.unique_id) if name is None else name
@@ -199,7 +203,8 @@ class Scalar:
             RuntimeError: the graph has been released by an earlier call.
 
         """
-        backpropagate(self, 1.0 if d_output is None else d_output, retain_graph)
+        d_output = 1.0 if d_output is None else as_number(d_output, "d_output")
+        backpropagate(self, d_output, retain_graph)
 
 
 ScalarLike: TypeAlias = float | int | Scalar
