@@ -104,7 +104,7 @@ def as_ints(values: Any, name: str) -> tuple[int, ...]:
     """
     if type(values) in (tuple, list) and _INT >= {*map(type, values)}:
         return tuple(values)
-    if isinstance(values, tensor_class()):
+    if isinstance(values, tensor_class()) and values.size != 1:
         values = values.to_numpy().reshape(-1)
         if (values == np.floor(values)).all() and np.isfinite(values).all():
             return tuple(int(n) for n in values)
@@ -178,6 +178,31 @@ def check_dims(values: Any, dims: int, name: str = "dim") -> tuple[int, ...]:
     if len(set(found)) < len(found):
         raise ValueError(f"{name} must name a dimension once, got {tuple(values)}")
     return found
+
+
+def check_key(key: Any) -> tuple[Any, ...]:
+    """What stands in the brackets of `x[...]`, as a tuple of whole numbers, slices, None and `...`.
+
+    Raises:
+        TypeError: something else is among it.
+        ValueError: a slice whose step is 0.
+
+    """
+    found: list[Any] = []
+    for part in key if isinstance(key, tuple) else (key,):
+        if isinstance(part, slice):
+            ends = (part.start, part.stop, part.step)
+            part = slice(*(None if n is None else as_int(n, "an end of a slice") for n in ends))
+            if part.step == 0:
+                raise ValueError("the step of a slice must not be 0")
+        elif not (part is None or part is Ellipsis):
+            if isinstance(part, bool) or not hasattr(part, "__index__") or np.ndim(part):
+                raise TypeError(
+                    f"an index may hold whole numbers, slices, None and ..., got {given(part)}"
+                )
+            part = as_int(part, "an index")
+        found.append(part)
+    return tuple(found)
 
 
 # ----- numbers -----

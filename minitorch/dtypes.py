@@ -29,7 +29,7 @@ def check_dtype(dtype: npt.DTypeLike, on_gpu: bool = False) -> np.dtype[Any]:
     wanted = "float32, float64, float16 or bfloat16 on the GPU" if on_gpu else "float32 or float64"
     try:
         given = BFLOAT16 if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"dtype must be {wanted}, got {dtype!r}") from None
     if given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES):
         return given

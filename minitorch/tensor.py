@@ -63,7 +63,7 @@ from .tensor_ops import SimpleBackend, TensorBackend
 if TYPE_CHECKING:
     from .autodiff import Context
 
-TensorLike: TypeAlias = Union[float, int, npt.NDArray[Any], "Tensor"]
+TensorLike: TypeAlias = Union[float, int, np.number[Any], npt.NDArray[Any], "Tensor"]
 
 # Aliases, because inside the class `tuple` is the method that MiniTorch has.
 Sizes: TypeAlias = tuple[int, ...]
@@ -75,6 +75,11 @@ _ids = count(1)
 
 class Tensor:
     """A multi-dimensional array with a gradient.
+
+    Operators take tensors, numbers and arrays, and keep the graph with an array on the left too.
+    Comparisons and truth values (`<`, `==`, `all`, `is_close`) have a gradient of 0. What `numpy`,
+    `to_numpy`, `item`, `detach`, `zeros`, `expand` and a full index, `x[0, 1]`, give has left the
+    graph; all other methods that return a tensor have a gradient.
 
     Args:
         v: the elements.
@@ -134,6 +139,8 @@ class Tensor:
 
     def requires_grad_(self, x: bool) -> None:
         """Make this tensor a leaf that collects a gradient, or (False) a constant."""
+        if not isinstance(x, int | np.bool_):
+            raise TypeError(f"requires_grad_() takes True or False, got {type(x).__name__}")
         self.history = History() if x else None
 
     def requires_grad(self) -> bool:
@@ -178,8 +185,6 @@ class Tensor:
             ValueError: there is not exactly one.
 
         """
-        if self.size != 1:
-            raise ValueError(f"item() needs a tensor of one element, got shape {self.shape}")
         return self._tensor.item()
 
     def __float__(self) -> float:

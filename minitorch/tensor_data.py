@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import as_array, as_ints, as_number, as_shape
+from .arguments import as_array, as_ints, as_number, as_shape, check_key
 from .device_array import DeviceArray
 from .dtypes import FLOAT_DTYPES, get_default_dtype, storage_dtype
 
@@ -86,7 +86,7 @@ def shape_broadcast(shape1: UserShape, shape2: UserShape) -> tuple[int, ...]:
         IndexingError: two sizes differ and neither is 1.
 
     """
-    if shape1 == shape2 and type(shape1) is tuple:
+    if type(shape1) is type(shape2) is tuple and shape1 == shape2:
         return shape1
     a, b = as_ints(shape1, "shape1"), as_ints(shape2, "shape2")
     dims = max(len(a), len(b))
@@ -276,7 +276,14 @@ class TensorData:
             self._storage = DeviceArray.from_host(self._storage)
 
     def item(self) -> float:
-        """The only element."""
+        """The only element.
+
+        Raises:
+            ValueError: there is not exactly one.
+
+        """
+        if self.size != 1:
+            raise ValueError(f"item() needs a tensor of one element, got shape {self.shape}")
         if not self.on_device:
             return self.array.item()  # type: ignore[no-any-return]
         return float(self.to_numpy().reshape(())) if self.number is None else self.number
@@ -331,7 +338,14 @@ class TensorData:
         return np.ndindex(*self.shape)
 
     def sample(self) -> tuple[int, ...]:
-        """A random valid index."""
+        """A random valid index.
+
+        Raises:
+            ValueError: there are no elements.
+
+        """
+        if self.size == 0:
+            raise ValueError(f"sample() needs at least one element, got shape {self.shape}")
         return tuple(random.randint(0, size - 1) for size in self.shape)
 
     def get(self, key: UserIndex) -> float:
@@ -362,13 +376,19 @@ class TensorData:
         a step is negative.
 
         Raises:
-            IndexError: the key does not fit the shape.
+            TypeError: the key holds something else.
+            IndexingError: it does not fit the shape.
 
         """
+        key = check_key(key)
+        # On the GPU numpy works it out on an array of this shape with no elements to speak of.
+        layout = _Layout(self.shape, self.strides) if self.on_device else self.array
+        try:
+            view = np.asarray(layout)[key]
+        except IndexError as error:
+            raise IndexingError(f"index {key} does not fit shape {self.shape}: {error}") from None
         if not self.on_device:
-            return TensorData.from_array(self.array[key])
-        # numpy works it out on an array of this shape that has no elements to speak of.
-        view = np.asarray(_Layout(self.shape, self.strides))[key]
+            return TensorData.from_array(view)
         offset = view.__array_interface__["data"][0] - _NO_ELEMENTS.ctypes.data
         if min(view.strides, default=0) < 0:
             host = DeviceArray.from_host(self.to_numpy()[key])
