@@ -12,6 +12,8 @@ FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 HALF_DTYPES = (np.dtype(np.float16), BFLOAT16)  # on the GPU alone
 
+_LARGEST_HALF = 65504.0  # what every dtype holds
+
 _default_dtype = np.dtype(np.float64)  # MiniTorch computes in float64
 
 
@@ -52,6 +54,16 @@ def arithmetic_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     float32 for 16 bits, as in PyTorch.
     """
     return FLOAT_DTYPES[0] if dtype.itemsize == 2 else dtype
+
+
+def rounded(value: float, dtype: np.dtype[Any]) -> float:
+    """A number as an element of `dtype` holds it: infinite if it is too large, without numpy's
+    warning.
+    """
+    if dtype.itemsize == 8 or -_LARGEST_HALF <= value <= _LARGEST_HALF:
+        return float(dtype.type(value))
+    with np.errstate(over="ignore"):
+        return float(dtype.type(value))
 
 
 def get_default_dtype() -> np.dtype[Any]:

@@ -6,7 +6,6 @@ As in MiniTorch, `tensor` and `rand` give leaves that collect a gradient unless 
 
 from __future__ import annotations
 
-import random
 from math import prod
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy.typing as npt
 
 from .arguments import as_array, as_shape
 from .dtypes import check_dtype, get_default_dtype
+from .rng import uniform
 from .tensor import Tensor
 from .tensor_data import Storage, TensorData, UserShape
 from .tensor_ops import SimpleBackend, TensorBackend
@@ -78,9 +78,9 @@ def rand(
     requires_grad: bool | None = None,
     dtype: npt.DTypeLike | None = None,
 ) -> Tensor:
-    """Uniform numbers in [0, 1), one `random.random()` an element in row-major order."""
+    """Uniform numbers in [0, 1), those of one `random.random()` an element in row-major order."""
     wanted = as_shape(shape)
-    values = np.array([random.random() for _ in range(prod(wanted))], _dtype(dtype, backend))
+    values = uniform(prod(wanted), _dtype(dtype, backend))
     data = backend.ops.from_numpy(values.reshape(wanted))
     return _leaf(data, backend, requires_grad is not False)
 

@@ -16,6 +16,7 @@ from numba import prange
 
 from . import operators
 from .fast_fused import FastFusedOps
+from .ieee import quiet
 from .jit import compiled, specialise
 from .kernels import simd, threads
 from .kernels.blas import product
@@ -129,6 +130,7 @@ def _cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
 # ----- matrix product -----
 
 
+@quiet
 def matmul(a: Array, b: Array) -> Array:
     """a @ b of numpy arrays (..., n, k) and (..., k, m), always by BLAS.
 

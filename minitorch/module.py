@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -53,6 +54,12 @@ class Parameter:
         for attribute in ("grad", "derivative"):
             if getattr(self.value, attribute, None) is not None:
                 setattr(self.value, attribute, None)
+
+    def __copy__(self) -> Self:
+        """A parameter whose value is another variable, with the same elements."""
+        out = type(self).__new__(type(self))
+        out.__dict__.update(self.__dict__, value=copy.copy(self.value))
+        return out
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -206,6 +213,25 @@ class Module:
                 del place[key]
                 return
         super().__delattr__(key)
+
+    def __copy__(self) -> Self:
+        """A module with parameters and modules of its own, which share their elements with these;
+        what is shared within the module stays so. All other attributes are the same objects.
+        """
+        return self._copied({})
+
+    def _copied(self, made: dict[int, Any]) -> Self:
+        if id(self) in made:
+            found: Self = made[id(self)]
+            return found
+        out = made[id(self)] = type(self).__new__(type(self))
+        parameters = {
+            name: made.setdefault(id(parameter), copy.copy(parameter))
+            for name, parameter in self._parameters.items()
+        }
+        modules = {name: module._copied(made) for name, module in self._modules.items()}
+        out.__dict__.update(self.__dict__, _parameters=parameters, _modules=modules)
+        return out
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)

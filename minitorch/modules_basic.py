@@ -10,6 +10,7 @@ from .arguments import as_number, as_size, check_tensor
 from .dtypes import get_default_dtype
 from .factories import ones, rand, tensor_from_numpy, zeros
 from .fused_functions import DropoutFun, EmbeddingFun, LinearFun
+from .kernels.flash_attention.problem import checked_dropout_p
 from .module import Module, Parameter
 from .rng import next_seed
 from .tensor import Tensor
@@ -126,20 +127,25 @@ class Dropout(Module):
 
     def __init__(self, p_dropout: float = 0.1) -> None:
         super().__init__()
-        self.p_dropout = as_number(p_dropout, "p_dropout")
-        if not 0.0 <= self.p_dropout <= 1.0:
-            raise ValueError(f"p_dropout must be in [0, 1], got {p_dropout}")
+        self.p_dropout = checked_dropout_p(p_dropout, "p_dropout")
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, kept."""
+        """Any shape, kept.
+
+        Raises:
+            TypeError: x is no Tensor.
+            ValueError: `p_dropout` has been set to what is no probability.
+
+        """
         check_tensor(x, "Dropout: x")
-        if not self.training or self.p_dropout == 0.0:
+        p = checked_dropout_p(self.p_dropout, "p_dropout")
+        if not self.training or p == 0.0:
             return x
-        if self.p_dropout == 1.0:
+        if p == 1.0:
             return x * 0.0
         if x.backend.cuda:
-            return DropoutFun.apply(x, self.p_dropout, next_seed())
-        kept = np.random.binomial(1, 1 - self.p_dropout, x.shape) / (1 - self.p_dropout)
+            return DropoutFun.apply(x, p, next_seed())
+        kept = np.random.binomial(1, 1 - p, x.shape) / (1 - p)
         return x * tensor_from_numpy(kept.astype(x.dtype), x.backend)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from .arguments import as_ints, as_size, check_dim, check_dims, check_tensor
 from .factories import rand
 from .fused_functions import DropoutFun, GELUFun, LogSoftmax, LogSumExp, Softmax, SoftmaxLoss
+from .kernels.flash_attention.problem import checked_dropout_p
 from .rng import next_seed
 from .storage_ops import StorageOps
 from .tensor import Tensor
@@ -116,9 +117,11 @@ def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
 
     Raises:
         TypeError: no Tensor.
+        ValueError: `rate` is not in [0, 1].
 
     """
     check_tensor(input, "input")
+    rate = checked_dropout_p(rate, "rate")
     if ignore:
         return input
     if input.backend.cuda:

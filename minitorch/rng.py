@@ -8,14 +8,20 @@ attention, and of dropout on the GPU, its seed.
 from __future__ import annotations
 
 import random
+import threading
 from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .device_array import DeviceArray, permanent
 
 _attention_seeds = np.random.Generator(np.random.PCG64(0))
+
+FEW = 1 << 10  # numbers that cost less than a generator's state
+CHUNK = 1 << 18  # numbers drawn at once, in float64
+_drawing = threading.Lock()
 
 
 def manual_seed(seed: int) -> None:
@@ -49,6 +55,28 @@ def restart_seeds(seed: int) -> None:
     """
     global _attention_seeds
     _attention_seeds = np.random.Generator(np.random.PCG64(int(seed)))
+
+
+def uniform(size: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+    """`size` uniform numbers in [0, 1): those that as many calls of `random.random` would give.
+
+    Python's generator is the one that numpy calls `RandomState` (MT19937, 53 bits a number), so
+    numpy draws them, 20 times as fast, and Python's goes on where it stopped.
+    """
+    if size < FEW:
+        return np.array([random.random() for _ in range(size)], dtype)
+    out = np.empty(size, dtype)
+    with _drawing:
+        version, internal, gauss = random.getstate()
+        *keys, position = internal
+        twin = np.random.RandomState(0)
+        twin.set_state(("MT19937", np.array(keys, np.uint32), position, 0, 0.0))
+        for start in range(0, size, CHUNK):
+            part = out[start : start + CHUNK]
+            part[...] = twin.random_sample(part.size)
+        _, keys, position, *_ = twin.get_state(legacy=True)
+        random.setstate((version, (*np.asarray(keys).tolist(), position), gauss))
+    return out
 
 
 @cache

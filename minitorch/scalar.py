@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
-from itertools import count
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from .arguments import as_number
-from .autodiff import Variable, backpropagate, central_difference, no_grad
+from .autodiff import Variable, backpropagate, central_difference, new_id, no_grad
+from .copies import another_history, become_another, check_deepcopy
 from .scalar_functions import (
     EQ,
     LT,
@@ -26,7 +27,6 @@ from .scalar_functions import (
     wrap_tuple,
 )
 
-_ids = count(1)
 _LEAF = ScalarHistory()
 
 
@@ -60,7 +60,7 @@ class Scalar:
     def __init__(
         self, v: float, back: ScalarHistory | None = _LEAF, name: str | None = None
     ) -> None:
-        self.unique_id = next(_ids)
+        self.unique_id = new_id()
         self.data = as_number(v, "v")
         self.derivative = None
         self.history = back
@@ -68,6 +68,27 @@ class Scalar:
 
     def __repr__(self) -> str:
         return f"Scalar({self.data})"
+
+    # ----- copies: see copies.py -----
+
+    def __copy__(self) -> Scalar:
+        out = Scalar.__new__(type(self))
+        history = another_history(self.history)
+        become_another(out, {**self.__dict__, "history": history, "derivative": None})
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scalar:
+        check_deepcopy(self, "Scalar(x.data)")
+        out = memo[id(self)] = Scalar.__new__(type(self))
+        become_another(out, copy.deepcopy(self.__dict__, memo))
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        history = None if self.history is None else _LEAF
+        return {**self.__dict__, "history": history, "derivative": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        become_another(self, state)
 
     # ----- arithmetic -----
 

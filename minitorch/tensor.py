@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import count
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
@@ -23,7 +22,8 @@ from .arguments import (
     spread,
 )
 from .attention import flash_attention, standard_attention
-from .autodiff import Variable, backpropagate
+from .autodiff import Variable, backpropagate, new_id
+from .copies import copy_tensor, deepcopy_tensor, set_tensor_state, tensor_state
 from .function import Function, History
 from .fused_functions import Attn_Softmax, LayerNorm
 from .indexing import get_item, set_item
@@ -70,8 +70,6 @@ Sizes: TypeAlias = tuple[int, ...]
 Arrays: TypeAlias = tuple[Storage, Shape, Strides]
 Derivative: TypeAlias = tuple[Variable, Any]
 
-_ids = count(1)
-
 
 class Tensor:
     """A multi-dimensional array with a gradient.
@@ -103,7 +101,7 @@ class Tensor:
                 f"v must be a TensorData, got {type(v).__name__}: "
                 "minitorch.tensor() takes lists and arrays"
             )
-        self.unique_id = next(_ids)
+        self.unique_id = new_id()
         self._tensor = v
         self.history = back
         self.backend = SimpleBackend if backend is None else backend
@@ -172,6 +170,10 @@ class Tensor:
     __array__ = numpy_protocol.array
     __array_ufunc__ = numpy_protocol.array_ufunc
     __array_function__ = numpy_protocol.array_function
+
+    # For copies and pickle, which make other variables: see copies.py
+    __copy__, __deepcopy__ = copy_tensor, deepcopy_tensor
+    __getstate__, __setstate__ = tensor_state, set_tensor_state
 
     # For other libraries, which share the memory: see interop.py
     __cuda_array_interface__ = property(cuda_array_interface)
@@ -276,7 +278,7 @@ class Tensor:
         if not isinstance(b, Tensor):
             b = plain_operand(b, dtypes.arithmetic_dtype(self.dtype))
         if isinstance(b, float):
-            divisor = float(dtypes.arithmetic_dtype(self.dtype).type(b))
+            divisor = dtypes.rounded(b, dtypes.arithmetic_dtype(self.dtype))
             if divisor:
                 return self * (1.0 / divisor)  # what Inv would give
         return Mul.apply(self, Inv.apply(self._ensure_tensor(b)))

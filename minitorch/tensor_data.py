@@ -192,6 +192,10 @@ class TensorData:
         data._set(storage, shape, strides, prod(shape))
         return data
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickle: `slot` and `number` belong to this one alone."""
+        return TensorData._of, (self._storage, self.shape, self.strides)
+
     @staticmethod
     def from_array(array: npt.NDArray[Any]) -> TensorData:
         """The same elements as `array`, which is not copied unless it is read-only, a stride is
@@ -359,7 +363,9 @@ class TensorData:
             TypeError: `val` is no number.
 
         """
-        self._storage[self.index(key)] = as_number(val, "val")
+        position, number = self.index(key), as_number(val, "val")
+        with np.errstate(over="ignore"):  # a number too large for the dtype is infinite
+            self._storage[position] = number
         self.number = None
         if self.slot is not None:
             self.slot.changed()

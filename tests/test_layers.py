@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "device_array",
             "dlpack",
             "dtypes",
+            "ieee",
             "jit",
             "operators",
             "rng",
@@ -68,6 +69,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         "tensors",
         {
             "attention",
+            "copies",
             "factories",
             "fast_conv",
             "foreign",

@@ -277,9 +277,11 @@ def _scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def checked_dropout_p(dropout_p: float) -> float:
-    if not isinstance(dropout_p, float | int | np.number) or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p!r}; wanted a probability in [0, 1].")
+def checked_dropout_p(dropout_p: float, name: str = "dropout_p") -> float:
+    """A probability, as a float; ValueError if it is none. The rule of every kind of dropout."""
+    real = isinstance(dropout_p, float | int | np.floating | np.integer)
+    if not real or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name} is {dropout_p!r}; wanted a probability in [0, 1].")
     return float(dropout_p)
 
 
