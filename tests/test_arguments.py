@@ -320,20 +320,37 @@ def test_a_number_is_wanted(wrong: Any) -> None:
                 call()
 
 
+# ----- scalar functions -----
+
+
+def test_functions_that_numba_cannot_compile() -> None:
+    def speaks(x: float) -> float:
+        return {x: "x"}  # type: ignore[return-value]
+
+    def formats(x: float) -> float:
+        return f"{x!r}"  # type: ignore[return-value]
+
+    for function in (speaks, formats):
+        with pytest.raises(TypeError, match=f"numba cannot compile {function.__name__}"):
+            minitorch.FastOps.map(function)(matrix())
+
+
 # ----- exponents -----
 
 
-def test_exponents_agree_with_pytorch() -> None:
-    torch = pytest.importorskip("torch")
-    base = np.array([0.0, 0.0, 0.0, 2.0, 0.5, 3.0, 1e-8])
-    exponent = np.array([0.0, 2.0, 0.5, -1.5, 0.0, 1.0, 2.0])
-    a, b = (torch.tensor(x, requires_grad=True) for x in (base, exponent))
-    (a**b).sum().backward()
-    x, y = (minitorch.tensor(array, FAST) for array in (base, exponent))
+@pytest.mark.parametrize("backend", [FAST, minitorch.SimpleBackend], ids=str)
+def test_gradients_of_powers_at_their_edges(backend: TensorBackend) -> None:
+    """As in PyTorch: 0 where the exponent is 0, and at base 0 the limit of a^b log(a)."""
+    base = np.array([0.0, 0.0, 0.0, 2.0, 0.5, 3.0, 1e-8, -2.0])
+    exponent = np.array([0.0, 2.0, 0.5, -1.5, 0.0, 1.0, 2.0, 3.0])
+    of_base = [0.0, 0.0, np.inf, -1.5 * 2**-2.5, 0.0, 1.0, 2e-8, 12.0]
+    of_exponent = [0.0, 0.0, 0.0, 2**-1.5 * np.log(2), np.log(0.5), 3 * np.log(3), 0, np.nan]
+    of_exponent[6] = 1e-16 * np.log(1e-8)
+    x, y = (minitorch.tensor(array, backend) for array in (base, exponent))
     (x**y).sum().backward()
     assert x.grad is not None and y.grad is not None
-    np.testing.assert_allclose(x.grad.to_numpy(), a.grad.numpy(), rtol=1e-12)
-    np.testing.assert_allclose(y.grad.to_numpy(), b.grad.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(x.grad.to_numpy(), of_base, rtol=1e-12)
+    np.testing.assert_allclose(y.grad.to_numpy(), of_exponent, rtol=1e-12)
 
 
 def test_only_the_exponent_wants_a_gradient() -> None:
