@@ -46,6 +46,7 @@ from .grad_check import grad_central_difference, grad_check
 from .grad_scaler import GradScaler
 from .module import Module, Parameter
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
+from .movement_functions import BroadcastTo, Concatenate, Copy, Permute, Slice, View
 from .nn import (
     GELU,
     argmax,
@@ -91,8 +92,6 @@ from .tensor_functions import (
     Add,
     All,
     Cast,
-    Concatenate,
-    Copy,
     Exp,
     FlashAttention,
     Inv,
@@ -103,14 +102,11 @@ from .tensor_functions import (
     Max,
     Mul,
     Neg,
-    Permute,
     PowerScalar,
     ReLU,
     Sigmoid,
-    Slice,
     Sum,
     Tanh,
-    View,
 )
 from .tensor_ops import MapProto, SimpleBackend, SimpleOps, TensorBackend, TensorOps
 from .testing import MathTest, MathTestVariable
@@ -135,6 +131,7 @@ __all__ = [
     "Add",
     "All",
     "Attn_Softmax",
+    "BroadcastTo",
     "Cast",
     "CheckpointError",
     "Concatenate",

@@ -256,12 +256,17 @@ class Context:
     Args:
         no_grad: if True nothing is kept, because no derivative is wanted.
 
+    Attributes:
+        needs_input_grad: for each input, whether its derivative is wanted; empty if that is not
+            known. A backward pass may leave the others out.
+
     """
 
-    __slots__ = ("_released", "_saved", "no_grad")
+    __slots__ = ("_released", "_saved", "needs_input_grad", "no_grad")
 
     def __init__(self, no_grad: bool = False) -> None:
         self.no_grad = no_grad
+        self.needs_input_grad: tuple[bool, ...] = ()
         self._saved: tuple[Any, ...] = ()
         self._released = False
 

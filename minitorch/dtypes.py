@@ -31,7 +31,7 @@ def check_dtype(dtype: npt.DTypeLike, on_gpu: bool = False) -> np.dtype[Any]:
     wanted = "float32, float64, float16 or bfloat16 on the GPU" if on_gpu else "float32 or float64"
     try:
         given = BFLOAT16 if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"dtype must be {wanted}, got {dtype!r}") from None
     if given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES):
         return given
@@ -86,8 +86,10 @@ def set_default_dtype(dtype: npt.DTypeLike) -> None:
 
 
 def storage_dtype(given: np.dtype[Any], on_gpu: bool = False) -> np.dtype[Any]:
-    """The dtype in which an array of dtype `given` is stored: its own if it is a float of ours,
-    else the default.
+    """The dtype in which an array of dtype `given` is stored: its own, in the byte order of this
+    machine, if it is a float of ours, else the default.
     """
+    if not given.isnative:
+        given = given.newbyteorder("=")
     ours = given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES)
     return given if ours else _default_dtype

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .arguments import check_dim
 from .autodiff import Context
-from .function import Function, check_dim
+from .function import Function
 
 if TYPE_CHECKING:
     from .tensor import Tensor

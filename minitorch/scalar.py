@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from .arguments import as_number
 from .autodiff import (
     Variable,
     backpropagate,
@@ -45,6 +46,9 @@ class Scalar:
             a constant.
         name: shown by tools that draw the graph; a number if not given.
 
+    Raises:
+        TypeError: the value is no real number.
+
     Example:
         >>> from minitorch import Scalar
         >>> x = Scalar(3.0)
@@ -64,7 +68,7 @@ class Scalar:
         self, v: float, back: ScalarHistory | None = _LEAF, name: str | None = None
     ) -> None:
         self.unique_id = new_id()
-        self.data = float(v)
+        self.data = as_number(v, "v")
         self.derivative = None
         self.history = back
         self.name = str(self.unique_id) if name is None else name
@@ -227,7 +231,8 @@ class Scalar:
             RuntimeError: the graph has been released by an earlier call.
 
         """
-        backpropagate(self, 1.0 if d_output is None else d_output, retain_graph)
+        d_output = 1.0 if d_output is None else as_number(d_output, "d_output")
+        backpropagate(self, d_output, retain_graph)
 
 
 ScalarLike: TypeAlias = float | int | Scalar

@@ -159,7 +159,8 @@ class StorageOps:
 
         """
         values = ids._tensor.array
-        whole = values.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # NaN becomes some number, which is not equal to it
+            whole = values.astype(np.int64)
         wrong = (whole != values) | (whole < 0) | (whole >= num_classes)
         if wrong.any():
             raise ValueError(

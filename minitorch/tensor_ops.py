@@ -299,6 +299,7 @@ class TensorBackend:
         self.log_back_zip = ops.zip(operators.log_back)
         self.inv_back_zip = ops.zip(operators.inv_back)
         self.pow_scalar_zip = ops.zip(operators.pow)
+        self.pow_back_zip = ops.zip(operators.pow_back)
 
         self.add_reduce = ops.reduce(operators.add, 0.0)
         self.mul_reduce = ops.reduce(operators.mul, 1.0)

@@ -25,6 +25,7 @@ LAYERS: list[tuple[str, set[str]]] = [
         "data and mathematics",
         {
             "allocator",
+            "arguments",
             "cuda_driver",
             "cuda_precision",
             "device_array",
@@ -75,7 +76,10 @@ LAYERS: list[tuple[str, set[str]]] = [
             "function",
             "fused_functions",
             "grad_check",
+            "indexing",
             "interop",
+            "movement_functions",
+            "numpy_protocol",
             "scalar",
             "scalar_functions",
             "tensor",
