@@ -204,6 +204,10 @@ def _mask_description(mask: Any) -> npt.NDArray[Any]:
         TypeError: it is neither.
 
     """
+    if isinstance(mask, np.ma.MaskedArray):
+        raise TypeError(
+            "attn_mask is a masked array of numpy: fill it first, attn_mask.filled(...)"
+        )
     if isinstance(mask, np.ndarray):
         return mask
     if hasattr(mask, "_tensor"):
@@ -259,12 +263,15 @@ def attention_dropout_mask(
         Array of bool, of `shape`.
 
     Raises:
-        ValueError: `shape` has fewer than two sizes, `dropout_p` is no probability, or `seed` no
+        ValueError: `shape` is not two or more sizes, `dropout_p` is no probability, or `seed` no
             integer in [0, 2**64).
 
     """
-    if len(shape) < 2:
-        raise ValueError(f"shape must be (..., seqlen_q, seqlen_k), got {shape}")
+    sizes = isinstance(shape, tuple | list) and all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0 for n in shape
+    )
+    if not sizes or len(shape) < 2:
+        raise ValueError(f"shape must be sizes (..., seqlen_q, seqlen_k), got {shape!r}")
     dropout_p = checked_dropout_p(dropout_p)
     seed = None if seed is None else checked_seed(seed)
     *batch, seqlen_q, seqlen_k = shape

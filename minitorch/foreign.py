@@ -6,6 +6,7 @@ the kernels on their own arrays.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ def _tensor(data: TensorData, backend: TensorBackend | None) -> Tensor:
 
 # ----- attention -----
 
+_OPTIONS = tuple(inspect.signature(attention.flash_attention).parameters)[3:]
+
 
 def flash_attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
     """`Tensor.flash_attention`, for tensors and for arrays of other libraries.
@@ -112,12 +115,9 @@ def flash_attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
         TypeError: dtypes that differ or are none of ours, or not arrays.
 
     """
-    unknown = options.keys() - attention.flash_attention.__kwdefaults__.keys()
-    if unknown:
-        names = ", ".join(attention.flash_attention.__kwdefaults__)
-        raise TypeError(
-            f"flash_attention has no option {', '.join(sorted(unknown))}; it has {names}"
-        )
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"flash_attention has no option {name}; it has {', '.join(_OPTIONS)}")
     if isinstance(query, Tensor):
         return attention.flash_attention(query, key, value, **options)
     library = _library(query)

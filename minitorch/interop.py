@@ -187,7 +187,7 @@ def data_from_numpy(x: npt.NDArray[Any], name: str = "x") -> TensorData:
 
     """
     if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name} is a masked array, got {_kind(x)}: fill it first, x.filled(0)")
+        raise TypeError(f"{name} is a masked array of numpy: fill it first, {name}.filled(...)")
     size = x.dtype.itemsize
     if not x.dtype.isnative or not x.flags.aligned or any(n < 0 or n % size for n in x.strides):
         x = np.array(x, x.dtype.newbyteorder("="), order="C", subok=False)

@@ -50,7 +50,9 @@ def _attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
     return_lse = checked_flag("return_lse", options.pop("return_lse", False))
     drawn = options.get("seed") is None
     problem = attention.describe(
-        *map(_outline, (query, key, value)),
+        _outline(query),
+        _outline(key),
+        _outline(value),
         None if mask is None else _outline(mask),
         **options | {"seed": 0 if drawn else options["seed"]},
     )
@@ -66,7 +68,7 @@ def _attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
 def _check(name: str, x: Any, query: Any) -> None:
     """Raise an error with the argument's name unless it is a plain tensor where the query is."""
     if not isinstance(x, torch.Tensor):
-        hint = "" if name == "attn_mask" else ", as query is"
+        hint = " or a numpy array" if name == "attn_mask" else ", as query is"
         raise TypeError(f"{name} must be a torch.Tensor{hint}, got {type_name(x)}")
     if x.is_nested or x.layout != torch.strided:
         layout = "nested" if x.is_nested else x.layout
@@ -182,11 +184,18 @@ class MiniTorchFlashAttention(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
         """The mapped dimension becomes one more leading dimension."""
         *tensors, problem = arguments
+        if problem.dropout_p > 0 and info.randomness != "different":
+            raise RuntimeError(
+                "minitorch.flash_attention with dropout draws another mask for each sample of "
+                f"vmap: use vmap(..., randomness='different'), got {info.randomness!r}"
+            )
         inputs = [
             _batched(x, dim, info.batch_size, len(problem.leading) + 2)
             for x, dim in zip(tensors, in_dims, strict=False)
         ]
-        kept = MiniTorchFlashAttention.apply(*inputs, _mapped(problem, info, *inputs[:3]))
+        kept = MiniTorchFlashAttention.apply(
+            *inputs, _mapped(problem, info.batch_size, *inputs[:3])
+        )
         return kept, tuple(None if x is None else 0 for x in kept)
 
 
@@ -242,12 +251,25 @@ class MiniTorchFlashAttentionGradient(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, problem: Any, needs_mask_grad: Any, *tensors: Any) -> Any:
         """One more leading dimension; what the samples share gets a gradient for each of them."""
         size, dims = info.batch_size, in_dims[2:]
+        if problem.dropout_p > 0 and dims[6] is None:  # one mask, in a forward pass without vmap
+            samples = [
+                MiniTorchFlashAttentionGradient.apply(
+                    problem,
+                    needs_mask_grad,
+                    *(_sample(x, d, number) for x, d in zip(tensors, dims, strict=True)),
+                )
+                for number in range(size)
+            ]
+            stacked = tuple(
+                None if g[0] is None else torch.stack(g) for g in zip(*samples, strict=True)
+            )
+            return stacked, tuple(None if g is None else 0 for g in stacked)
         inputs = [
             _batched(x, dim, size, len(problem.leading) + 2)
             for x, dim in zip(tensors[:4], dims, strict=False)
         ]
         others = [_batched(x, dim, size) for x, dim in zip(tensors[4:], dims[4:], strict=True)]
-        mapped = _mapped(problem, info, *inputs[:3])
+        mapped = _mapped(problem, size, *inputs[:3])
         found = MiniTorchFlashAttentionGradient.apply(mapped, needs_mask_grad, *inputs, *others)
         gradients = tuple(
             None if g is None else g.reshape(size, *_sample_shape(x, dim))
@@ -294,21 +316,18 @@ def _sample_shape(x: Any, dim: int | None) -> tuple[int, ...]:
     return tuple(n for d, n in enumerate(x.shape) if d != dim)
 
 
-def _mapped(
-    problem: AttentionProblem, info: Any, query: Any, key: Any, value: Any
-) -> AttentionProblem:
+def _sample(x: Any, dim: int | None, number: int) -> Any:
+    return x if x is None or dim is None else x.select(dim, number)
+
+
+def _mapped(problem: AttentionProblem, size: int, query: Any, key: Any, value: Any) -> Any:
     """The problem of all samples at once."""
-    if problem.dropout_p > 0 and info.randomness != "different":
-        raise RuntimeError(
-            "minitorch.flash_attention with dropout draws another mask for each sample of vmap: "
-            f"use vmap(..., randomness='different'), got {info.randomness!r}"
-        )
     return replace(
         problem,
         query_shape=tuple(query.shape),
         key_shape=tuple(key.shape),
         value_shape=tuple(value.shape),
-        leading=(info.batch_size, *problem.leading),
+        leading=(size, *problem.leading),
     )
 
 

@@ -100,6 +100,7 @@ class AttentionProblem:
         kind = np.dtype(dtype)
         if kind.name not in DTYPES:
             raise TypeError(f"attention takes {', '.join(DTYPES)}, not {kind}.")
+        enable_gqa = checked_flag("enable_gqa", enable_gqa)
         leading = _leading_shape(
             tuple(query_shape), tuple(key_shape), tuple(value_shape), enable_gqa
         )
@@ -118,7 +119,7 @@ class AttentionProblem:
             offset=offset,
             dropout_p=checked_dropout_p(dropout_p),
             seed=checked_seed(seed),
-            enable_gqa=checked_flag("enable_gqa", enable_gqa),
+            enable_gqa=enable_gqa,
             fp32_precision=checked_fp32_precision(fp32_precision),
         )
 
