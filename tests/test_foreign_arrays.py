@@ -25,7 +25,7 @@ FAST = minitorch.TensorBackend(minitorch.FastOps)
 VALUES = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
 
 
-def tensor(array: Any = VALUES) -> minitorch.Tensor:
+def tensor(array: Any = VALUES) -> Any:
     return minitorch.tensor(array, FAST, False)
 
 
@@ -105,7 +105,7 @@ def test_an_error_on_its_way_is_kept() -> None:
     storage = weakref.ref(x._tensor._storage)
     for _ in range(3):
         with pytest.raises(TypeError, match="has no len"):
-            len(x.__dlpack__())  # type: ignore[arg-type]
+            len(x.__dlpack__())
     del x
     gc.collect()
     assert storage() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,10 @@ def test_gradcheck() -> None:
         torch.autograd.gradcheck(one, (*inputs(), mask))
 
 
-def second_derivatives(q: Any, k: Any, v: Any, mask: Any) -> list[Callable[[], Any]]:
+def second_derivatives() -> list[Callable[[], Any]]:
+    q, k, v = inputs()
+    mask = draw(3, 5, seed=7)
+
     def f(*x: Any) -> Any:
         return flash_attention(*x[:3], attn_mask=x[3])
 
@@ -65,7 +69,7 @@ def second_derivatives(q: Any, k: Any, v: Any, mask: Any) -> list[Callable[[], A
         return (g.sum() + 0 * sum(x.sum() for x in leaves)).backward()
 
     return [
-        *(lambda n=n: again(n) for n in range(4)),
+        *(partial(again, n) for n in range(4)),
         lambda: torch.autograd.gradgradcheck(f, (q, k, v, mask)),
         lambda: torch.autograd.functional.hessian(lambda x: f(x, k, v, mask).sum(), q),
         lambda: torch.autograd.functional.jvp(lambda x: f(x, k, v, mask), q, q),
@@ -75,7 +79,7 @@ def second_derivatives(q: Any, k: Any, v: Any, mask: Any) -> list[Callable[[], A
 
 @pytest.mark.parametrize("number", range(8))
 def test_second_derivatives_are_refused(number: int) -> None:
-    call = second_derivatives(*inputs(), draw(3, 5, seed=7))[number]
+    call = second_derivatives()[number]
     with pytest.raises(RuntimeError, match=NOT_TWICE):
         call()
 
@@ -83,7 +87,7 @@ def test_second_derivatives_are_refused(number: int) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch itself
 def test_forward_mode_is_refused() -> None:
     q, k, v = inputs(grad=False)
-    calls = [
+    calls: list[Callable[[], Any]] = [
         lambda: torch.func.jvp(lambda x: flash_attention(x, k, v), (q,), (q,)),
         lambda: torch.func.hessian(lambda x: flash_attention(x, k, v).sum())(q),
         lambda: torch.func.jacfwd(lambda x: flash_attention(x, k, v))(q),
@@ -182,7 +186,7 @@ def test_seeds_come_from_torchs_generator() -> None:
     explicit = [flash_attention(q, k, v, dropout_p=0.5, seed=3) for _ in range(2)]
     assert torch.equal(*explicit)
     with pytest.raises(ValueError, match="window"):
-        flash_attention(q, k, v, dropout_p=0.5, window=3)  # type: ignore[arg-type]
+        flash_attention(q, k, v, dropout_p=0.5, window=3)
     flash_attention(q, k, v)
     assert torch.equal(torch.get_rng_state(), state) and str(minitorch.get_rng_state()) == ours
     with torch.random.fork_rng():
