@@ -119,8 +119,17 @@ def _draw_seed(device: Any) -> int:
     """The seed of a dropout mask, from PyTorch's generator of the device: `torch.manual_seed` and
     checkpointing repeat it. It is made of the generator's state, which is known on the host; for a
     number drawn on the GPU the host would wait.
+
+    Raises:
+        RuntimeError: a CUDA graph of PyTorch's is captured, which would repeat the seed.
+
     """
     on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "minitorch.flash_attention with dropout in a captured CUDA graph would drop the same "
+            "weights in every replay: give it a seed if that is wanted"
+        )
     generator = torch.cuda.default_generators[device.index] if on_gpu else torch.default_generator
     with _drawing:
         state = generator.get_state()

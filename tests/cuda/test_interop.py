@@ -342,6 +342,9 @@ def test_seeds_come_from_the_gpus_generator() -> None:
         call(q, k, v)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="would drop the same weights"), torch.cuda.graph(graph):
+        call(q, k, v)
 
 
 @pytest.mark.gpu
