@@ -157,7 +157,7 @@ ONE_SENTENCE: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         "array as key",
         lambda: tensor().flash_attention(VALUES, tensor()),
         TypeError,
-        r"key must be a minitorch\.Tensor, got numpy\.ndarray",
+        r"key must be a .*Tensor, got .*ndarray",
     ),
     ("str", lambda: tensor().attention(tensor(), "v"), TypeError, "value .* got str"),
     ("int64", lambda: minitorch.as_tensor(VALUES.astype(int)), TypeError, "x on the CPU .* int64"),
