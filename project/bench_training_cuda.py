@@ -42,10 +42,12 @@ from project.gpu_timing import require_gpu
 from project.transformer import data
 from project.transformer.options import RunOptions
 from project.transformer.training import Trainer
+from project.weight_decay import decay_groups
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 96
-ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+WEIGHT_DECAY = 0.1  # of matrices
 WARM_UP, CHECKED = 2, 5  # steps before the graph is captured; losses that are compared
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
@@ -115,7 +117,8 @@ def ours(row: Row, model: Any, seed: int) -> Contestant:
     ids = token_batch(row, seed)
     inputs, targets = (models.as_tensor(np.ascontiguousarray(a), model.backend) for a in ids)
     on_gpu = model.backend.cuda
-    optimizer = minitorch.AdamW(model.parameters(), capturable=on_gpu, **ADAMW)
+    groups = decay_groups(model.parameters(), WEIGHT_DECAY)
+    optimizer = minitorch.AdamW(groups, capturable=on_gpu, **ADAMW)
     kept: dict[str, Any] = {}
 
     def compute() -> None:
@@ -209,7 +212,8 @@ def torchs(row: Row, model: Any, seed: int) -> Contestant:
         torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in token_batch(row, seed)
     )
     on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), fused=on_gpu, **ADAMW)
+    groups = decay_groups(model.parameters(), WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, fused=on_gpu, **ADAMW)
     kept: dict[str, Any] = {}
 
     def autocast() -> AbstractContextManager[Any]:

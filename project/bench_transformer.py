@@ -33,11 +33,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `project` is found
+
 import numpy as np
+
+from project.weight_decay import decay_groups
 
 RESULTS = Path(__file__).parent / "results" / "transformer_cpu.json"
 LAYERS, D_MODEL, HEADS, CONTEXT, BATCH, VOCABULARY = 4, 128, 4, 128, 16, 96
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+WEIGHT_DECAY = 0.1  # of matrices
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
@@ -104,7 +109,8 @@ def our_step(model: Any) -> Step:
         minitorch.tensor_from_numpy(a.astype(np.float32), backend) for a in token_batch()
     )
     flat_targets = targets.view(targets.size)
-    optimizer = minitorch.AdamW(model.parameters(), **ADAMW)  # type: ignore[arg-type]
+    groups = decay_groups(model.parameters(), WEIGHT_DECAY)
+    optimizer = minitorch.AdamW(groups, **ADAMW)  # type: ignore[arg-type]
 
     def step() -> float:
         optimizer.zero_grad()
@@ -190,7 +196,8 @@ def torch_step(model: Any, fused: bool) -> Step:
     import torch
 
     inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)) for a in token_batch())
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fused, **ADAMW)
+    groups = decay_groups(model.parameters(), WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, fused=fused, **ADAMW)  # type: ignore[arg-type]
 
     def step() -> float:
         optimizer.zero_grad()
