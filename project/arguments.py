@@ -1,12 +1,14 @@
-"""Limits of command-line options: numbers that make sense, sizes that this machine has room for."""
+"""What the programs are given: options within limits, sizes with room for them, older results."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from project.transformer.memory import installed
 
@@ -121,3 +123,21 @@ def _size(number: float) -> str:
         if number < 1024:
             break
     return f"{number:,.1f} {unit}"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What an earlier run of a benchmark has written, to which this one adds.
+
+    Raises:
+        SystemExit: it cannot be read, or another program wrote it.
+
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SystemExit(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} has another format: measure anew, without --add")
+    return found

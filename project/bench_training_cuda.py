@@ -38,6 +38,7 @@ import numpy as np
 
 from minitorch.cuda_driver import stream_handle
 from minitorch.kernels import runtime
+from project.arguments import COUNT, COUNT_OR_NONE, SEED, read_results, whole
 from project.gpu_timing import require_gpu
 from project.transformer import data
 from project.transformer.options import RunOptions
@@ -425,8 +426,10 @@ def kept_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     path = arguments.out / "training_cuda.json"
     if not path.is_file():
         return []
-    report = json.loads(path.read_text(encoding="utf-8"))
-    return [row for row in report["rows"] if row["name"] not in arguments.rows]
+    rows = read_results(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SystemExit(f"{path} has another format: measure anew, without --add")
+    return [row for row in rows if row.get("name") not in arguments.rows]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -436,12 +439,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--add", action="store_true", help="keep other rows measured before")
-    parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=10, help="of a round; default: %(default)s")
+    count = whole(COUNT)
+    parser.add_argument("--rounds", type=count, default=10, help="default: %(default)s")
+    parser.add_argument("--steps", type=count, default=10, help="of a round; default: %(default)s")
     parser.add_argument(
-        "--curve-steps", type=int, default=30, help="0 leaves the curves out; default: %(default)s"
+        "--curve-steps",
+        type=whole(COUNT_OR_NONE),
+        default=30,
+        help="0 leaves the curves out; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole(SEED), default=0, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
     return parser.parse_args()
 

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `proj
 
 import numpy as np
 
+from project.arguments import COUNT, POSITIVE, THREADS, real, refuse_too_large, whole
 from project.weight_decay import decay_groups
 
 RESULTS = Path(__file__).parent / "results" / "transformer_cpu.json"
@@ -65,17 +66,25 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--middle", type=int, nargs="+", default=[256, 512], metavar="D",
+    parser.add_argument("--middle", type=whole(COUNT), nargs="+", default=[256, 512], metavar="D",
                         help="size of the feed-forward layers; default: %(default)s")  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--threads", type=int, default=2, help="of each; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each; default: %(default)s")
+    parser.add_argument(
+        "--threads", type=whole(THREADS), default=2, help="of each; default: %(default)s"
+    )
+    parser.add_argument(
+        "--seconds", type=real(POSITIVE), default=8.0, help="of each; default: %(default)s"
+    )
     parser.add_argument(
         "--prefix", default="", help="command before each measuring process (taskset -c 0,1, say)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    middle = max(arguments.middle)
+    needed = LAYERS * 4 * middle * (2 * D_MODEL * 4 + 3 * BATCH * CONTEXT)
+    refuse_too_large(parser, f"--middle {middle}", needed)
+    return arguments
 
 
 # ----- in the child process -----
@@ -197,7 +206,7 @@ def torch_step(model: Any, fused: bool) -> Step:
 
     inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)) for a in token_batch())
     groups = decay_groups(model.parameters(), WEIGHT_DECAY)
-    optimizer = torch.optim.AdamW(groups, fused=fused, **ADAMW)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(groups, fused=fused, **ADAMW)
 
     def step() -> float:
         optimizer.zero_grad()

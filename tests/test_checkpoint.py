@@ -167,11 +167,10 @@ def test_files_of_other_programs_have_no_checksum(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4", "I4", "F64"])
 def test_dtypes_that_numpy_lacks_are_named(tmp_path: Path, dtype: str) -> None:
-    header = {"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, 2 if dtype == "F4" else 4]}}
+    size = 2 if dtype == "F4" else 4
+    header = {"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, size]}}
     words = json.dumps(header).encode()
     path = tmp_path / "c.safetensors"
-    path.write_bytes(
-        len(words).to_bytes(8, "little") + words + bytes(header["w"]["data_offsets"][1])
-    )
+    path.write_bytes(len(words).to_bytes(8, "little") + words + bytes(size))
     with pytest.raises(CheckpointError, match=f"'w' is of dtype {dtype}|not a whole"):
         load_checkpoint(path)

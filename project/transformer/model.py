@@ -103,7 +103,9 @@ def grouped_state(state: Mapping[str, Array], model: DecoderLM) -> dict[str, Arr
     """
     parameters = list(model.parameters())
     numbers = range(len(parameters))
-    if np.shape(state.get("lr")) or np.shape(state.get("steps")) != (len(parameters),):
+    if "lr" not in state or "steps" not in state or state["lr"].shape == (2,):
+        return dict(state)
+    if state["steps"].shape != (len(parameters),):
         return dict(state)
     order = sorted(numbers, key=lambda number: not decays(parameters[number]))
     places = {str(old): new for new, old in enumerate(order)}

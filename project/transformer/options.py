@@ -119,7 +119,7 @@ class RunOptions:
             raise ValueError(f"unknown options {', '.join(sorted(unknown))}")
         made = {}
         for part in dataclasses.fields(cls):
-            empty: Any = part.default_factory  # type: ignore[misc]  # each part has one
+            empty: Any = part.default_factory
             values = parts.get(part.name, {})
             if not isinstance(values, dict):
                 raise ValueError(f"options must be named, got {values!r:.40}")

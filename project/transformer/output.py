@@ -45,7 +45,7 @@ class Output:
         try:
             self.file.write(text)
         except UnicodeEncodeError:
-            encoding = self.file.encoding or "ascii"
+            encoding: str = getattr(self.file, "encoding", None) or "ascii"
             self.file.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
     def _try(self, action: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from minitorch.kernels import runtime
 from project.arguments import too_large
+from project.gpu_timing import gpu_memory
 
 from .errors import UserError
 from .options import FIELDS, RunOptions, flag
@@ -24,8 +25,7 @@ def check_size(options: RunOptions, vocabulary: int, training: bool = True) -> N
 
     """
     if options.training.device == "cuda" and not runtime.SIMULATED:
-        there = runtime.cuda.current_context().get_memory_info().total
-        problem = too_large(_needed(options, vocabulary, training), there, "the GPU")
+        problem = too_large(_needed(options, vocabulary, training), gpu_memory(), "the GPU")
     else:
         problem = too_large(_needed(options, vocabulary, training))
     if problem is None:
