@@ -56,7 +56,7 @@ class Output:
         except (OSError, ValueError):  # ValueError: it has been closed
             self.gone = True
             # Python flushes what is left when it ends, and would complain again.
-            with suppress(OSError, ValueError):
+            with suppress(AttributeError, OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
