@@ -112,7 +112,7 @@ def grouped_state(state: Mapping[str, Array], model: DecoderLM) -> dict[str, Arr
     renamed = {"lr": np.full(2, state["lr"]), "steps": state["steps"][order]}
     for name, array in state.items():
         slot, _, number = name.partition(".")
-        if name not in renamed:
+        if name not in ("lr", "steps"):
             renamed[f"{slot}.{places.get(number, number)}"] = array
     return renamed
 
