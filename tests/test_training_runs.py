@@ -19,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 import minitorch
 from minitorch import checkpoint as checkpoints
-from project.transformer import cli, data, report, run_files, run_lock, training
+from project.transformer import cli, data, output, report, run_files, run_lock, training
 from project.transformer import model as models
 from project.transformer.errors import UserError, shown
-from project.transformer.options import RunOptions
+from project.transformer.options import RunOptions, largest_norm
 from project.transformer.run_files import RunFolder, load_snapshot
 from project.transformer.run_lock import locked
 
@@ -460,7 +460,7 @@ def test_no_clipping_and_no_decay_of_biases(text: Path) -> None:
     after = trainer.model.state_dict()
     assert np.abs(after["ln.weights"] - norm).max() < 2e-3
     assert np.abs(after["lm_head.weights"]).max() < 2e-3
-    assert training.largest_norm(options.training) > 1e300
+    assert largest_norm(options.training) > 1e300
 
 
 # ----- damaged files -----
@@ -597,7 +597,7 @@ def test_control_characters_are_shown() -> None:
 def test_an_encoding_without_a_character_gets_an_escape(tmp_path: Path) -> None:
     path = tmp_path / "out.txt"
     with path.open("w", encoding="ascii") as file:
-        report.Output(file).write("naïve")
+        output.Output(file).write("naïve")
     assert path.read_text() == "na\\xefve"
 
 
@@ -605,8 +605,6 @@ def test_compiling_is_told_when_it_takes_long(monkeypatch: pytest.MonkeyPatch) -
     import threading
 
     from numba.core import event
-
-    from project.transformer import output
 
     monkeypatch.setattr(output, "PATIENCE", 0.0)
     told = threading.Event()
