@@ -19,7 +19,8 @@ TOGETHER := --jobs=2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--outp
 	doctor clean
 
 help:
-	@echo "make train      train the default transformer on the text inside Python itself"
+	@echo "make train      train the default transformer on the text inside Python itself; again: go"
+	@echo "                on where that stopped, or show its result (FRESH=1: start anew)"
 	@echo "make test       linter, formatter, type checker and tests; no GPU needed. Its parts:"
 	@echo "                lint, types, unit, compile (GPU kernels for five architectures),"
 	@echo "                simulator (GPU kernels in numba's simulator)"
@@ -31,8 +32,10 @@ help:
 	@echo "make doctor     what this machine offers, and what is wrong with it"
 	@echo "make clean      remove the environment, caches and build products; runs/ is kept"
 
+# A run that is there already is never lost, but for `make train FRESH=1`.
 train: $(VENV)/train.stamp
-	$(BIN)/python project/run_transformer.py train --out $(OUT)
+	$(BIN)/python project/run_transformer.py train --out $(OUT) \
+	$(if $(FRESH),--overwrite,$(if $(wildcard $(OUT)/checkpoint.safetensors),--resume))
 
 # All parts run, whatever one of them says; the exit code is 0 only if all is well.
 test: $(VENV)/dev.stamp
@@ -88,7 +91,7 @@ types: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python project/bench_attention.py
 	$(BIN)/python project/bench_transformer.py
-	$(BIN)/python project/run_transformer.py train --out runs/bench \
+	$(BIN)/python project/run_transformer.py train --out runs/bench --overwrite \
 		--record project/results/training_cpu.md
 	$(BIN)/python project/readme_tables.py
 
