@@ -45,7 +45,15 @@ def given(value: Any) -> str:
         text = repr(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a huge int"
         if len(text) <= 40:
             return text
-    return type(value).__name__
+    return type_name(value)
+
+
+def type_name(value: Any) -> str:
+    """The name of an object's type, with that of its package: there is more than one `Tensor`."""
+    kind = type(value)
+    package = kind.__module__.split(".")[0]
+    ours = package in ("builtins", "minitorch")
+    return kind.__qualname__ if ours else f"{package}.{kind.__qualname__}"
 
 
 def advice(value: Any, name: str) -> str:

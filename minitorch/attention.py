@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import check_tensor, type_name
 from .cuda_precision import fp32_precision
 from .fused_functions import LogSumExp, Softmax
-from .interop import type_name
 from .kernels.flash_attention.problem import (
     AttentionProblem,
     Causal,
@@ -85,7 +85,7 @@ def flash_attention(
         TypeError: not tensors, or dtypes that differ, or a mask neither bool nor floating point.
 
     """
-    check_tensors(query=query, key=key, value=value)
+    _check_tensors(query, key, value)
     checked_flag("return_lse", return_lse)
     problem = describe(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
@@ -115,7 +115,7 @@ def standard_attention(
 
     Arguments, result and errors are those of `flash_attention`.
     """
-    check_tensors(query=query, key=key, value=value)
+    _check_tensors(query, key, value)
     checked_flag("return_lse", return_lse)
     problem = describe(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
@@ -179,14 +179,9 @@ def describe(
     return problem
 
 
-def check_tensors(**tensors: Any) -> None:
-    """Raise TypeError with the argument's name unless each is a Tensor."""
-    for name, given in tensors.items():
-        if not hasattr(given, "_tensor"):
-            raise TypeError(
-                f"{name} must be a minitorch.Tensor, got {type_name(given)}: minitorch.as_tensor "
-                "or minitorch.tensor makes one"
-            )
+def _check_tensors(query: Any, key: Any, value: Any) -> None:
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        check_tensor(given, name)
 
 
 def _native(mask: Any, dtype: np.dtype[Any]) -> Any:

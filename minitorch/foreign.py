@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from . import attention
+from .arguments import type_name
 from .dtypes import FLOAT_DTYPES, HALF_DTYPES
-from .interop import LEGACY_STREAM, default_backend, import_array, type_name
+from .interop import LEGACY_STREAM, default_backend, import_array
 from .kernels.runtime import SIMULATED, cuda, on_stream
 from .tensor import Tensor
 from .tensor_data import TensorData

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import check_tensor
 from .autodiff import is_grad_enabled, no_grad, topological_sort
 from .dtypes import BFLOAT16
 from .rng import fingerprint, manual_seed, random_state_kept
@@ -159,11 +160,7 @@ def _check_arguments(f: Any, vals: tuple[Any, ...], epsilon: float) -> None:
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon must be a number above 0, got {epsilon}")
     for arg, x in enumerate(vals):
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"argument {arg} must be a Tensor, got {type(x).__name__}: "
-                "write minitorch.tensor(...)"
-            )
+        check_tensor(x, f"argument {arg}")
         values = np.abs(x.to_numpy().astype(np.float64))
         if np.isnan(values).any():
             raise ValueError(f"argument {arg} holds NaN, where there is no gradient to check")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from . import cuda_driver as driver
 from . import dlpack
 from .allocator import BorrowedMemory
+from .arguments import type_name
 from .cuda_kernel_ops import CudaKernelOps
 from .device_array import DeviceArray
 from .dtypes import FLOAT_DTYPES, HALF_DTYPES
@@ -171,13 +172,6 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def type_name(x: Any) -> str:
-    """The name of an object's type for an error, with that of its package: `Tensor` is several."""
-    kind = type(x)
-    package = kind.__module__.split(".")[0]
-    return kind.__qualname__ if package == "builtins" else f"{package}.{kind.__qualname__}"
-
-
 def data_from_numpy(x: npt.NDArray[Any], name: str = "x") -> TensorData:
     """The elements of a numpy array: where they are, also if nobody may write there; copied if they
     are in another byte order, run backwards or are not aligned.
@@ -297,5 +291,4 @@ __all__ = [
     "dlpack_device",
     "import_array",
     "to_dlpack",
-    "type_name",
 ]

@@ -17,8 +17,9 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import attention, foreign
+from .arguments import type_name
 from .dtypes import FLOAT_DTYPES, HALF_DTYPES
-from .interop import import_array, type_name
+from .interop import import_array
 from .kernels.flash_attention.problem import AttentionProblem, checked_flag
 from .tensor import Tensor
 

@@ -138,7 +138,7 @@ def test_whole_numbers_that_do_not_fit(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (np.ones((2, 3)), r"ndarray: write minitorch\.tensor\({0}, backend=\.\.\.\)"),
+        (np.ones((2, 3)), r"numpy.ndarray: write minitorch\.tensor\({0}, backend=\.\.\.\)"),
         ([[1.0]], r"list: write minitorch\.tensor\({0}, backend=\.\.\.\)"),
         (2.5, r"2\.5: write minitorch\.tensor\({0}, backend=\.\.\.\)"),
         ("abc", "'abc'$"),

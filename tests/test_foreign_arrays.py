@@ -159,7 +159,12 @@ ONE_SENTENCE: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
         TypeError,
         r"key must be a .*Tensor, got .*ndarray",
     ),
-    ("str", lambda: tensor().attention(tensor(), "v"), TypeError, "value .* got str"),
+    (
+        "str",
+        lambda: tensor().attention(tensor(), "v"),
+        TypeError,
+        "value must be a Tensor, got 'v'",
+    ),
     ("int64", lambda: minitorch.as_tensor(VALUES.astype(int)), TypeError, "x on the CPU .* int64"),
     (
         "int64 key",

@@ -73,7 +73,7 @@ def test_matrix_product_with_an_array_on_the_left(backend: TensorBackend) -> Non
     grad_check(lambda t: array @ t, x)
     grad_check(lambda t: np.matmul(t, np.ones((3, 2))), x)
     with pytest.raises(
-        TypeError, match=r"t2 must be a Tensor, got ndarray: write minitorch\.tensor"
+        TypeError, match=r"t2 must be a Tensor, got numpy.ndarray: write minitorch\.tensor"
     ):
         _ = x @ array
 

@@ -422,16 +422,6 @@ def test_the_cache_changes_nothing(text: Path, attention: str) -> None:
     assert with_cache == without
 
 
-def test_choosing() -> None:
-    scores, draw = np.array([0.0, 3.0, 1.0, 2.0]), np.random.default_rng(0)
-    assert sampling.choose(scores, 0.0, 0, draw) == 1
-    assert {sampling.choose(scores, 5.0, 2, draw) for _ in range(100)} == {1, 3}
-    assert {sampling.choose(scores, 5.0, 0, draw) for _ in range(200)} == {0, 1, 2, 3}
-    chosen = [sampling.choose(scores, 1.0, 0, draw) for _ in range(2000)]
-    weights = np.exp(scores) / np.exp(scores).sum()
-    np.testing.assert_allclose(np.bincount(chosen) / 2000, weights, atol=0.04)
-
-
 # ----- beside PyTorch -----
 
 
