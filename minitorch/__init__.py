@@ -61,7 +61,8 @@ from .nn import (
     tile,
 )
 from .operators import prod
-from .optim import SGD, Adam, AdamW, CosineSchedule, Optimizer, clip_grad_norm_
+from .optim import SGD, Adam, AdamW, CosineSchedule
+from .optimizer import Optimizer, clip_grad_norm_
 from .rng import get_rng_state, manual_seed, set_rng_state
 from .scalar import Scalar, derivative_check
 from .scalar_functions import ScalarFunction, ScalarHistory

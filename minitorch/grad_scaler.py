@@ -17,7 +17,8 @@ from .autodiff import no_grad
 from .capturable import zeros
 from .device_array import DeviceArray
 from .kernels import adamw_cuda
-from .optim import Adam, Optimizer, _gradient
+from .optim import Adam
+from .optimizer import Optimizer, gradient_of
 from .tensor import Tensor
 from .tensor_data import TensorData
 
@@ -122,7 +123,7 @@ class GradScaler:
             return
         with no_grad():
             for parameter in optimizer.parameters:
-                gradient = _gradient(parameter)
+                gradient = gradient_of(parameter)
                 if isinstance(gradient, Tensor):
                     self._unscale_tensor(parameter.value, gradient)
 

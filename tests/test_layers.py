@@ -92,6 +92,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "modules_transfomer",
             "nn",
             "optim",
+            "optimizer",
             "transformer",
         },
     ),
