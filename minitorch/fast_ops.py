@@ -21,7 +21,15 @@ from .kernels import simd, threads
 from .kernels.blas import product
 from .kernels.threads import fetch_add, run_on_threads, thread_count
 from .tensor_data import TensorData, shape_broadcast
-from .tensor_ops import MapFn, MapProto, ZipFn, check_matmul, empty_output
+from .tensor_ops import (
+    MapFn,
+    MapProto,
+    ZipFn,
+    check_matmul,
+    empty_output,
+    folded_shape,
+    map_output,
+)
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -47,7 +55,7 @@ class FastOps(FastFusedOps):
         worker = _worker(_map_worker, fn, keep=True)
 
         def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
-            target = empty_output(a, a.shape) if out is None else out
+            target = map_output(a, out)
             _run(worker, target.size, *target.tuple(), *a.tuple())
             return target
 
@@ -81,9 +89,8 @@ class FastOps(FastFusedOps):
         worker = _worker(_reduce_worker, fn, keep=True)
 
         def apply(a: Tensor, dim: int) -> Tensor:
-            shape = list(a.shape)
-            shape[dim] = 1
-            out = empty_output(a, tuple(shape))
+            dim, shape = folded_shape(a, dim)
+            out = empty_output(a, shape)
             out._tensor._storage.fill(start)
             _run(worker, a.size, *out.tuple(), *a.tuple(), dim)
             return out
@@ -115,7 +122,7 @@ def _run(worker: Any, size: int, *arguments: Any) -> None:
 
 def _copy(a: Tensor, out: Tensor | None = None, /) -> Tensor:
     """The identity, into a contiguous tensor."""
-    target = empty_output(a, a.shape) if out is None else out
+    target = map_output(a, out)
     np.copyto(target._tensor.array, a._tensor.array)
     return target
 

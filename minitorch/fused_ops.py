@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .fused_checks import guard
 from .kernels.flash_attention.standard import standard_attention, standard_attention_backward
 from .tensor_data import TensorData
 
@@ -24,9 +25,23 @@ if TYPE_CHECKING:
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def _like(tensor: Tensor, array: Array) -> Tensor:
+def like(tensor: Tensor, array: Array) -> Tensor:
     """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
     return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
+
+
+def arrays(*tensors: Tensor) -> Any:
+    """A tuple of the arrays of tensors on the CPU, all in the widest of their dtypes."""
+    found = tuple(t._tensor.array for t in tensors)
+    if len({a.dtype for a in found}) == 1:
+        return found
+    dtype = np.result_type(*found)
+    return tuple(a.astype(dtype, copy=False) for a in found)
+
+
+def whole_numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
+    """The elements, which have been checked to be whole numbers."""
+    return tensor._tensor.array.astype(np.int64)
 
 
 def _finite_max(x: Array, axis: int) -> Array:
@@ -35,8 +50,23 @@ def _finite_max(x: Array, axis: int) -> Array:
     return np.where(np.isneginf(maximum), x.dtype.type(0), maximum)
 
 
+def _mean(x: Array) -> Array:
+    """Along the last dimension, which is kept; of no elements NaN, without a warning."""
+    with np.errstate(invalid="ignore"):
+        mean: Array = x.sum(-1, keepdims=True) / x.dtype.type(x.shape[-1])
+        return mean
+
+
 class FusedOps:
-    """The fused operations of a backend, forward and backward. Tensors in, constant tensors out."""
+    """The fused operations of a backend, forward and backward. Tensors in, constant tensors out.
+
+    Those that need it begin with the check of `fused_checks` that has their name, here and in every
+    class that overrides them.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        guard(cls)
 
     # ----- softmax: y = exp(x - max) / sum(exp(x - max)) -----
 
@@ -46,13 +76,13 @@ class FusedOps:
         a = x._tensor.array
         e = np.exp(a - _finite_max(a, dim))
         total = e.sum(dim, keepdims=True)
-        return _like(x, e / np.where(total == 0, e.dtype.type(1), total))
+        return like(x, e / np.where(total == 0, e.dtype.type(1), total))
 
     @staticmethod
     def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
         """dx = y * (grad - sum(grad * y)), with `y` the softmax."""
         g, p = grad._tensor.array, y._tensor.array
-        return _like(y, p * (g - (g * p).sum(dim, keepdims=True)))
+        return like(y, p * (g - (g * p).sum(dim, keepdims=True)))
 
     @staticmethod
     def logsumexp_forward(x: Tensor, dim: int) -> Tensor:
@@ -60,14 +90,14 @@ class FusedOps:
         a = x._tensor.array
         shift = _finite_max(a, dim)
         with np.errstate(divide="ignore"):  # log(0) = -inf where everything is -inf
-            return _like(x, np.log(np.exp(a - shift).sum(dim, keepdims=True)) + shift)
+            return like(x, np.log(np.exp(a - shift).sum(dim, keepdims=True)) + shift)
 
     @staticmethod
     def logsumexp_backward(grad: Tensor, x: Tensor, logsumexp: Tensor) -> Tensor:
         """dx = grad * softmax(x)."""
         total = logsumexp._tensor.array
         shift = np.where(np.isneginf(total), total.dtype.type(0), total)
-        return _like(x, grad._tensor.array * np.exp(x._tensor.array - shift))
+        return like(x, grad._tensor.array * np.exp(x._tensor.array - shift))
 
     @classmethod
     def attn_softmax_fw(cls, inp: Tensor, mask: Tensor) -> Tensor:
@@ -75,7 +105,7 @@ class FusedOps:
         it.
         """
         scores = inp._tensor.array + mask._tensor.array.astype(inp.dtype, copy=False)
-        return cls.softmax_forward(_like(inp, scores), inp.dims - 1)
+        return cls.softmax_forward(like(inp, scores), inp.dims - 1)
 
     @classmethod
     def attn_softmax_bw(cls, out_grad: Tensor, soft_inp: Tensor) -> Tensor:
@@ -88,14 +118,14 @@ class FusedOps:
     def layernorm_fw(
         inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise the last dimension. inp (..., D), gamma and beta (D,) -> out, variance and mean
-        (rows,).
+        """Normalise the last dimension. inp (..., D), gamma and beta (D,) or (1, D) -> out,
+        variance and mean (rows,).
         """
-        x = inp._tensor.array
-        mean = x.mean(-1, keepdims=True)
-        var = ((x - mean) ** 2).mean(-1, keepdims=True)
-        y = (x - mean) / np.sqrt(var + x.dtype.type(eps)) * gamma._tensor.array + beta._tensor.array
-        return _like(inp, y), _like(inp, var.reshape(-1)), _like(inp, mean.reshape(-1))
+        x, weight, bias = arrays(inp, gamma, beta)
+        mean = _mean(x)
+        var = _mean((x - mean) ** 2)
+        y = (x - mean) / np.sqrt(var + x.dtype.type(eps)) * weight + bias
+        return like(inp, y), like(inp, var.reshape(-1)), like(inp, mean.reshape(-1))
 
     @staticmethod
     def layernorm_bw(
@@ -107,20 +137,18 @@ class FusedOps:
         mean: Tensor,
         eps: float = 1e-8,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of inp, gamma and beta."""
-        x, g = inp._tensor.array, out_grad._tensor.array
+        """Gradients of inp, gamma and beta, in their shapes."""
+        g, x, weight, variance, centre = arrays(out_grad, inp, gamma, var, mean)
         column = (*x.shape[:-1], 1)
-        rstd = 1 / np.sqrt(var._tensor.array.reshape(column) + x.dtype.type(eps))
-        xhat = (x - mean._tensor.array.reshape(column)) * rstd
-        gx = g * gamma._tensor.array
-        mean_gx = gx.mean(-1, keepdims=True)
-        mean_gx_xhat = (gx * xhat).mean(-1, keepdims=True)
+        rstd = 1 / np.sqrt(variance.reshape(column) + x.dtype.type(eps))
+        xhat = (x - centre.reshape(column)) * rstd
+        gx = g * weight
         rows = tuple(range(x.ndim - 1))
-        dinp = rstd * (gx - mean_gx - xhat * mean_gx_xhat)
+        dinp = rstd * (gx - _mean(gx) - xhat * _mean(gx * xhat))
         return (
-            _like(inp, dinp),
-            _like(gamma, (g * xhat).sum(rows)),
-            _like(beta, g.sum(rows)),
+            like(inp, dinp),
+            like(gamma, (g * xhat).sum(rows).reshape(gamma.shape)),
+            like(beta, g.sum(rows).reshape(beta.shape)),
         )
 
     # ----- GELU, tanh form (Hendrycks & Gimpel 2016, section 2) -----
@@ -129,7 +157,7 @@ class FusedOps:
     def gelu_forward(x: Tensor) -> Tensor:
         """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
         a = x._tensor.array
-        return _like(x, 0.5 * a * (1 + np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))))
+        return like(x, 0.5 * a * (1 + np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))))
 
     @staticmethod
     def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -137,15 +165,18 @@ class FusedOps:
         a = x._tensor.array
         t = np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))
         inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * a**2)
-        return _like(x, grad._tensor.array * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner))
+        return like(x, grad._tensor.array * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner))
 
     # ----- linear layer: y = x @ weight + bias -----
 
     @staticmethod
     def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in), weight (in, out), bias (out,) or None -> (..., out)."""
-        y = x._tensor.array @ weight._tensor.array
-        return _like(x, y if bias is None else y + bias._tensor.array)
+        """x (..., in), weight (in, out), bias (out,) or (1, out) or None -> (..., out)."""
+        if bias is None:
+            a, w = arrays(x, weight)
+            return like(x, a @ w)
+        a, w, b = arrays(x, weight, bias)
+        return like(x, a @ w + b)
 
     @staticmethod
     def linear_backward(
@@ -157,9 +188,9 @@ class FusedOps:
         rows = g.reshape(count, w.shape[1])  # (rows, out)
         x_rows = x._tensor.array.reshape(count, w.shape[0])  # (rows, in)
         return (
-            _like(x, g @ w.T) if needs[0] else None,
-            _like(weight, x_rows.T @ rows) if needs[1] else None,
-            _like(weight, rows.sum(0)) if needs[2] else None,
+            like(x, g @ w.T) if needs[0] else None,
+            like(weight, x_rows.T @ rows) if needs[1] else None,
+            like(weight, rows.sum(0)) if needs[2] else None,
         )
 
     # ----- embedding: y[i] = weight[ids[i]] -----
@@ -167,35 +198,35 @@ class FusedOps:
     @staticmethod
     def embedding_forward(ids: Tensor, weight: Tensor) -> Tensor:
         """ids (...), whole numbers stored as floats; weight (num_embeddings, E) -> (..., E)."""
-        return _like(weight, weight._tensor.array[ids._tensor.array.astype(np.int64)])
+        return like(weight, weight._tensor.array[whole_numbers(ids)])
 
     @staticmethod
     def embedding_backward(grad: Tensor, ids: Tensor, num_embeddings: int) -> Tensor:
         """Gradient of weight: each row of `grad` added to the row that it was read from."""
         g = grad._tensor.array
         dweight = np.zeros((num_embeddings, g.shape[-1]), g.dtype)
-        np.add.at(dweight, ids._tensor.array.astype(np.int64), g)
-        return _like(grad, dweight)
+        np.add.at(dweight, whole_numbers(ids), g)
+        return like(grad, dweight)
 
     # ----- cross entropy: loss = logsumexp(logits) - logits[target] -----
 
     @staticmethod
     def cross_entropy_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """logits (N, C), target (N,) -> the loss and the logsumexp of each row, both (N,)."""
-        x, t = logits._tensor.array, target._tensor.array.astype(np.int64)
+        x, t = logits._tensor.array, whole_numbers(target)
         shift = _finite_max(x, 1)
         logsumexp = np.log(np.exp(x - shift).sum(1)) + shift[:, 0]
-        return _like(logits, logsumexp - x[np.arange(len(t)), t]), _like(logits, logsumexp)
+        return like(logits, logsumexp - x[np.arange(len(t)), t]), like(logits, logsumexp)
 
     @staticmethod
     def cross_entropy_backward(
         grad: Tensor, logits: Tensor, target: Tensor, logsumexp: Tensor
     ) -> Tensor:
         """dlogits = grad * (softmax(logits) - one_hot(target)); grad (N,)."""
-        x, t = logits._tensor.array, target._tensor.array.astype(np.int64)
+        x, t = logits._tensor.array, whole_numbers(target)
         p = np.exp(x - logsumexp._tensor.array[:, None])
         p[np.arange(len(t)), t] -= 1
-        return _like(logits, p * grad._tensor.array[:, None])
+        return like(logits, p * grad._tensor.array[:, None])
 
     # ----- AdamW (Loshchilov & Hutter 2019, algorithm 2) -----
 
@@ -241,7 +272,7 @@ class FusedOps:
         out, logsumexp = standard_attention(
             problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
         )
-        return _like(query, out), _like(query, logsumexp)
+        return like(query, out), like(query, logsumexp)
 
     @staticmethod
     def flash_attention_backward(
@@ -269,5 +300,8 @@ class FusedOps:
             None if grad_logsumexp is None else grad_logsumexp._tensor.array,
             needs_mask_grad,
         )
-        dmask_tensor = None if dmask is None else _like(query, dmask)
-        return _like(query, dq), _like(key, dk), _like(value, dv), dmask_tensor
+        dmask_tensor = None if dmask is None else like(query, dmask)
+        return like(query, dq), like(key, dk), like(value, dv), dmask_tensor
+
+
+guard(FusedOps)

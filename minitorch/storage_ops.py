@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .fused_checks import guard
 from .kernels.philox import vector_dropout_mask
 from .tensor_data import TensorData, strides_from_shape
 
@@ -145,7 +146,8 @@ class StorageOps:
 
         """
         values = ids._tensor.array
-        whole = values.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # NaN and infinity become some number, and are unequal
+            whole = values.astype(np.int64)
         wrong = (whole != values) | (whole < 0) | (whole >= num_classes)
         if wrong.any():
             raise ValueError(
@@ -153,5 +155,7 @@ class StorageOps:
                 f"got {values[wrong][0]:g}"
             )
 
+
+guard(StorageOps)
 
 __all__ = ["StorageOps"]
