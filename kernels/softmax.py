@@ -9,8 +9,8 @@ A row that is -inf throughout has softmax 0 and logsumexp -inf. A mask is added 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .cpu_compiler import njit
 from .rows import KEY, Array, as_rows, run_over_rows
 from .threads import fetch_add
 from .vector_math import exp, row_dot, row_max, row_sum

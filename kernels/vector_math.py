@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numba.extending import intrinsic
 
 from . import simd
+from .cpu_compiler import njit
 from .simd import lanes, load, max_of, maximum, splat, sum_of
 
 # log2(e) in two parts: the number nearest to it, and what is missing.

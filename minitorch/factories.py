@@ -39,7 +39,6 @@ def _shape(shape: UserShape | int) -> tuple[int, ...]:
 
 def _leaf(data: TensorData, backend: TensorBackend, requires_grad: bool) -> Tensor:
     out = Tensor(data, backend=backend)
-    out._type_(backend)
     out.requires_grad_(requires_grad)
     return out
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -21,6 +20,7 @@ from .autodiff import Context
 from .dtypes import HALF_DTYPES, promote
 from .function import Function
 from .kernels import threads
+from .kernels.cpu_compiler import njit
 from .kernels.simd import cache_key
 from .kernels.threads import fetch_add, run_on_threads, thread_count
 
@@ -177,7 +177,7 @@ conv2d = Conv2dFun.apply
 # ----- loops: threads take planes, or pairs of channels, from a shared counter -----
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _convolution_worker(out, a, b, reverse, next_plane, key=KEY):  # type: ignore[no-untyped-def]
     """out (B, O, H, W) += a (B, C, H, W) * b (O, C, KH, KW); looks ahead, or back if `reverse`."""
     batch, out_channels, height, width = out.shape
@@ -200,7 +200,7 @@ def _convolution_worker(out, a, b, reverse, next_plane, key=KEY):  # type: ignor
                             to[k] += weight * x[k]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _weight_gradient_worker(dweight, a, grad, next_pair, key=KEY):  # type: ignore[no-untyped-def]
     """dweight[o, c, i, j] = sum over n, y, x of grad[n, o, y, x] * a[n, c, y + i, x + j]"""
     out_channels, channels, kh, kw = dweight.shape

@@ -19,6 +19,7 @@ from .fast_fused import FastFusedOps
 from .jit import compiled, specialise
 from .kernels import simd, threads
 from .kernels.blas import product
+from .kernels.cpu_compiler import njit
 from .kernels.threads import fetch_add, run_on_threads, thread_count
 from .tensor_data import TensorData, shape_broadcast
 from .tensor_ops import (
@@ -361,7 +362,7 @@ def _reduce_worker(  # type: ignore[no-untyped-def]
 # ----- index arithmetic inside the loops -----
 
 
-@numba.njit(error_model="numpy")
+@njit(error_model="numpy")
 def count(shape):  # type: ignore[no-untyped-def]
     """Number of elements."""
     size = np.int64(1)
@@ -370,7 +371,7 @@ def count(shape):  # type: ignore[no-untyped-def]
     return size
 
 
-@numba.njit(error_model="numpy")
+@njit(error_model="numpy")
 def steps(shape, a_shape, a_strides):  # type: ignore[no-untyped-def]
     """Strides of `a` when it is broadcast to `shape`: 0 where it is repeated."""
     out = np.zeros(len(shape), np.int64)
@@ -381,7 +382,7 @@ def steps(shape, a_shape, a_strides):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(error_model="numpy")
+@njit(error_model="numpy")
 def is_flat(shape, strides):  # type: ignore[no-untyped-def]
     """Whether these strides are those of a contiguous tensor (a size of 1 fits any stride)."""
     expected = np.int64(1)
@@ -392,7 +393,7 @@ def is_flat(shape, strides):  # type: ignore[no-untyped-def]
     return True
 
 
-@numba.njit(error_model="numpy")
+@njit(error_model="numpy")
 def row_offset(row, shape, strides, skipped):  # type: ignore[no-untyped-def]
     """Where row number `row` begins; dimension `skipped` runs along the row and does not count."""
     offset = np.int64(0)

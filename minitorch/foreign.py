@@ -63,7 +63,7 @@ def from_dlpack(x: Any, backend: TensorBackend | None = None) -> Tensor:
 def _tensor(data: TensorData, backend: TensorBackend | None) -> Tensor:
     # In the simulator the device's memory is the host's, and a backend of the GPU may have either.
     if SIMULATED and backend is not None and backend.cuda and not data.on_device:
-        return Tensor(TensorData.from_array(data.array)).to(backend)
+        return Tensor(data, backend=backend)
     backend = default_backend(data.on_device) if backend is None else backend
     if backend.cuda != data.on_device:
         raise ValueError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from numba import njit
+from .kernels.cpu_compiler import njit
 
 
 def compiled(fn: Callable[..., float]) -> Any:

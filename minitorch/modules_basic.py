@@ -10,7 +10,7 @@ from .dtypes import get_default_dtype
 from .factories import ones, rand, tensor_from_numpy, zeros
 from .fused_functions import DropoutFun, EmbeddingFun, LinearFun
 from .module import Module, Parameter
-from .rng import next_seed
+from .rng import masks_come_from_seeds, next_seed
 from .tensor import Tensor
 from .tensor_ops import SimpleBackend, TensorBackend
 
@@ -106,8 +106,8 @@ class Dropout(Module):
     """In training, set elements to 0 with probability p_dropout and scale the others by 1 / (1 -
     p_dropout).
 
-    The mask comes from numpy's global generator, on the GPU from the seeds of `manual_seed`;
-    p_dropout = 0 draws nothing.
+    The mask comes from numpy's global generator, on every backend; within `rng.repeatable_step` and
+    CUDA graphs a kernel makes it, from the seeds of `manual_seed`. p_dropout = 0 draws nothing.
 
     Args:
         p_dropout: from 0 to 1.
@@ -129,7 +129,7 @@ class Dropout(Module):
             return x
         if self.p_dropout == 1.0:
             return x * 0.0
-        if x.backend.cuda:
+        if x.backend.cuda and masks_come_from_seeds():
             return DropoutFun.apply(x, self.p_dropout, next_seed())
         kept = np.random.binomial(1, 1 - self.p_dropout, x.shape) / (1 - self.p_dropout)
         return x * tensor_from_numpy(kept.astype(x.dtype), x.backend)

@@ -9,7 +9,7 @@ import numpy as np
 from .factories import rand
 from .function import check_dim
 from .fused_functions import DropoutFun, GELUFun, LogSoftmax, LogSumExp, Softmax, SoftmaxLoss
-from .rng import next_seed
+from .rng import masks_come_from_seeds, next_seed
 from .storage_ops import StorageOps
 from .tensor import Tensor
 from .tensor_data import TensorData
@@ -94,7 +94,8 @@ def logsumexp(input: Tensor, dim: int) -> Tensor:
 def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
     """Set elements to 0 with probability `rate`. As in MiniTorch the others are not rescaled.
 
-    The mask is drawn by `rand`, on the GPU by a kernel from the seeds of `manual_seed`.
+    The mask is drawn by `rand`, on every backend; within `rng.repeatable_step` and CUDA graphs a
+    kernel makes it, from the seeds of `manual_seed`.
 
     Args:
         input: any tensor.
@@ -104,7 +105,7 @@ def dropout(input: Tensor, rate: float, ignore: bool = False) -> Tensor:
     """
     if ignore:
         return input
-    if input.backend.cuda:
+    if input.backend.cuda and masks_come_from_seeds():
         ones = input._new(input.f.ops.full(input.shape, 1.0, input.dtype))
         return input * (DropoutFun.apply(ones, rate, next_seed()) > 0.0)
     return input * (rand(input.shape, backend=input.backend, requires_grad=False) > rate).to(

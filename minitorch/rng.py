@@ -1,18 +1,22 @@
 """Random numbers: one call seeds them all, and their state can be saved for a run that is resumed.
 
-Three generators are in use, because MiniTorch's API fixes two of them: `random` (factory `rand`),
-numpy's global one (`Dropout`, `Embedding`), and one of our own that gives each call of fused
-attention, and of dropout on the GPU, its seed.
+Three generators are in use, because MiniTorch's API fixes two of them: `random` (factory `rand` and
+`dropout`), numpy's global one (`Dropout`, `Embedding`), and one of our own that gives each call of
+fused attention its seed, and each dropout of a step that a CUDA graph can repeat.
 """
 
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from .allocator import is_capturing
 from .device_array import DeviceArray, permanent
 
 _attention_seeds = np.random.Generator(np.random.PCG64(0))
@@ -37,18 +41,42 @@ def manual_seed(seed: int) -> None:
 
 
 def next_seed() -> int:
-    """Draw the 64-bit seed of the next dropout mask inside attention, or on the GPU."""
+    """Draw the 64-bit seed of the next dropout mask that a kernel makes."""
     return int(_attention_seeds.integers(0, 2**64, dtype=np.uint64))
 
 
-def restart_seeds(seed: int) -> None:
-    """Let `next_seed` begin anew, as `manual_seed` does, and leave the other generators alone.
+class _Steps(threading.local):
+    """How many `repeatable_step` blocks this thread is in."""
 
-    A training step that a CUDA graph repeats draws the same seeds each time: call this at its
-    beginning, and let `device_offset` tell the steps apart.
+    depth = 0
+
+
+_steps = _Steps()
+
+
+@contextmanager
+def repeatable_step(seed: int) -> Iterator[None]:
+    """A block that a CUDA graph can repeat: what it computes on the GPU draws nothing on the host.
+
+    `next_seed` begins anew, as after `manual_seed`, so that each step draws the same seeds as the
+    one that was recorded; the other generators are left alone. `Dropout` and `dropout` on the GPU
+    make their masks from these seeds, there, which also is faster than numpy's generator. Let
+    `device_offset` tell the steps apart.
     """
     global _attention_seeds
     _attention_seeds = np.random.Generator(np.random.PCG64(int(seed)))
+    _steps.depth += 1
+    try:
+        yield
+    finally:
+        _steps.depth -= 1
+
+
+def masks_come_from_seeds() -> bool:
+    """Whether dropout on the GPU makes its masks there: in `repeatable_step`, and while a CUDA
+    graph is captured, which would repeat numbers of the host for ever.
+    """
+    return _steps.depth > 0 or is_capturing()
 
 
 @cache

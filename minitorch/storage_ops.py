@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .dtypes import HALF_DTYPES
 from .fused_checks import guard
 from .kernels.philox import vector_dropout_mask
 from .tensor_data import TensorData, strides_from_shape
@@ -38,6 +39,16 @@ class StorageOps:
     def from_numpy(array: Array) -> TensorData:
         """The elements of a numpy array where this backend computes; shared if that is here."""
         return TensorData.from_array(array)
+
+    @staticmethod
+    def placed(data: TensorData) -> TensorData:
+        """Elements that are elsewhere, copied to where this backend computes. To the CPU float16
+        and bfloat16 come as float32.
+        """
+        array = data.to_numpy()
+        return TensorData.from_array(
+            array.astype(np.float32) if array.dtype in HALF_DTYPES else array
+        )
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> TensorData:

@@ -72,7 +72,7 @@ class Tensor:
     """A multi-dimensional array with a gradient.
 
     Args:
-        v: the elements.
+        v: the elements; copied to where the backend computes if they are elsewhere.
         back: how it was computed; an empty `History` for a leaf, None for a constant.
         name: for messages.
         backend: the operations to use; `SimpleBackend` if not given.
@@ -94,9 +94,9 @@ class Tensor:
                 "minitorch.tensor() takes lists and arrays"
             )
         self.unique_id = next(_ids)
-        self._tensor = v
         self.history = back
-        self.backend = SimpleBackend if backend is None else backend
+        self.backend = backend = SimpleBackend if backend is None else backend
+        self._tensor = v if v.on_device == backend.cuda else backend.ops.placed(v)
         self.grad = None
         self.name = name if name is not None else str(self.unique_id)
 
@@ -210,17 +210,6 @@ class Tensor:
             raise TypeError(f"to() takes a TensorBackend or a dtype, got {target!r}")
         wanted = dtypes.check_dtype(target, self.backend.cuda)
         return self if wanted == self.dtype else Cast.apply(self, wanted)
-
-    def _moved(self, backend: TensorBackend) -> Tensor:
-        """A constant with the same values on another backend; shares them where it can."""
-        data = self._tensor
-        if data.on_device and not backend.cuda:
-            array = data.to_numpy()
-            half = array.dtype in dtypes.HALF_DTYPES
-            data = TensorData.from_array(array.astype(np.float32) if half else array)
-        elif backend.cuda and not data.on_device:
-            data = backend.ops.from_numpy(data.array)
-        return Tensor(data, backend=backend)
 
     def tuple(self) -> Arrays:
         """Storage, shape and strides."""
@@ -474,9 +463,7 @@ class Tensor:
         backend: TensorBackend | None = None,
     ) -> Tensor:
         """A constant tensor from storage, shape and strides."""
-        out = Tensor(TensorData(storage, shape, strides), backend=backend)
-        out._type_(out.backend)
-        return out
+        return Tensor(TensorData(storage, shape, strides), backend=backend)
 
     def zeros(self, shape: UserShape | None = None) -> Tensor:
         """Zeros of `shape` (of this one if not given), with this tensor's dtype and backend."""
@@ -505,8 +492,7 @@ class Tensor:
 
     def _type_(self, backend: TensorBackend) -> None:
         """Move this tensor to another backend, in place."""
-        if backend.cuda != self._tensor.on_device:
-            self._tensor = self._moved(backend)._tensor
+        self._tensor = Tensor(self._tensor, backend=backend)._tensor
         self.backend = backend
 
     # ----- the variable of the autodiff engine -----

@@ -393,12 +393,12 @@ class Move(Function):
     @staticmethod
     def forward(ctx: Context, a: Tensor, backend: TensorBackend) -> Tensor:
         ctx.save_for_backward(a.backend)
-        return a._moved(backend)
+        return type(a)(a._tensor, backend=backend)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         (backend,) = ctx.saved_values
-        return grad_output._moved(backend), 0.0
+        return type(grad_output)(grad_output._tensor, backend=backend), 0.0
 
 
 # ----- matrix product -----

@@ -278,7 +278,7 @@ def backward(
     # Keys and values that are shared in the same way are the common case: dK and dV are summed in
     # the tile. Where they are not, the kernel gives them for each head.
     shared = k_index if np.array_equal(k_index, v_index) else np.arange(heads, dtype=np.int64)
-    slot_count = int(shared.max()) + 1 if heads else 0
+    slot_count = int(np.max(shared)) + 1 if heads else 0
     slots = _slots(shared, slot_count)
     slot_head = slots.heads[slots.start[:-1]] if heads else slots.heads
     dq = np.zeros((heads, problem.seqlen_q, problem.head_dim), dtype)

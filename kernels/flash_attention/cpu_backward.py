@@ -21,9 +21,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from .. import philox, simd_matrix, threads
+from ..cpu_compiler import njit
 from ..simd import (
     block_rows,
     cache_key,

@@ -16,9 +16,9 @@ tile. Exponentials are powers of two, with log2(e) folded into the scale of the 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .. import philox, simd_matrix, threads
+from ..cpu_compiler import njit
 from ..simd import block_rows, cache_key, exp2
 from ..threads import fetch_add
 from . import cpu_tiles

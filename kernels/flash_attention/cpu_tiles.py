@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from ..cpu_compiler import njit
 from ..philox import LOW_WORD, WORD_BITS, philox4x32_cpu
 from ..simd import (
     block_columns,

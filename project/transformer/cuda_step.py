@@ -91,13 +91,13 @@ class CudaStep:
 
     def _compute(self) -> None:
         """Forward, backward, clipping and AdamW; reads nothing back."""
-        rng.restart_seeds(self.options.seed)  # a graph has its seeds built in: the same each time
         self.model.train()
         self.optimizer.zero_grad()
-        inputs, targets = self._windows[:, :-1].contiguous(), self._windows[:, 1:].contiguous()
-        loss = models.loss(self.model, inputs, targets)
-        self._loss.copy_from_device(_storage(loss))
-        self.scaler.scale(loss).backward()
+        with rng.repeatable_step(self.options.seed):
+            inputs, targets = self._windows[:, :-1].contiguous(), self._windows[:, 1:].contiguous()
+            loss = models.loss(self.model, inputs, targets)
+            self._loss.copy_from_device(_storage(loss))
+            self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         self.optimizer.clip_grad_norm_(self.options.clip)
         self.scaler.step(self.optimizer)

@@ -26,11 +26,11 @@ def choose(
 
     """
     if temperature == 0:
-        return int(scores.argmax())
+        return int(np.argmax(scores))
     scaled = scores.astype(np.float64) / temperature
     if 0 < top_k < len(scaled):
         scaled[np.argsort(scaled)[:-top_k]] = -np.inf
-    weights = np.exp(scaled - scaled.max())
+    weights = np.exp(scaled - np.max(scaled))
     return int(draw.choice(len(weights), p=weights / weights.sum()))
 
 
