@@ -19,7 +19,8 @@ TOGETHER := --jobs=2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--outp
 	bench-gpu doctor clean
 
 help:
-	@echo "make train      train the default transformer on the text inside Python itself"
+	@echo "make train      train the default transformer on the text inside Python itself; again: go"
+	@echo "                on where that stopped, or show its result (FRESH=1: start anew)"
 	@echo "make test       linter, formatter, type checker and tests; no GPU needed. Its parts:"
 	@echo "                lint, types, unit, compile (GPU kernels for five architectures),"
 	@echo "                simulator (GPU kernels in numba's simulator)"
@@ -32,8 +33,10 @@ help:
 	@echo "make doctor     what this machine offers, and what is wrong with it"
 	@echo "make clean      remove the environment, caches and build products; runs/ is kept"
 
+# A run that is there already is never lost, but for `make train FRESH=1`.
 train: $(VENV)/train.stamp
-	$(BIN)/python project/run_transformer.py train --out $(OUT)
+	$(BIN)/python project/run_transformer.py train --out $(OUT) \
+	$(if $(FRESH),--overwrite,$(if $(wildcard $(OUT)/checkpoint.safetensors),--resume))
 
 # All parts run, whatever one of them says; the exit code is 0 only if all is well.
 test: $(VENV)/dev.stamp
@@ -47,9 +50,13 @@ unit: $(VENV)/dev.stamp
 compile: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/test_kernels_compile.py --numprocesses 2 --dist worksteal
 
-# The simulator is chosen before numba is imported: it needs a process of its own.
+# The simulator is chosen before numba is imported: it needs a process of its own. Where numba-cuda
+# is not installed (macOS) it is numba's own, in which some of the tests run once more.
+SIMULATE := NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 simulator: $(VENV)/dev.stamp
-	NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest tests/cuda --numprocesses 2 --dist worksteal
+	$(SIMULATE) tests/cuda
+	$(SIMULATE) -p tests.cuda.own_simulator \
+	tests/cuda/test_simulator.py tests/cuda/test_fused_cuda.py
 
 # A cache of its own, since numba's does not tell code that checks from code that does not. What
 # intrinsics read and write (kernels/simd.py) is not checked here; it is without compilation, where
@@ -93,7 +100,7 @@ types: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python project/bench_attention.py
 	$(BIN)/python project/bench_transformer.py
-	$(BIN)/python project/run_transformer.py train --out runs/bench \
+	$(BIN)/python project/run_transformer.py train --out runs/bench --overwrite \
 		--record project/results/training_cpu.md
 	$(BIN)/python project/readme_tables.py
 

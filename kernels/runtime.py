@@ -50,9 +50,28 @@ def _cuda_target() -> tuple[Any, bool]:
         return numba.cuda, True
 
 
+class _SimulatedTarget:
+    """The simulator's CUDA target: within a kernel what its threads see, else what programs do.
+
+    numba exchanges the two in the globals of a function while it runs. Its own simulator, where
+    numba-cuda is not installed, changes them back when a first thread leaves a device function in
+    which others still wait for a barrier. This is neither, so that numba leaves it where it is.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self._within = importlib.import_module("numba.cuda.simulator.kernel")._get_kernel_context
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = self._within()
+        return getattr(self._target if kernel is None else kernel, name)
+
+
 # numba publishes no types for its CUDA target: it is named Any once, here, and the checkers stay
 # strict elsewhere.
 cuda, ROW_STACK_LENT = _cuda_target()
+if SIMULATED:
+    cuda = _SimulatedTarget(cuda)
 types: Any = numba.types
 
 numba.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # small tensors make small grids
@@ -68,6 +87,8 @@ def is_available() -> bool:
 @cache
 def compute_capability() -> tuple[int, int]:
     """Of the current device, (9, 0) for a Hopper GPU; the simulator says (5, 2)."""
+    if SIMULATED:
+        return 5, 2
     major, minor = cuda.get_current_device().compute_capability
     return int(major), int(minor)
 
@@ -104,11 +125,7 @@ def kernel(
 
 def device_function(function: Any) -> Any:
     """Decorator: a function that kernels call, compiled into them."""
-    return (
-        cuda.jit(function, device=True)
-        if SIMULATED
-        else cuda.jit(device=True, inline="always")(function)
-    )
+    return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,17 @@ class CapturableState:
         self._rounded: dict[np.dtype[Any], DeviceArray] = {}
         self.adopt()
 
+    # ----- copies -----
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle; the parameters' values are views of the flat array no more."""
+        return {**self.__dict__, "_leaves": [None] * len(self.parameters), "_rounded": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The values of the copied parameters become views of the copied flat array."""
+        self.__dict__.update(state)
+        self.adopt()
+
     # ----- parameters and gradients -----
 
     def view(self, flat: DeviceArray, number: int) -> TensorData:

@@ -13,9 +13,11 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from numba import prange
+from numba.core.errors import NumbaError, UnsupportedBytecodeError
 
 from . import operators
 from .fast_fused import FastFusedOps
+from .ieee import quiet
 from .jit import compiled, specialise
 from .kernels import simd, threads
 from .kernels.blas import product
@@ -113,12 +115,23 @@ def _worker(template: Callable[..., Any], fn: Callable[..., float], keep: bool) 
 
 
 def _run(worker: Any, size: int, *arguments: Any) -> None:
-    """Call a worker on as many threads as `size` elements are worth."""
+    """Call a worker on as many threads as `size` elements are worth.
+
+    Raises:
+        TypeError: numba cannot compile its scalar function.
+
+    """
     next_chunk = np.zeros(1, np.int64)
-    if size < SERIAL:
-        worker(*arguments, next_chunk)
-    else:
-        run_on_threads(thread_count(), worker, *arguments, next_chunk)
+    try:
+        if size < SERIAL:
+            worker(*arguments, next_chunk)
+        else:
+            run_on_threads(thread_count(), worker, *arguments, next_chunk)
+    except (NumbaError, UnsupportedBytecodeError) as error:
+        fn = worker.py_func.__globals__["fn"]
+        raise TypeError(
+            f"numba cannot compile {fn.__name__}, which must take floats and return one: {error}"
+        ) from error
 
 
 def _copy(a: Tensor, out: Tensor | None = None, /) -> Tensor:
@@ -137,6 +150,7 @@ def _cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
 # ----- matrix product -----
 
 
+@quiet
 def matmul(a: Array, b: Array) -> Array:
     """a @ b of numpy arrays (..., n, k) and (..., k, m), always by BLAS.
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .fused_checks import guard
+from .ieee import quiet
 from .kernels.flash_attention.standard import standard_attention, standard_attention_backward
 from .tensor_data import TensorData
 
@@ -44,17 +45,30 @@ def whole_numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
     return tensor._tensor.array.astype(np.int64)
 
 
-def _finite_max(x: Array, axis: int) -> Array:
-    """The maximum along `axis`, 0 where everything is -inf: subtracting it never gives NaN."""
+def _max_or_zero(x: Array, axis: int) -> Array:
+    """The maximum along `axis`, 0 where everything is -inf: subtracting it then gives no NaN."""
     maximum: Array = x.max(axis, keepdims=True, initial=-np.inf)
     return np.where(np.isneginf(maximum), x.dtype.type(0), maximum)
 
 
 def _mean(x: Array) -> Array:
-    """Along the last dimension, which is kept; of no elements NaN, without a warning."""
-    with np.errstate(invalid="ignore"):
-        mean: Array = x.sum(-1, keepdims=True) / x.dtype.type(x.shape[-1])
-        return mean
+    """Along the last dimension, which is kept; NaN of no elements."""
+    mean: Array = x.sum(-1, keepdims=True) / x.dtype.type(x.shape[-1])
+    return mean
+
+
+def _logsumexp(x: Array, axis: int) -> Array:
+    """log(sum(exp(x))) along `axis`, which is kept; infinite where a number or the sum is."""
+    maximum = _max_or_zero(x, axis)
+    shift = np.where(np.isfinite(maximum), maximum, x.dtype.type(0))
+    total: Array = np.exp(x - shift).sum(axis, keepdims=True)
+    return np.asarray(np.log(total) + shift)
+
+
+def _softmax_from(x: Array, logsumexp: Array) -> Array:
+    """exp(x - logsumexp); zeros where everything is -inf."""
+    shift = np.where(np.isneginf(logsumexp), x.dtype.type(0), logsumexp)
+    return np.asarray(np.exp(x - shift))
 
 
 class FusedOps:
@@ -71,35 +85,36 @@ class FusedOps:
     # ----- softmax: y = exp(x - max) / sum(exp(x - max)) -----
 
     @staticmethod
+    @quiet
     def softmax_forward(x: Tensor, dim: int) -> Tensor:
         """Softmax along `dim`; a slice that is -inf throughout gives zeros."""
         a = x._tensor.array
-        e = np.exp(a - _finite_max(a, dim))
+        e = np.exp(a - _max_or_zero(a, dim))
         total = e.sum(dim, keepdims=True)
         return like(x, e / np.where(total == 0, e.dtype.type(1), total))
 
     @staticmethod
+    @quiet
     def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
         """dx = y * (grad - sum(grad * y)), with `y` the softmax."""
         g, p = grad._tensor.array, y._tensor.array
         return like(y, p * (g - (g * p).sum(dim, keepdims=True)))
 
     @staticmethod
+    @quiet
     def logsumexp_forward(x: Tensor, dim: int) -> Tensor:
         """log(sum(exp(x))) along `dim`, which is kept with size 1."""
-        a = x._tensor.array
-        shift = _finite_max(a, dim)
-        with np.errstate(divide="ignore"):  # log(0) = -inf where everything is -inf
-            return like(x, np.log(np.exp(a - shift).sum(dim, keepdims=True)) + shift)
+        return like(x, _logsumexp(x._tensor.array, dim))
 
     @staticmethod
+    @quiet
     def logsumexp_backward(grad: Tensor, x: Tensor, logsumexp: Tensor) -> Tensor:
         """dx = grad * softmax(x)."""
-        total = logsumexp._tensor.array
-        shift = np.where(np.isneginf(total), total.dtype.type(0), total)
-        return like(x, grad._tensor.array * np.exp(x._tensor.array - shift))
+        softmax = _softmax_from(x._tensor.array, logsumexp._tensor.array)
+        return like(x, grad._tensor.array * softmax)
 
     @classmethod
+    @quiet
     def attn_softmax_fw(cls, inp: Tensor, mask: Tensor) -> Tensor:
         """softmax(inp + mask) along the last dimension; inp (B, H, from, to), mask broadcasts to
         it.
@@ -115,6 +130,7 @@ class FusedOps:
     # ----- layer norm: y = gamma * (x - mean) / sqrt(var + eps) + beta -----
 
     @staticmethod
+    @quiet
     def layernorm_fw(
         inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,6 +144,7 @@ class FusedOps:
         return like(inp, y), like(inp, var.reshape(-1)), like(inp, mean.reshape(-1))
 
     @staticmethod
+    @quiet
     def layernorm_bw(
         out_grad: Tensor,
         inp: Tensor,
@@ -154,12 +171,14 @@ class FusedOps:
     # ----- GELU, tanh form (Hendrycks & Gimpel 2016, section 2) -----
 
     @staticmethod
+    @quiet
     def gelu_forward(x: Tensor) -> Tensor:
         """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
         a = x._tensor.array
         return like(x, 0.5 * a * (1 + np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))))
 
     @staticmethod
+    @quiet
     def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
         """grad * d gelu(x) / dx."""
         a = x._tensor.array
@@ -170,6 +189,7 @@ class FusedOps:
     # ----- linear layer: y = x @ weight + bias -----
 
     @staticmethod
+    @quiet
     def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., in), weight (in, out), bias (out,) or (1, out) or None -> (..., out)."""
         if bias is None:
@@ -179,6 +199,7 @@ class FusedOps:
         return like(x, a @ w + b)
 
     @staticmethod
+    @quiet
     def linear_backward(
         grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -201,6 +222,7 @@ class FusedOps:
         return like(weight, weight._tensor.array[whole_numbers(ids)])
 
     @staticmethod
+    @quiet
     def embedding_backward(grad: Tensor, ids: Tensor, num_embeddings: int) -> Tensor:
         """Gradient of weight: each row of `grad` added to the row that it was read from."""
         g = grad._tensor.array
@@ -211,26 +233,31 @@ class FusedOps:
     # ----- cross entropy: loss = logsumexp(logits) - logits[target] -----
 
     @staticmethod
+    @quiet
     def cross_entropy_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (N, C), target (N,) -> the loss and the logsumexp of each row, both (N,)."""
+        """logits (N, C), target (N,) -> the loss and the logsumexp of each row, both (N,). They are
+        NaN where a logit is inf: no softmax has a limit there.
+        """
         x, t = logits._tensor.array, whole_numbers(target)
-        shift = _finite_max(x, 1)
-        logsumexp = np.log(np.exp(x - shift).sum(1)) + shift[:, 0]
+        logsumexp = _logsumexp(x, 1)[:, 0]
+        logsumexp[np.isposinf(logsumexp)] = np.nan
         return like(logits, logsumexp - x[np.arange(len(t)), t]), like(logits, logsumexp)
 
     @staticmethod
+    @quiet
     def cross_entropy_backward(
         grad: Tensor, logits: Tensor, target: Tensor, logsumexp: Tensor
     ) -> Tensor:
         """dlogits = grad * (softmax(logits) - one_hot(target)); grad (N,)."""
         x, t = logits._tensor.array, whole_numbers(target)
-        p = np.exp(x - logsumexp._tensor.array[:, None])
+        p = _softmax_from(x, logsumexp._tensor.array[:, None])
         p[np.arange(len(t)), t] -= 1
         return like(logits, p * grad._tensor.array[:, None])
 
     # ----- AdamW (Loshchilov & Hutter 2019, algorithm 2) -----
 
     @staticmethod
+    @quiet
     def adamw_step(
         param: Tensor,
         grad: Tensor,
@@ -259,6 +286,7 @@ class FusedOps:
     # ----- attention: softmax(query @ key^T * scale + mask) @ value -----
 
     @staticmethod
+    @quiet
     def flash_attention_forward(
         query: Tensor,
         key: Tensor,
@@ -275,6 +303,7 @@ class FusedOps:
         return like(query, out), like(query, logsumexp)
 
     @staticmethod
+    @quiet
     def flash_attention_backward(
         grad_out: Tensor,
         grad_logsumexp: Tensor | None,

@@ -15,11 +15,16 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .allocator import is_capturing
 from .device_array import DeviceArray, permanent
 
 _attention_seeds = np.random.Generator(np.random.PCG64(0))
+
+FEW = 1 << 10  # numbers that cost less than a generator's state
+CHUNK = 1 << 18  # numbers drawn at once, in float64
+_drawing = threading.Lock()
 
 
 def manual_seed(seed: int) -> None:
@@ -73,10 +78,40 @@ def repeatable_step(seed: int) -> Iterator[None]:
 
 
 def masks_come_from_seeds() -> bool:
-    """Whether dropout on the GPU makes its masks there: in `repeatable_step`, and while a CUDA
-    graph is captured, which would repeat numbers of the host for ever.
+    """Whether dropout on the GPU makes its masks there: in `repeatable_step`.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured outside of it: each replay would repeat one mask.
+
     """
-    return _steps.depth > 0 or is_capturing()
+    if _steps.depth == 0 and is_capturing():
+        raise RuntimeError(
+            "dropout in a CUDA graph takes masks that a kernel makes: put the step, also where it "
+            "runs before the capture, into `with minitorch.rng.repeatable_step(seed):`"
+        )
+    return _steps.depth > 0
+
+
+def uniform(size: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+    """`size` uniform numbers in [0, 1): those that as many calls of `random.random` would give.
+
+    Python's generator is the one that numpy calls `RandomState` (MT19937, 53 bits a number), so
+    numpy draws them, 20 times as fast, and Python's goes on where it stopped.
+    """
+    if size < FEW:
+        return np.array([random.random() for _ in range(size)], dtype)
+    out = np.empty(size, dtype)
+    with _drawing:
+        version, internal, gauss = random.getstate()
+        *keys, position = internal
+        twin = np.random.RandomState(0)
+        twin.set_state(("MT19937", np.array(keys, np.uint32), position, 0, 0.0))
+        for start in range(0, size, CHUNK):
+            part = out[start : start + CHUNK]
+            part[...] = twin.random_sample(part.size)
+        _, keys, position, *_ = twin.get_state(legacy=True)
+        random.setstate((version, (*np.asarray(keys).tolist(), position), gauss))
+    return out
 
 
 @cache
@@ -89,16 +124,40 @@ def device_offset() -> DeviceArray:
     return permanent(np.uint64)
 
 
+def _states() -> tuple[Any, Any, Any]:
+    """The states of the three generators, as they give them."""
+    numpys = np.random.get_state(legacy=True)
+    return random.getstate(), numpys, dict(_attention_seeds.bit_generator.state)
+
+
+def fingerprint() -> tuple[Any, ...]:
+    """What differs after any number has been drawn."""
+    python, (_, keys, *rest), ours = _states()
+    return python, np.asarray(keys).tobytes(), rest, ours
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave all three generators afterwards as they are before."""
+    python, numpys, ours = _states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)
+        _attention_seeds.bit_generator.state = ours
+
+
 def get_rng_state() -> dict[str, Any]:
     """The state of all three generators, as values that JSON can hold; `set_rng_state` takes it
     back.
     """
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    (version, internal, gauss), numpys, ours = _states()
+    name, keys, position, has_gauss, cached = numpys
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "attention": _attention_seeds.bit_generator.state,
+        "attention": ours,
     }
 
 

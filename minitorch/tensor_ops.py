@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from . import operators
 from .fused_checks import broadcasts_to, check_axis
 from .fused_ops import FusedOps
+from .ieee import ieee, quiet
 from .storage_ops import StorageOps
 from .tensor_data import (
     IndexingError,
@@ -138,7 +140,9 @@ class TensorOps(FusedOps, StorageOps):
 
 
 class SimpleOps(TensorOps):
-    """Loops in plain Python: slow, and the definition of what is right."""
+    """Loops in plain Python: slow, and the definition of what is right. Where Python would raise an
+    error for a number (1 / 0) there is IEEE's infinity or NaN, as on every backend.
+    """
 
     @staticmethod
     def map(fn: MapFn) -> MapProto:
@@ -185,6 +189,7 @@ class SimpleOps(TensorOps):
         return apply
 
     @staticmethod
+    @quiet
     def matrix_multiply(a: Tensor, b: Tensor) -> Tensor:
         """The definition: each element is a sum of products."""
         shape = check_matmul(a, b)
@@ -201,7 +206,9 @@ class SimpleOps(TensorOps):
 
 def tensor_map(fn: MapFn) -> MapKernel:
     """The loop of `SimpleOps.map`: out[i] = fn(in[i]), where `in` broadcasts to `out`."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,
@@ -223,7 +230,9 @@ def tensor_map(fn: MapFn) -> MapKernel:
 
 def tensor_zip(fn: ZipFn) -> ZipKernel:
     """The loop of `SimpleOps.zip`: out[i] = fn(a[i], b[i]), where both broadcast to `out`."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,
@@ -251,7 +260,9 @@ def tensor_zip(fn: ZipFn) -> ZipKernel:
 
 def tensor_reduce(fn: ZipFn) -> ReduceKernel:
     """The loop of `SimpleOps.reduce`: out[i] = fn(out[i], a[i with each j along reduce_dim])."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,
@@ -314,6 +325,7 @@ class TensorBackend:
         self.log_back_zip = ops.zip(operators.log_back)
         self.inv_back_zip = ops.zip(operators.inv_back)
         self.pow_scalar_zip = ops.zip(operators.pow)
+        self.pow_back_zip = ops.zip(operators.pow_back)
 
         self.add_reduce = ops.reduce(operators.add, 0.0)
         self.mul_reduce = ops.reduce(operators.mul, 1.0)
@@ -339,11 +351,32 @@ class TensorBackend:
         self.adamw_step = ops.adamw_step
         self.flash_attention_forward = ops.flash_attention_forward
         self.flash_attention_backward = ops.flash_attention_backward
+        _first.setdefault((type(self), self._wanted), self)
+
+    # A backend has no state: it is its own copy, and pickle names its operations.
+
+    def __copy__(self) -> TensorBackend:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorBackend:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _backend_of, (type(self), self._wanted)
 
     def __repr__(self) -> str:
         if self.ops is self._wanted:
             return f"TensorBackend({self.ops.__name__})"
         return f"TensorBackend({self._wanted.__name__}, no GPU: {self.ops.__name__})"
+
+
+# The first backend of each kind that this process made, for those that pickle brings.
+_first: WeakValueDictionary[tuple[type, type], TensorBackend] = WeakValueDictionary()
+
+
+def _backend_of(kind: type[TensorBackend], ops: type[TensorOps]) -> TensorBackend:
+    """The process's backend of these operations, made if there is none."""
+    return _first.get((kind, ops)) or kind(ops)
 
 
 SimpleBackend = TensorBackend(SimpleOps)

@@ -23,7 +23,7 @@ from project.attention_report import decode_rate
 from project.gpu_timing import Recorder, Work
 
 Cells = Iterator[dict[str, Any]]
-COMMAND = Path(__file__).with_name("bench_attention_cuda.py")
+COMMAND = Path(__file__).resolve().with_name("bench_attention_cuda.py")
 HIDDEN, TOKENS = 2048, 16384
 DECODE_KEYS, DECODE_HEADS = 65536, 32
 FLOAT32_LENGTHS = [1024, 4096, 16384]

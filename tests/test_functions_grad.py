@@ -51,6 +51,8 @@ def test_value_and_gradient(op: Op, backend: str, data: st.DataObject) -> None:
     assert op.shares or out._tensor.is_contiguous()
 
     grad_check(op.function, *inputs)
+    assert all(x.grad is None for x in inputs)
+    out.backward(out.zeros())
     for x in inputs:
         assert x.grad is not None and x.grad._tensor.is_contiguous()
         assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)

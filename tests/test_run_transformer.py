@@ -445,7 +445,10 @@ def torch_losses(trainer: training.Trainer, steps: int) -> list[float]:
     }
     training_options = options.training
     adamw = torch.optim.AdamW(
-        weights.values(),
+        [
+            {"params": [w for w in weights.values() if w.dim() >= 2]},
+            {"params": [w for w in weights.values() if w.dim() < 2], "weight_decay": 0.0},
+        ],
         lr=training_options.lr,
         betas=(0.9, training_options.beta2),
         weight_decay=training_options.weight_decay,

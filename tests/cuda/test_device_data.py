@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch import Tensor, TensorBackend, TensorData, rng
+from minitorch import Tensor, TensorBackend, TensorData, allocator, rng
 from minitorch.dtypes import BFLOAT16
 from minitorch.kernels.philox import vector_dropout_mask
 from minitorch.testing import arrays
@@ -121,3 +121,13 @@ def test_a_repeatable_step_draws_nothing_on_the_host(gpu: TensorBackend) -> None
         assert not minitorch.dropout(x, 1.0).to_numpy().any()
     assert rng.device_offset().copy_to_host().tolist() == [0]
     assert not rng.masks_come_from_seeds()
+
+
+def test_dropout_in_a_graph_wants_a_repeatable_step(gpu: TensorBackend) -> None:
+    x = minitorch.ones((4,), gpu)
+    with allocator.use_pool(allocator.Pool()):  # as a capture has it
+        for drop in (minitorch.Dropout(0.5), lambda x: minitorch.dropout(x, 0.5)):
+            with pytest.raises(RuntimeError, match="repeatable_step"):
+                drop(x)
+            with rng.repeatable_step(0):
+                drop(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,37 @@ def test_the_norm_is_that_of_the_gradients() -> None:
             give_gradients(optimizer.parameters, 0)
             norms.append(float(optimizer.clip_grad_norm_(max_norm)))
         np.testing.assert_allclose(norms, norms[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_capturable_run_goes_on_alone(by: Any) -> None:
+    optimizer = AdamW(parameters(GPU, "float32"), lr=0.1, capturable=True)
+
+    def step(optimizer: AdamW, number: int) -> list[Array]:
+        give_gradients(optimizer.parameters, number)
+        optimizer.step()
+        return values(optimizer.parameters)
+
+    before = step(optimizer, 0)
+    other: AdamW = by(optimizer)
+    ours = step(other, 1)
+    for a, b in zip(values(optimizer.parameters), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(ours, step(optimizer, 1), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_pickled_tensor_of_16_bits() -> None:
+    x = minitorch.tensor([[1.5, -2.0]], GPU, dtype="bfloat16")
+    y = pickle.loads(pickle.dumps(x))
+    assert (
+        y.backend.ops is CudaKernelOps
+        and y.dtype == x.dtype
+        and y.to_numpy().tolist() == [[1.5, -2.0]]
+    )
+    state = {**x.__getstate__(), "backend": CPU}  # as on a machine without a GPU
+    y.__setstate__(state)
+    assert y.dtype == np.float32 and y.numpy().tolist() == [[1.5, -2.0]]
 
 
 def test_a_capturable_run_resumes() -> None:
