@@ -15,8 +15,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 # Parts that run side by side print one after the other (GNU make 4 and later).
 TOGETHER := --jobs=2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: help train test check lint types unit compile simulator test-gpu sanitize bench bench-gpu \
-	doctor clean
+.PHONY: help train test check lint types unit compile simulator bounds test-gpu sanitize bench \
+	bench-gpu doctor clean
 
 help:
 	@echo "make train      train the default transformer on the text inside Python itself; again: go"
@@ -24,6 +24,7 @@ help:
 	@echo "make test       linter, formatter, type checker and tests; no GPU needed. Its parts:"
 	@echo "                lint, types, unit, compile (GPU kernels for five architectures),"
 	@echo "                simulator (GPU kernels in numba's simulator)"
+	@echo "make bounds     the tests of CPU kernels with every index checked; compiles all anew"
 	@echo "make test-gpu   the GPU tests on the GPU"
 	@echo "make sanitize   the same, small ones, under compute-sanitizer: memcheck and racecheck"
 	@echo "make check      linter, formatter and type checker alone"
@@ -56,6 +57,14 @@ simulator: $(VENV)/dev.stamp
 	$(SIMULATE) tests/cuda
 	$(SIMULATE) -p tests.cuda.own_simulator \
 	tests/cuda/test_simulator.py tests/cuda/test_fused_cuda.py
+
+# A cache of its own, since numba's does not tell code that checks from code that does not. What
+# intrinsics read and write (kernels/simd.py) is not checked here; it is without compilation, where
+# numpy does it (tests/test_without_jit.py).
+BOUNDED := conv fast_ops flash_attention_kernels functions_grad fused_checks fused_kernels optim simd
+bounds: $(VENV)/dev.stamp
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(CURDIR)/.bounds_cache $(BIN)/python -m pytest \
+	$(BOUNDED:%=tests/test_%.py) --numprocesses 2 --dist worksteal
 
 # Most of the time goes into compiling kernels: several processes, on one GPU.
 test-gpu: $(VENV)/gpu.stamp
@@ -107,7 +116,7 @@ doctor: $(VENV)/train.stamp
 	$(BIN)/python -m minitorch doctor
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .bounds_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the environment -------------------------------------------------------------------------

@@ -6,6 +6,9 @@ is none its own `njit` raises an error, and so an import would fail on a read-on
 without a home; where a disk is full, or a file of the cache is damaged, the first call of a kernel
 would. Here each process compiles such a function anew: it starts slower and computes the same.
 `python -m minitorch doctor` says where compiled code is kept.
+
+With NUMBA_DISABLE_JIT=1 nothing is compiled: kernels are the Python functions that they were
+written as, and their intrinsics those of `plain.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numba.extending
+import numpy as np
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, UserWideCacheLocator
+
+COMPILES = not numba.config.DISABLE_JIT
 
 
 def njit(function: Callable[..., Any] | None = None, *, cache: bool = False, **options: Any) -> Any:
@@ -26,17 +33,27 @@ def njit(function: Callable[..., Any] | None = None, *, cache: bool = False, **o
     Args:
         function: the one to compile; if None the result is a decorator.
         cache: whether its machine code is kept on disk.
-        options: `numba.njit`'s.
+        options: `numba.njit`'s. A function that Python calls, not another kernel, has nogil=True;
+            it computes NaN and infinity without a warning, compiled or not.
 
     """
     if function is None:
         return lambda function: njit(function, cache=cache, **options)
+    if not COMPILES:
+        return np.errstate(all="ignore")(function) if options.get("nogil") else function
     dispatcher = numba.njit(**options)(function)
-    if cache and hasattr(dispatcher, "enable_caching"):  # NUMBA_DISABLE_JIT leaves the function
+    if cache:
         kept = _cache(function)
         if kept is not None:
             dispatcher._cache = kept
     return dispatcher
+
+
+def intrinsic(plain: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator: `numba.extending.intrinsic`, or `plain`, which does the same in numpy, where
+    nothing is compiled.
+    """
+    return numba.extending.intrinsic if COMPILES else lambda define: plain
 
 
 def cache_folder() -> Path | None:

@@ -199,7 +199,13 @@ def examine_numba(cores: int, environment: Mapping[str, str]) -> Finding:
     if environment.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return Finding(
             {"numba": "compilation is switched off"},
-            [Problem("NUMBA_DISABLE_JIT runs kernels as plain Python", "unset NUMBA_DISABLE_JIT")],
+            [
+                Problem(
+                    "NUMBA_DISABLE_JIT runs kernels as plain Python, for debugging: on one thread, "
+                    "thousands of times slower",
+                    "unset NUMBA_DISABLE_JIT",
+                )
+            ],
         )
     count = numba.get_num_threads()
     facts = {"numba threads": str(count)}

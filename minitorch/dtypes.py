@@ -49,6 +49,16 @@ def promote(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
     return a if a.itemsize > b.itemsize else b
 
 
+def layer_dtype(given: np.dtype[Any], *parameters: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which a layer computes its output, of its input's and its parameters' dtypes:
+    the widest, but float32 parameters do not widen an input of 16 bits (mixed precision).
+    """
+    for dtype in parameters:
+        if not (given in HALF_DTYPES and dtype == np.float32):
+            given = promote(given, dtype)
+    return given
+
+
 def arithmetic_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype of a Python number beside elements of `dtype`, in which they are computed with:
     float32 for 16 bits, as in PyTorch.

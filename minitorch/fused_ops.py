@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .fused_checks import guard
 from .ieee import quiet
 from .kernels.flash_attention.standard import standard_attention, standard_attention_backward
 from .tensor_data import TensorData
@@ -25,15 +26,35 @@ if TYPE_CHECKING:
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def _like(tensor: Tensor, array: Array) -> Tensor:
+def like(tensor: Tensor, array: Array) -> Tensor:
     """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
     return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
+
+
+def arrays(*tensors: Tensor) -> Any:
+    """A tuple of the arrays of tensors on the CPU, all in the widest of their dtypes."""
+    found = tuple(t._tensor.array for t in tensors)
+    if len({a.dtype for a in found}) == 1:
+        return found
+    dtype = np.result_type(*found)
+    return tuple(a.astype(dtype, copy=False) for a in found)
+
+
+def whole_numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
+    """The elements, which have been checked to be whole numbers."""
+    return tensor._tensor.array.astype(np.int64)
 
 
 def _max_or_zero(x: Array, axis: int) -> Array:
     """The maximum along `axis`, 0 where everything is -inf: subtracting it then gives no NaN."""
     maximum: Array = x.max(axis, keepdims=True, initial=-np.inf)
     return np.where(np.isneginf(maximum), x.dtype.type(0), maximum)
+
+
+def _mean(x: Array) -> Array:
+    """Along the last dimension, which is kept; NaN of no elements."""
+    mean: Array = x.sum(-1, keepdims=True) / x.dtype.type(x.shape[-1])
+    return mean
 
 
 def _logsumexp(x: Array, axis: int) -> Array:
@@ -51,7 +72,15 @@ def _softmax_from(x: Array, logsumexp: Array) -> Array:
 
 
 class FusedOps:
-    """The fused operations of a backend, forward and backward. Tensors in, constant tensors out."""
+    """The fused operations of a backend, forward and backward. Tensors in, constant tensors out.
+
+    Those that need it begin with the check of `fused_checks` that has their name, here and in every
+    class that overrides them.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        guard(cls)
 
     # ----- softmax: y = exp(x - max) / sum(exp(x - max)) -----
 
@@ -62,27 +91,27 @@ class FusedOps:
         a = x._tensor.array
         e = np.exp(a - _max_or_zero(a, dim))
         total = e.sum(dim, keepdims=True)
-        return _like(x, e / np.where(total == 0, e.dtype.type(1), total))
+        return like(x, e / np.where(total == 0, e.dtype.type(1), total))
 
     @staticmethod
     @quiet
     def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
         """dx = y * (grad - sum(grad * y)), with `y` the softmax."""
         g, p = grad._tensor.array, y._tensor.array
-        return _like(y, p * (g - (g * p).sum(dim, keepdims=True)))
+        return like(y, p * (g - (g * p).sum(dim, keepdims=True)))
 
     @staticmethod
     @quiet
     def logsumexp_forward(x: Tensor, dim: int) -> Tensor:
         """log(sum(exp(x))) along `dim`, which is kept with size 1."""
-        return _like(x, _logsumexp(x._tensor.array, dim))
+        return like(x, _logsumexp(x._tensor.array, dim))
 
     @staticmethod
     @quiet
     def logsumexp_backward(grad: Tensor, x: Tensor, logsumexp: Tensor) -> Tensor:
         """dx = grad * softmax(x)."""
         softmax = _softmax_from(x._tensor.array, logsumexp._tensor.array)
-        return _like(x, grad._tensor.array * softmax)
+        return like(x, grad._tensor.array * softmax)
 
     @classmethod
     @quiet
@@ -91,7 +120,7 @@ class FusedOps:
         it.
         """
         scores = inp._tensor.array + mask._tensor.array.astype(inp.dtype, copy=False)
-        return cls.softmax_forward(_like(inp, scores), inp.dims - 1)
+        return cls.softmax_forward(like(inp, scores), inp.dims - 1)
 
     @classmethod
     def attn_softmax_bw(cls, out_grad: Tensor, soft_inp: Tensor) -> Tensor:
@@ -105,14 +134,14 @@ class FusedOps:
     def layernorm_fw(
         inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise the last dimension. inp (..., D), gamma and beta (D,) -> out, variance and mean
-        (rows,).
+        """Normalise the last dimension. inp (..., D), gamma and beta (D,) or (1, D) -> out,
+        variance and mean (rows,).
         """
-        x = inp._tensor.array
-        mean = x.mean(-1, keepdims=True)
-        var = ((x - mean) ** 2).mean(-1, keepdims=True)
-        y = (x - mean) / np.sqrt(var + x.dtype.type(eps)) * gamma._tensor.array + beta._tensor.array
-        return _like(inp, y), _like(inp, var.reshape(-1)), _like(inp, mean.reshape(-1))
+        x, weight, bias = arrays(inp, gamma, beta)
+        mean = _mean(x)
+        var = _mean((x - mean) ** 2)
+        y = (x - mean) / np.sqrt(var + x.dtype.type(eps)) * weight + bias
+        return like(inp, y), like(inp, var.reshape(-1)), like(inp, mean.reshape(-1))
 
     @staticmethod
     @quiet
@@ -125,20 +154,18 @@ class FusedOps:
         mean: Tensor,
         eps: float = 1e-8,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of inp, gamma and beta."""
-        x, g = inp._tensor.array, out_grad._tensor.array
+        """Gradients of inp, gamma and beta, in their shapes."""
+        g, x, weight, variance, centre = arrays(out_grad, inp, gamma, var, mean)
         column = (*x.shape[:-1], 1)
-        rstd = 1 / np.sqrt(var._tensor.array.reshape(column) + x.dtype.type(eps))
-        xhat = (x - mean._tensor.array.reshape(column)) * rstd
-        gx = g * gamma._tensor.array
-        mean_gx = gx.mean(-1, keepdims=True)
-        mean_gx_xhat = (gx * xhat).mean(-1, keepdims=True)
+        rstd = 1 / np.sqrt(variance.reshape(column) + x.dtype.type(eps))
+        xhat = (x - centre.reshape(column)) * rstd
+        gx = g * weight
         rows = tuple(range(x.ndim - 1))
-        dinp = rstd * (gx - mean_gx - xhat * mean_gx_xhat)
+        dinp = rstd * (gx - _mean(gx) - xhat * _mean(gx * xhat))
         return (
-            _like(inp, dinp),
-            _like(gamma, (g * xhat).sum(rows)),
-            _like(beta, g.sum(rows)),
+            like(inp, dinp),
+            like(gamma, (g * xhat).sum(rows).reshape(gamma.shape)),
+            like(beta, g.sum(rows).reshape(beta.shape)),
         )
 
     # ----- GELU, tanh form (Hendrycks & Gimpel 2016, section 2) -----
@@ -148,7 +175,7 @@ class FusedOps:
     def gelu_forward(x: Tensor) -> Tensor:
         """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
         a = x._tensor.array
-        return _like(x, 0.5 * a * (1 + np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))))
+        return like(x, 0.5 * a * (1 + np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))))
 
     @staticmethod
     @quiet
@@ -157,16 +184,19 @@ class FusedOps:
         a = x._tensor.array
         t = np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))
         inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * a**2)
-        return _like(x, grad._tensor.array * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner))
+        return like(x, grad._tensor.array * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner))
 
     # ----- linear layer: y = x @ weight + bias -----
 
     @staticmethod
     @quiet
     def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in), weight (in, out), bias (out,) or None -> (..., out)."""
-        y = x._tensor.array @ weight._tensor.array
-        return _like(x, y if bias is None else y + bias._tensor.array)
+        """x (..., in), weight (in, out), bias (out,) or (1, out) or None -> (..., out)."""
+        if bias is None:
+            a, w = arrays(x, weight)
+            return like(x, a @ w)
+        a, w, b = arrays(x, weight, bias)
+        return like(x, a @ w + b)
 
     @staticmethod
     @quiet
@@ -179,9 +209,9 @@ class FusedOps:
         rows = g.reshape(count, w.shape[1])  # (rows, out)
         x_rows = x._tensor.array.reshape(count, w.shape[0])  # (rows, in)
         return (
-            _like(x, g @ w.T) if needs[0] else None,
-            _like(weight, x_rows.T @ rows) if needs[1] else None,
-            _like(weight, rows.sum(0)) if needs[2] else None,
+            like(x, g @ w.T) if needs[0] else None,
+            like(weight, x_rows.T @ rows) if needs[1] else None,
+            like(weight, rows.sum(0)) if needs[2] else None,
         )
 
     # ----- embedding: y[i] = weight[ids[i]] -----
@@ -189,7 +219,7 @@ class FusedOps:
     @staticmethod
     def embedding_forward(ids: Tensor, weight: Tensor) -> Tensor:
         """ids (...), whole numbers stored as floats; weight (num_embeddings, E) -> (..., E)."""
-        return _like(weight, weight._tensor.array[ids._tensor.array.astype(np.int64)])
+        return like(weight, weight._tensor.array[whole_numbers(ids)])
 
     @staticmethod
     @quiet
@@ -197,8 +227,8 @@ class FusedOps:
         """Gradient of weight: each row of `grad` added to the row that it was read from."""
         g = grad._tensor.array
         dweight = np.zeros((num_embeddings, g.shape[-1]), g.dtype)
-        np.add.at(dweight, ids._tensor.array.astype(np.int64), g)
-        return _like(grad, dweight)
+        np.add.at(dweight, whole_numbers(ids), g)
+        return like(grad, dweight)
 
     # ----- cross entropy: loss = logsumexp(logits) - logits[target] -----
 
@@ -208,10 +238,10 @@ class FusedOps:
         """logits (N, C), target (N,) -> the loss and the logsumexp of each row, both (N,). They are
         NaN where a logit is inf: no softmax has a limit there.
         """
-        x, t = logits._tensor.array, target._tensor.array.astype(np.int64)
+        x, t = logits._tensor.array, whole_numbers(target)
         logsumexp = _logsumexp(x, 1)[:, 0]
         logsumexp[np.isposinf(logsumexp)] = np.nan
-        return _like(logits, logsumexp - x[np.arange(len(t)), t]), _like(logits, logsumexp)
+        return like(logits, logsumexp - x[np.arange(len(t)), t]), like(logits, logsumexp)
 
     @staticmethod
     @quiet
@@ -219,10 +249,10 @@ class FusedOps:
         grad: Tensor, logits: Tensor, target: Tensor, logsumexp: Tensor
     ) -> Tensor:
         """dlogits = grad * (softmax(logits) - one_hot(target)); grad (N,)."""
-        x, t = logits._tensor.array, target._tensor.array.astype(np.int64)
+        x, t = logits._tensor.array, whole_numbers(target)
         p = _softmax_from(x, logsumexp._tensor.array[:, None])
         p[np.arange(len(t)), t] -= 1
-        return _like(logits, p * grad._tensor.array[:, None])
+        return like(logits, p * grad._tensor.array[:, None])
 
     # ----- AdamW (Loshchilov & Hutter 2019, algorithm 2) -----
 
@@ -270,7 +300,7 @@ class FusedOps:
         out, logsumexp = standard_attention(
             problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
         )
-        return _like(query, out), _like(query, logsumexp)
+        return like(query, out), like(query, logsumexp)
 
     @staticmethod
     @quiet
@@ -299,5 +329,8 @@ class FusedOps:
             None if grad_logsumexp is None else grad_logsumexp._tensor.array,
             needs_mask_grad,
         )
-        dmask_tensor = None if dmask is None else _like(query, dmask)
-        return _like(query, dq), _like(key, dk), _like(value, dv), dmask_tensor
+        dmask_tensor = None if dmask is None else like(query, dmask)
+        return like(query, dq), like(key, dk), like(value, dv), dmask_tensor
+
+
+guard(FusedOps)

@@ -355,9 +355,7 @@ def _tensor_like(array: Array, parameter: Parameter) -> Tensor:
     value = parameter.value
     if not isinstance(value, Tensor):
         return tensor(array, requires_grad=False)
-    out = value._new(TensorData.from_array(np.array(array, value.dtype, order="C")))
-    out._type_(value.backend)
-    return out
+    return value._new(TensorData.from_array(np.array(array, value.dtype, order="C")))
 
 
 # ----- clipping -----

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .dtypes import HALF_DTYPES, rounded
+from .fused_checks import guard
 from .ieee import quiet
 from .kernels.philox import vector_dropout_mask
 from .tensor_data import TensorData, strides_from_shape
@@ -168,5 +169,7 @@ class StorageOps:
                 f"got {values[wrong][0]:g}"
             )
 
+
+guard(StorageOps)
 
 __all__ = ["StorageOps"]

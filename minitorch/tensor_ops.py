@@ -16,6 +16,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from . import operators
+from .fused_checks import broadcasts_to, check_axis
 from .fused_ops import FusedOps
 from .ieee import ieee, quiet
 from .storage_ops import StorageOps
@@ -67,6 +68,32 @@ def check_matmul(a: Tensor, b: Tensor) -> tuple[int, ...]:
             f"matmul: the last size of {a.shape} must equal the last but one of {b.shape}"
         )
     return (*shape_broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+
+
+def map_output(a: Tensor, out: Tensor | None) -> Tensor:
+    """Where a map of `a` writes: `out`, or a new tensor like `a` if that is None.
+
+    Raises:
+        ValueError: `a` does not broadcast to the shape of `out`.
+
+    """
+    if out is None:
+        return empty_output(a, a.shape)
+    if not broadcasts_to(a.shape, out.shape):
+        raise ValueError(f"out must have a shape to which {a.shape} broadcasts, got {out.shape}")
+    return out
+
+
+def folded_shape(a: Tensor, dim: int) -> tuple[int, tuple[int, ...]]:
+    """The dimension that is folded, counted from 0, and the shape that a fold leaves.
+
+    Raises:
+        IndexError: there is no such dimension.
+
+    """
+    check_axis(a, dim)
+    dim %= a.dims
+    return dim, (*a.shape[:dim], 1, *a.shape[dim + 1 :])
 
 
 def empty_output(
@@ -123,7 +150,7 @@ class SimpleOps(TensorOps):
         kernel = tensor_map(fn)
 
         def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
-            target = empty_output(a, a.shape) if out is None else out
+            target = map_output(a, out)
             kernel(*target.tuple(), *a.tuple())
             return target
 
@@ -153,9 +180,8 @@ class SimpleOps(TensorOps):
         kernel = tensor_reduce(fn)
 
         def apply(a: Tensor, dim: int) -> Tensor:
-            shape = list(a.shape)
-            shape[dim] = 1
-            out = empty_output(a, tuple(shape))
+            dim, shape = folded_shape(a, dim)
+            out = empty_output(a, shape)
             out._tensor._storage[:] = start
             kernel(*out.tuple(), *a.tuple(), dim)
             return out

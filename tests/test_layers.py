@@ -60,6 +60,7 @@ LAYERS: list[tuple[str, set[str]]] = [
             "cuda_views",
             "fast_fused",
             "fast_ops",
+            "fused_checks",
             "fused_ops",
             "storage_ops",
             "tensor_ops",
