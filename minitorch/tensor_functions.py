@@ -463,9 +463,7 @@ class FlashAttention(Function):
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
         """Gradients of query, key, value, and of an additive mask that wants one."""
-        query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse = (
-            ctx.saved_values
-        )
+        query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse = ctx.saved_values
         grad_logsumexp = None
         if return_lse:
             ops = grad_output.f.ops

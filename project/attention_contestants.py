@@ -127,9 +127,9 @@ def ours(
         return Contestant(
             forward,
             recorder.our_graph(
-                lambda: ops.flash_attention_backward(
-                    do, None, q, k, v, None, out, rows, problem
-                )[:3]
+                lambda: ops.flash_attention_backward(do, None, q, k, v, None, out, rows, problem)[
+                    :3
+                ]
             ),
         )
 

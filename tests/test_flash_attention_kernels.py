@@ -164,9 +164,7 @@ def test_standard_attention_agrees(call: Any) -> None:
     do = random(*out.shape, dtype=q.dtype, seed=7)
     dl = random(*lse.shape, dtype=q.dtype, seed=8)
     wants_mask = problem.mask_kind == "additive"
-    theirs = standard_attention_backward(
-        problem, q, k, v, mask, out, rows, do, dl, wants_mask
-    )
+    theirs = standard_attention_backward(problem, q, k, v, mask, out, rows, do, dl, wants_mask)
     for got, want in zip(run(q, k, v, do, dl, **arguments), (out, lse, *theirs), strict=True):
         if want is not None:
             assert got.shape == want.shape and got.dtype == want.dtype

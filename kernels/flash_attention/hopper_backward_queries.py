@@ -4,7 +4,7 @@ For each tile of keys a warpgroup with 64 of the queries computes
 
     S = Q K^T                    (64, block_n), in registers; so are all the others of this size
     dP = dO V^T
-    P = exp2(S - L)
+    P = exp2(S - L)              but for a factor of its row, the rest, which dQ is times in the end
     dS = P * (dP - delta)
     dQ += dS K                   (64, D), in registers until the last tile
 
@@ -103,7 +103,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     drop_from = drop(1, passing)
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_ds = write_scores(passing)
-    queries, whole, u64 = ROWS, types.int32, types.uint64
+    queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit
+    scale_dq, scale_ds = RegisterTile(kind.head_dim).scale_rows, RegisterTile(passing).scale_rows
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_queries_hopper(
@@ -113,7 +114,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, _, head_dim, _ = sizes
-        counter, table, count, rows, pitch = places
+        counter, table, count, rows, pitch, rests, _ = places
         space = global_address(workspace)
         thread = whole(cuda.threadIdx.x)
         if thread < WARPGROUP:
@@ -126,7 +127,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
             key = seed + offset[0]
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
-            scale2 = types.float32(scale * 1.4426950408889634)
+            own_scale = types.float32(scale * unit)
             turn, number = types.uint32(0), types.uint32(0)
             left, work, own_stage = read_item(base, number)
             while left:
@@ -135,7 +136,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 batch_head = b * types.int64(heads) + h
                 row = whole(row0 + my_row)
                 of_row = space + u64(rows + batch_head * pitch + row // 16 * 128 + row % 16 * 4)
-                logsumexp = (ld_global_f32(of_row), ld_global_f32(of_row + u64(32)))
+                shifts = (ld_global_f32(of_row), ld_global_f32(of_row + u64(32)))
                 delta = (ld_global_f32(of_row + u64(64)), ld_global_f32(of_row + u64(96)))
                 q = of_own(base + q_at + own_stage * q_bytes + consumer * (queries * 128))
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
@@ -158,7 +159,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     wgmma_commit_group()
                     # P = exp(S - L),  dS = P * (Z dP - delta)
                     p = weigh(
-                        scores_done(scores), scale2, logsumexp,
+                        scores_done(scores), own_scale, shifts,
                         is_whole(row0, queries, key0, passing, band[0], band[1], band[3]),
                         row, key0 + my_column, band, mask, mask_place,
                     )  # fmt: skip
@@ -169,9 +170,11 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     ds = to_ds(p, products, keep, delta)
                     if keep_scores:
                         place = (batch_head * seqlen_q + row) * seqlen_k + key0 + my_column
+                        of_rest = space + u64(rests + batch_head * (pitch // 2) + 4 * row)
+                        rest = ld_global_f32(of_rest), ld_global_f32(of_rest + u64(32))
                         write_ds(
-                            ds, global_address(ds_out) + types.uint64(4 * place), 4 * seqlen_k,
-                            seqlen_q - row, seqlen_k - key0 - my_column,
+                            scale_ds(ds, rest), global_address(ds_out) + u64(4 * place),
+                            4 * seqlen_k, seqlen_q - row, seqlen_k - key0 - my_column,
                         )  # fmt: skip
                     # dQ += dS K
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)
@@ -180,6 +183,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     mbarrier_arrive(base + empty + 8 * stage)
                     turn += types.uint32(1)
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
+                of_rest = space + u64(rests + batch_head * (pitch // 2) + 4 * row)
+                dq = scale_dq(dq, (ld_global_f32(of_rest), ld_global_f32(of_rest + u64(32))))
                 place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
                 write_dq(
                     dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps[2],

@@ -1,6 +1,7 @@
 """P and dS of one tile in registers: what both kernels of the Hopper backward pass do with it.
 
-    P  = exp2(scale S - L)             0 where the query may not see the key
+    P  = exp2(scale S - L)             0 where the query may not see the key; with an additive mask
+                                       exp(scale S + mask - L)
     dS = P * (Z dP - delta)            Z = 1 / (1 - p) where dropout keeps the weight, else 0
 
 How a warpgroup's tile of 64 rows lies in registers is told in register_tile.py. In the kernel for
@@ -18,8 +19,10 @@ from functools import cache
 from typing import Any
 
 from ..ptx import (
+    ld_global_f32,
     ld_shared_v2_f32,
     mov_b32_halves,
+    mul_rn_f32,
     pack_pair,
     st_global_b16_if,
     st_global_f32_if,
@@ -28,7 +31,8 @@ from ..ptx import (
 from ..register_tile import Place, RegisterTile
 from ..runtime import device_function, types
 from ..traced import exp2, fma, i64, select, traced, u32, u64
-from .hopper_scores import LOG2_E, loaded
+from .cuda_tiles import LOG2_E
+from .fragment_masks import mask_number
 from .hopper_store import transposed
 from .hopper_tiles import Kind
 
@@ -60,13 +64,17 @@ def _given(keys_are_rows: bool) -> Any:
 
 
 @cache
-def probabilities(columns: int, keys_are_rows: bool) -> Any:
-    """Traced `(scores, scale, logsumexp)`: exp2(scale * scores - logsumexp)."""
+def probabilities(columns: int, keys_are_rows: bool, additive: bool) -> Any:
+    """Traced `(scores, scale, shifts)`: exp2(scale * scores - L); with an additive mask, where the
+    scores are scaled already, exp(scores - L).
+    """
     tile = RegisterTile(columns)
 
     @traced(tile.type, tile.type, types.float32, _given(keys_are_rows))
-    def run(scores, scale, logsumexp):
-        shift = _of_queries(keys_are_rows, logsumexp)
+    def run(scores, scale, shifts):
+        shift = _of_queries(keys_are_rows, shifts)
+        if additive:
+            return [exp2((scores[p.register] - shift(p)) * LOG2_E) for p in tile.places()]
         return [exp2(fma(scores[p.register], scale, -shift(p))) for p in tile.places()]
 
     return run
@@ -114,17 +122,13 @@ def hide(mask: str, columns: int, keys_are_rows: bool) -> Any:
 
 @cache
 def add_mask(mask: str, columns: int, keys_are_rows: bool) -> Any:
-    """Traced `(scores, scale, row, column, band, mask, mask_place)`: scale * scores plus a mask,
-    in units of log 2.
-    """
+    """Traced `(scores, scale, row, column, band, mask, mask_place)`: scale * scores plus a mask."""
     tile, kind = RegisterTile(columns), mask
 
     @traced(tile.type, tile.type, types.float32, WHOLE, WHOLE, BAND, None, FAR)
     def run(scores, scale, row, column, band, mask, mask_place):
         number = _mask_reader(keys_are_rows, row, column, band, mask, mask_place)
-        return [
-            fma(scores[p.register], scale, loaded(kind, number(p)) * LOG2_E) for p in tile.places()
-        ]
+        return [fma(scores[p.register], scale, mask_number(kind, number(p))) for p in tile.places()]
 
     return run
 
@@ -159,26 +163,48 @@ def _mask_reader(
 @cache
 def weigher(kind: Kind, columns: int, keys_are_rows: bool) -> Any:
     """Device function: P of a tile of scores; `whole` says that the band hides no key of it."""
-    additive, is_bool = kind.mask not in ("none", "bool"), kind.mask == "bool"
+    additive, is_bool = kind.additive, kind.mask == "bool"
     add = add_mask(kind.mask if additive else "float32", columns, keys_are_rows)
-    exponentials = probabilities(columns, keys_are_rows)
+    exponentials = probabilities(columns, keys_are_rows, additive)
+    tile, scaled_first = RegisterTile(columns), kind.scaled_first
+    scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
     hide_from = hide(kind.mask, columns, keys_are_rows)
     # What is computed for keys past the end is not written, where keys are rows.
     hides = is_bool or kind.banded or not keys_are_rows
 
     @device_function
-    def weigh(scores, scale, logsumexp, whole, row, column, band, mask, mask_place):
+    def weigh(scores, scale, shifts, whole, row, column, band, mask, mask_place):
         if additive:
             scores = add(scores, scale, row, column, band, mask, mask_place)
-            p = exponentials(scores, types.float32(1.0), logsumexp)
+            p = exponentials(scores, types.float32(1.0), shifts)
+        elif scaled_first:  # as in the forward pass, to the last bit
+            p = exponentials(scale_all(scores, scale), types.float32(1.0), shifts)
         else:
-            p = exponentials(scores, scale, logsumexp)
+            p = exponentials(scores, scale, shifts)
         if hides:
             if is_bool or not whole:
                 p = hide_from(p, row, column, band, mask, mask_place)
         return p
 
     return weigh
+
+
+@cache
+def complete(columns: int) -> Any:
+    """Traced `(p, rests)`: P times the rest of its query; queries are columns, and `rests` is the
+    address in global memory of that of the lane's first.
+    """
+    tile = RegisterTile(columns)
+
+    @traced(tile.type, tile.type, types.uint64)
+    def run(weights, rests):
+        factors: dict[int, Any] = {}
+        for p in tile.places():
+            if p.column not in factors:
+                factors[p.column] = ld_global_f32(rests + 4 * p.column)
+        return [weights[p.register] * factors[p.column] for p in tile.places()]
+
+    return run
 
 
 # ----- dS -----
@@ -265,6 +291,7 @@ def write_scores(columns: int) -> Any:
 
 
 __all__ = [
+    "complete",
     "score_gradients",
     "weigher",
     "write_rows",
