@@ -23,7 +23,7 @@ from ..runtime import Instance, ceil_div, cuda, launch, precision, types
 from ..tensor_map import matrices_map, on_device
 from .cuda import Architecture, Gradients, Heads, Inputs, Ints, Matrices, arguments_of, mask_of
 from .hopper_backward_keys import key_kernel
-from .hopper_backward_pipeline import COUNTER_BYTES, WORK_BYTES, Blocks, memory_plan
+from .hopper_backward_pipeline import COUNTER_BYTES, ROW_BYTES, WORK_BYTES, Blocks, memory_plan
 from .hopper_backward_prepare import INCOMPLETE, THREADS, prepare_kernel, row_threads
 from .hopper_backward_queries import query_kernel
 from .hopper_tiles import ARCHITECTURE, NAME, ROWS, Kind, padded
@@ -103,8 +103,7 @@ class Workspace(NamedTuple):
     """Where things are in the workspace, in bytes from its beginning.
 
     Args:
-        rows: L and delta of all queries (see hopper_backward_prepare.py).
-        rests: of these, likewise.
+        rows: L, delta and rest of all queries (see hopper_backward_prepare.py).
         tables: of `Work`, for dK and dV, and for dQ.
         counts: entries of these.
         size: of all.
@@ -113,7 +112,6 @@ class Workspace(NamedTuple):
     """
 
     rows: int
-    rests: int
     tables: tuple[int, int]
     counts: tuple[int, int]
     size: int
@@ -130,9 +128,8 @@ def _workspace(problem: AttentionProblem, heads: Heads, both: tuple[Blocks, Bloc
     tables = first, first + WORK_BYTES * counts[0]
     rows = tables[1] + WORK_BYTES * counts[1]
     rows = ceil_div(rows, 128) * 128
-    rests = rows + 8 * problem.batch_heads * padded_q
-    size = rests + 4 * problem.batch_heads * padded_q
-    return Workspace(rows, rests, tables, counts, size, padded_q)
+    size = rows + ROW_BYTES * problem.batch_heads * padded_q
+    return Workspace(rows, tables, counts, size, padded_q)
 
 
 def backward_workspace(problem: AttentionProblem, heads: Heads, architecture: Architecture) -> int:
@@ -257,7 +254,7 @@ def backward(
     sizes = (heads.heads, *lengths, heads.group, problem.head_dim, problem.value_dim)
     places = [
         (COUNTER_BYTES * n, space.tables[n > 1], space.counts[n > 1], space.rows,
-         8 * space.padded_q, space.rests, call)
+         ROW_BYTES * space.padded_q, call)
         for n in (0, 1, 2)
     ]  # fmt: skip
     if problem.seqlen_k:
@@ -311,7 +308,7 @@ def _prepare(
         rows if grad_logsumexp is None else grad_logsumexp, out.strides, grad_out.strides,
         (heads.batch, heads.heads, *lengths, k_group, v_group, heads.group,
          *(steps[name][0] for name in ("k", "v", "q", "do"))), workspace, space.rows,
-        space.rests, call, space.padded_q, problem.value_dim,
+        call, space.padded_q, problem.value_dim,
         (key_table, key_count, query_table, query_count),
         (both[0].own, both[0].passing, both[1].own, both[1].passing), together,
     )  # fmt: skip
@@ -331,12 +328,12 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
         return tuple(types.UniTuple(whole, count) for count in counts)
 
     numbers = (types.float64, types.uint64, whole, types.float64)
-    read = (types.uint64, *tuples(2), mask, words, rows, *tuples(7))
+    read = (types.uint64, *tuples(2), mask, words, rows, *tuples(6))
     return {
         "keys": (*read, array, array, *tuples(4, 4, 4, 8), *numbers),
         "queries": (*read, array, rows, *tuples(4, 4, 8), *numbers),
         "prepare": (
-            array, array, rows, rows, *tuples(4, 4, 13), rows, *[whole] * 5, *tuples(4, 4, 2),
+            array, array, rows, rows, *tuples(4, 4, 13), rows, *[whole] * 4, *tuples(4, 4, 2),
         ),
     }  # fmt: skip
 

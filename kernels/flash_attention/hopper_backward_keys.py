@@ -34,6 +34,7 @@ from ..runtime import cuda, device_function, kernel, types
 from .cuda_tiles import is_whole
 from .fragment_dropout import drop_by_bits, dropout_words, keep_bits_of_keys
 from .hopper_backward_pipeline import (
+    ROW_BYTES,
     Blocks,
     descriptor,
     gradient_product,
@@ -116,7 +117,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     keep_bits, drop_from = keep_bits_of_keys(passing), drop_by_bits(passing)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
-    complete_p, unit = complete(passing), kind.unit
+    complete_p, unit, rows_bytes = complete(passing), kind.unit, ROW_BYTES * passing
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
 
     @kernel(blocks.threads, blocks=1)
@@ -128,7 +129,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, group, head_dim, value_dim = sizes
         thread, heads, group = whole(cuda.threadIdx.x), whole(heads), whole(group)
-        counter, table, count, rows, pitch, rests, call = places
+        counter, table, count, rows, pitch, call = places
         if thread < WARPGROUP:
             give_registers()
             if thread == 0:
@@ -165,9 +166,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         stage, parity = place_of(turn)
                         q = of_passing(base + q_at + stage * q_bytes)
                         do = of_passing(base + do_at + stage * do_bytes)
-                        numbers = types.uint32(
-                            base + rows_at + stage * (8 * passing) + 4 * my_column
-                        )
+                        numbers = types.uint32(base + rows_at + stage * rows_bytes + 4 * my_column)
                         # S^T = K Q^T,  dP^T = V dO^T
                         mbarrier_wait_parity(base + q_full + 8 * stage, parity)
                         fence()
@@ -184,8 +183,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                             key0 + my_row, row0 + my_column, band, mask, mask_place,
                         )  # fmt: skip
                         if incomplete:
-                            query = types.int64(b * heads + h) * (pitch // 8) + row0 + my_column
-                            p = complete_p(p, global_address(workspace) + u64(rests + 4 * query))
+                            p = complete_p(p, numbers + 128)
                         if dropout:
                             bits = keep_bits(row0 + my_column, key0 + my_row, words)
                         if wants_dk:

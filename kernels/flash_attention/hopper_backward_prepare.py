@@ -23,7 +23,7 @@ from ..runtime import (
 )
 from ..vectors_cuda import vector_access
 from .cuda_tiles import tile_range
-from .hopper_backward_pipeline import COUNTER_BYTES, WORK_BYTES
+from .hopper_backward_pipeline import COUNTER_BYTES, ROW_BYTES, WORK_BYTES
 from .mma_delta import shift_and_rest
 
 THREADS = 256
@@ -82,23 +82,23 @@ def prepare_kernel(
 ) -> Any:
     """Numbers of all queries, and the work of both other kernels.
 
-    The numbers lie in the workspace from `rows` on, for each head `padded_q` queries: 16 of L, then
-    16 of delta, and so on; from `rests` on their rests, and at `INCOMPLETE` the number of this call
-    if one of these is not 1. A query that saw no key, and those past the last, get L = +inf, with
-    which all their P are 0. `vectors`: rows come in whole pieces of 16 bytes.
+    The numbers lie in the workspace from `rows` on, for each head `padded_q` queries: 16 of L, 16
+    of delta, then 16 rests, and so on; at `INCOMPLETE` is the number of this call if a rest is not
+    1. A query that saw no key, and those past the last, get L = +inf, with which all their P are 0.
+    `vectors`: rows come in whole pieces of 16 bytes.
     """
     numbers, threads = precision(precision_name), row_threads(value_dim)
     storage, load = getattr(types, numbers.storage.name), numbers.load
     at_once = PIECE if vectors else 1
     read, _ = vector_access(at_once)
-    of_row, infinity = shift_and_rest(additive, 2), float("inf")
+    of_row, infinity, row_bytes = shift_and_rest(additive, 2), float("inf"), ROW_BYTES
     f32, i64, u32, u64 = types.float32, types.int64, types.uint32, types.uint64
     own_step, own_rows, all_threads = at_once * threads, THREADS // threads, THREADS
 
     @kernel(THREADS)
     def flash_backward_prepare_hopper(
         out, grad_out, rows_of, grad_logsumexp, out_steps, grad_steps, sizes, workspace, rows,
-        rests, call, padded_q, value_dim, tables, blocks, together,
+        call, padded_q, value_dim, tables, blocks, together,
     ):  # fmt: skip
         heads, seqlen_q = sizes[1], sizes[2]
         space = global_address(workspace)
@@ -133,12 +133,11 @@ def prepare_kernel(
                     total -= grad_logsumexp[number]
                 if l == f32(0.0):
                     total = f32(0.0)
-            of_head = space + u64(rows) + u64(batch_head) * u64(8 * padded_q)
-            target = of_head + u64(row // 16 * 128 + row % 16 * 4)
+            of_head = space + u64(rows) + u64(batch_head) * u64(row_bytes * padded_q)
+            target = of_head + u64(row // 16 * (16 * row_bytes) + row % 16 * 4)
             st_global_f32(target, f32(shift))
             st_global_f32(target + u64(64), f32(total))
-            place = i64(batch_head) * i64(padded_q) + row
-            st_global_f32(space + u64(rests) + u64(4 * place), f32(rest))
+            st_global_f32(target + u64(128), f32(rest))
             if rest != f32(1.0):
                 st_global_f32(space + u64(INCOMPLETE), f32(call))
 

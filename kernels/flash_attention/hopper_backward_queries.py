@@ -31,6 +31,7 @@ from ..runtime import cuda, device_function, kernel, types
 from .cuda_tiles import is_whole
 from .fragment_dropout import drop, dropout_words
 from .hopper_backward_pipeline import (
+    ROW_BYTES,
     Blocks,
     descriptor,
     gradient_product,
@@ -78,6 +79,14 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     return bring
 
 
+@device_function
+def numbers_of(space, of_head, row, which):
+    """L, delta or rest, whichever number 0, 1 or 2 is, of a lane's two rows."""
+    place = of_head + row // 16 * (16 * ROW_BYTES) + row % 16 * 4 + 64 * which
+    address = space + types.uint64(place)
+    return ld_global_f32(address), ld_global_f32(address + types.uint64(32))
+
+
 @cache
 def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     """A block computes `own` rows of dQ; with `keep_scores` it also writes dS, whole."""
@@ -114,7 +123,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, _, head_dim, _ = sizes
-        counter, table, count, rows, pitch, rests, _ = places
+        counter, table, count, rows, pitch, _ = places
         space = global_address(workspace)
         thread = whole(cuda.threadIdx.x)
         if thread < WARPGROUP:
@@ -135,9 +144,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 row0 = whole(row0 + consumer * queries)
                 batch_head = b * types.int64(heads) + h
                 row = whole(row0 + my_row)
-                of_row = space + u64(rows + batch_head * pitch + row // 16 * 128 + row % 16 * 4)
-                shifts = (ld_global_f32(of_row), ld_global_f32(of_row + u64(32)))
-                delta = (ld_global_f32(of_row + u64(64)), ld_global_f32(of_row + u64(96)))
+                shifts = numbers_of(space, rows + batch_head * pitch, row, 0)
+                delta = numbers_of(space, rows + batch_head * pitch, row, 1)
                 q = of_own(base + q_at + own_stage * q_bytes + consumer * (queries * 128))
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
                 mask_place = (
@@ -170,8 +178,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     ds = to_ds(p, products, keep, delta)
                     if keep_scores:
                         place = (batch_head * seqlen_q + row) * seqlen_k + key0 + my_column
-                        of_rest = space + u64(rests + batch_head * (pitch // 2) + 4 * row)
-                        rest = ld_global_f32(of_rest), ld_global_f32(of_rest + u64(32))
+                        rest = numbers_of(space, rows + batch_head * pitch, row, 2)
                         write_ds(
                             scale_ds(ds, rest), global_address(ds_out) + u64(4 * place),
                             4 * seqlen_k, seqlen_q - row, seqlen_k - key0 - my_column,
@@ -183,8 +190,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     mbarrier_arrive(base + empty + 8 * stage)
                     turn += types.uint32(1)
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
-                of_rest = space + u64(rests + batch_head * (pitch // 2) + 4 * row)
-                dq = scale_dq(dq, (ld_global_f32(of_rest), ld_global_f32(of_rest + u64(32))))
+                rest = numbers_of(space, rows + batch_head * pitch, row, 2)
+                dq = scale_dq(dq, rest)
                 place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
                 write_dq(
                     dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps[2],

@@ -9,7 +9,7 @@ dQ its rows are queries and its columns keys. In the kernel for dK and dV it is 
 there the tile is S^T, which makes P^T and dS^T, as they lie, first factors of P^T dO and dS^T Q.
 Functions take either, and `keys_are_rows` says which. The numbers of a query, its logsumexp L and
 delta = rowsum(dO * O), are two of a lane's registers if queries are rows; if they are columns, they
-are read from shared memory where they are needed: 16 numbers L, then 16 of delta, and so on.
+are read from shared memory where they are needed: 16 numbers L, 16 of delta, 16 rests, and so on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from functools import cache
 from typing import Any
 
 from ..ptx import (
-    ld_global_f32,
     ld_shared_v2_f32,
     mov_b32_halves,
     mul_rn_f32,
@@ -33,6 +32,7 @@ from ..runtime import device_function, types
 from ..traced import exp2, fma, i64, select, traced, u32, u64
 from .cuda_tiles import LOG2_E
 from .fragment_masks import mask_number
+from .hopper_backward_pipeline import ROW_BYTES
 from .hopper_store import transposed
 from .hopper_tiles import Kind
 
@@ -50,7 +50,7 @@ def _of_queries(keys_are_rows: bool, given: Any) -> Callable[[Place], Any]:
     def number(place: Place) -> Any:
         j, c = divmod(place.column, 8)
         if j not in pairs:
-            pairs[j] = ld_shared_v2_f32(given + (j // 2 * 128 + j % 2 * 32))
+            pairs[j] = ld_shared_v2_f32(given + (j // 2 * (16 * ROW_BYTES) + j % 2 * 32))
         return pairs[j][c]
 
     return number
@@ -191,18 +191,15 @@ def weigher(kind: Kind, columns: int, keys_are_rows: bool) -> Any:
 
 @cache
 def complete(columns: int) -> Any:
-    """Traced `(p, rests)`: P times the rest of its query; queries are columns, and `rests` is the
-    address in global memory of that of the lane's first.
+    """Traced `(p, rests)`: P times the rest of its query; keys are rows, and `rests` is the place
+    of that of the lane's first query.
     """
     tile = RegisterTile(columns)
 
-    @traced(tile.type, tile.type, types.uint64)
+    @traced(tile.type, tile.type, WORD)
     def run(weights, rests):
-        factors: dict[int, Any] = {}
-        for p in tile.places():
-            if p.column not in factors:
-                factors[p.column] = ld_global_f32(rests + 4 * p.column)
-        return [weights[p.register] * factors[p.column] for p in tile.places()]
+        rest = _of_queries(True, rests)
+        return [weights[p.register] * rest(p) for p in tile.places()]
 
     return run
 
