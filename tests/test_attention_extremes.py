@@ -14,6 +14,7 @@ from tests import references
 BACKENDS = {"tiles": TensorBackend(FastOps), "standard": TensorBackend(SimpleOps)}
 METHODS = [("tiles", "flash_attention"), ("standard", "flash_attention"), ("tiles", "attention")]
 TOLERANCE = {"float32": 3e-5, "float64": 1e-12}
+attention: Any = references.attention
 NAMES = ("out", "logsumexp", "dq", "dk", "dv", "dmask")
 
 
@@ -76,7 +77,7 @@ def test_masks_as_large_as_numbers(method: Any, dtype: str, of_mask: Any) -> Non
     mask = large_mask(rows, columns, of_mask).astype(dtype)
     # Small ones for the logsumexp, which is as large as numbers get: the loss is finite.
     grads = random(2, rows, 8, seed=8, dtype=dtype), random(2, rows, seed=9, dtype=dtype) / 128
-    reference = references.attention(*arrays, *grads, attn_mask=mask, scores=dtype)
+    reference = attention(*arrays, *grads, attn_mask=mask, scores=dtype)
     compare(gradients(method, arrays, mask, grads), reference, dtype)
 
 
@@ -98,7 +99,7 @@ def test_rows_of_one_key_at_large_scores(method: Any, arguments: Any) -> None:
     arrays = [random(50, 16, seed=s) * scale for s, scale in enumerate((1e3, 1e3, 1))]
     grads = random(50, 16, seed=8), np.zeros(50, np.float32)
     _, _, dq, dk, dv = gradients(method, arrays, None, grads, **arguments)
-    want = references.attention(*arrays, *grads, **arguments)
+    want = attention(*arrays, *grads, **arguments)
     np.testing.assert_allclose(dv, want.grad_value, rtol=0, atol=1e-6 * np.abs(dv).max())
     assert np.abs(want.grad_query).max() < 1e-6 > np.abs(want.grad_key).max()
     # What is left is the rounding of delta and dP, times keys and queries of 1e3.
@@ -114,7 +115,7 @@ def test_keys_that_tie_at_large_scores(method: Any, size: float) -> None:
     arrays = [random(40, 16) * size, keys, random(330, 16, seed=2)]
     grads = random(40, 16, seed=8), np.zeros(40, np.float32)
     out, lse, _, _, dv = gradients(method, arrays, None, grads)
-    want = references.attention(*arrays, *grads)
+    want = attention(*arrays, *grads)
     np.testing.assert_allclose(out, want.out, atol=1e-5)
     np.testing.assert_allclose(lse, want.logsumexp, rtol=1e-6)
     np.testing.assert_allclose(dv, want.grad_value, rtol=0, atol=1e-5 * np.abs(dv).max())

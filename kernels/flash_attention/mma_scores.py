@@ -330,7 +330,7 @@ def scale_columns(row_blocks: int, columns: int) -> Any:
 
     @traced(types.Tuple((tile, tile)), tile, tile, types.uint64, whole, whole)
     def run(sums, other, address, column, length):
-        factors: dict[int, Any] = {}
+        factors = {}
         results = list(sums), list(other)
         for place, _, distance in _places(row_blocks, columns):
             if distance not in factors:
