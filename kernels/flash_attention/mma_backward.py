@@ -22,7 +22,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from ..ptx import global_address, ld_global_f32, shared_address
+from ..ptx import global_address, ld_global_f32, opaque, shared_address
 from ..runtime import cuda, device_function, kernel, precision, types
 from .cuda_tiles import is_whole, tile_range, tile_start
 from .fragment_dropout import dropout_words
@@ -190,7 +190,8 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     add_dv = multiply_columns(kind, row_blocks, block_m, v_part, v_step)
     apply_mask = mask_scores(kind, row_blocks, block_m, True)
     gradients = score_gradients(kind, row_blocks, block_m, True)
-    complete, unit, u64 = scale_columns(row_blocks, block_m), kind.unit, types.uint64
+    complete, unit = scale_columns(row_blocks, block_m), kind.unit
+    whole, u64 = types.int32, types.uint64
     fill_dk, fill_dv = constant_rows(row_blocks, part), constant_rows(row_blocks, v_part)
     fill_rows, dropout = constant_rows(row_blocks, 0), kind.dropout
     scale_dk, scale_dv = scale_rows(row_blocks, part), scale_rows(row_blocks, v_part)
@@ -279,9 +280,12 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
                 dropout_words(seed + offset[0], b * heads + h, threshold), keep_scale,
             )  # fmt: skip
             if incomplete:
-                first_row = types.int64(b * heads + h) * seqlen_q + 1
+                # Computed here: nothing of it is to stay in registers.
+                query = whole(opaque(types.uint32(row0))) + whole(thread_number() % 4 * 2)
+                head = whole(opaque(types.uint32(h))) + b * heads
+                first_row = types.int64(head) * seqlen_q + 1
                 p, ds = complete(
-                    p, ds, global_address(rest) + u64(4 * first_row), row0 + my_row, band[2]
+                    p, ds, global_address(rest) + u64(4 * first_row), query, whole(seqlen_q)
                 )
             # dV += P^T dO, dK += dS^T Q
             dv_sums = add_dv(dv_sums, p, types.uint32(do_across + at))
