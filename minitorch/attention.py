@@ -23,6 +23,7 @@ from .kernels.flash_attention.problem import (
     checked_dropout_p,
     checked_flag,
     checked_seed,
+    mask_numbers,
 )
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
@@ -229,7 +230,7 @@ def _as_tensor(mask: Any, like: Tensor) -> Tensor:
     """An additive mask as a tensor in the dtype of the scores."""
     if hasattr(mask, "_tensor"):
         return mask if mask.dtype == like.dtype else mask.to(like.dtype)  # type: ignore[no-any-return]
-    return like._from_numpy(np.asarray(mask, like.dtype))
+    return like._from_numpy(mask_numbers(np.asarray(mask), like.dtype))
 
 
 def _dropout_factors(weights: Tensor, problem: AttentionProblem) -> Tensor:

@@ -196,12 +196,12 @@ class FastFusedOps(TensorOps):
         value: Tensor,
         attn_mask: Array | None,
         problem: AttentionProblem,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `FusedOps.flash_attention_forward`; in tiles."""
-        out, logsumexp = flash_attention.forward(
+        out, logsumexp, rows = flash_attention.forward(
             problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
         )
-        return like(query, out), like(query, logsumexp)
+        return like(query, out), like(query, logsumexp), like(query, rows)
 
     @staticmethod
     def flash_attention_backward(
@@ -212,11 +212,12 @@ class FastFusedOps(TensorOps):
         value: Tensor,
         attn_mask: Array | None,
         out: Tensor,
-        logsumexp: Tensor,
+        rows: Tensor | None,
         problem: AttentionProblem,
         needs_mask_grad: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `FusedOps.flash_attention_backward`; scores are computed again, tile by tile."""
+        assert rows is not None
         dq, dk, dv, dmask = flash_attention.backward(
             problem,
             query._tensor.array,
@@ -224,7 +225,7 @@ class FastFusedOps(TensorOps):
             value._tensor.array,
             attn_mask,
             out._tensor.array,
-            logsumexp._tensor.array,
+            rows._tensor.array,
             grad_out._tensor.array,
             None if grad_logsumexp is None else grad_logsumexp._tensor.array,
             needs_mask_grad,

@@ -293,14 +293,15 @@ class FusedOps:
         value: Tensor,
         attn_mask: Array | None,
         problem: AttentionProblem,
-    ) -> tuple[Tensor, Tensor]:
-        """Output (..., seqlen_q, value_dim) and logsumexp (..., seqlen_q); here with the whole
-        score matrix.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output (..., seqlen_q, value_dim), logsumexp (..., seqlen_q), and the rows that the
+        backward pass of the same backend wants, which may be None; here with the whole score
+        matrix.
         """
-        out, logsumexp = standard_attention(
+        out, logsumexp, rows = standard_attention(
             problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
         )
-        return like(query, out), like(query, logsumexp)
+        return like(query, out), like(query, logsumexp), like(query, rows)
 
     @staticmethod
     @quiet
@@ -312,11 +313,12 @@ class FusedOps:
         value: Tensor,
         attn_mask: Array | None,
         out: Tensor,
-        logsumexp: Tensor,
+        rows: Tensor | None,
         problem: AttentionProblem,
         needs_mask_grad: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of query, key, value, and of an additive mask if it is wanted."""
+        assert rows is not None
         dq, dk, dv, dmask = standard_attention_backward(
             problem,
             query._tensor.array,
@@ -324,7 +326,7 @@ class FusedOps:
             value._tensor.array,
             attn_mask,
             out._tensor.array,
-            logsumexp._tensor.array,
+            rows._tensor.array,
             grad_out._tensor.array,
             None if grad_logsumexp is None else grad_logsumexp._tensor.array,
             needs_mask_grad,

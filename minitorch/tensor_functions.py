@@ -361,7 +361,7 @@ class MatMul(Function):
 class FlashAttention(Function):
     """softmax(query @ key^T * scale + mask) @ value in tiles (Dao 2023, algorithms 1 and 2).
 
-    The tile loops are in `kernels/flash_attention/`. Only the output and the logsumexp of each row
+    The tile loops are in `kernels/flash_attention/`. Only the output and two numbers of each row
     are kept; the backward pass computes the scores again, tile by tile.
     """
 
@@ -380,9 +380,9 @@ class FlashAttention(Function):
         16-bit output becomes float32 for it.
         """
         mask = query.f.ops.attention_mask(attn_mask)
-        out, logsumexp = query.f.flash_attention_forward(query, key, value, mask, problem)
+        out, logsumexp, rows = query.f.flash_attention_forward(query, key, value, mask, problem)
         ctx.save_for_backward(
-            query, key, value, mask, out, logsumexp, problem, needs_mask_grad, return_lse
+            query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse
         )
         if not return_lse:
             return out
@@ -394,9 +394,7 @@ class FlashAttention(Function):
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
         """Gradients of query, key, value, and of an additive mask that wants one."""
-        query, key, value, mask, out, logsumexp, problem, needs_mask_grad, return_lse = (
-            ctx.saved_values
-        )
+        query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse = ctx.saved_values
         grad_logsumexp = None
         if return_lse:
             ops = grad_output.f.ops
@@ -412,7 +410,7 @@ class FlashAttention(Function):
             value,
             mask,
             out,
-            logsumexp,
+            rows,
             problem,
             needs_mask_grad,
         )

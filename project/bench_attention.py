@@ -105,7 +105,7 @@ def make_inputs(batch: int, heads: int, length: int, head_dim: int) -> list[np.n
 
 
 def ours(q: Any, k: Any, v: Any, causal: bool) -> Any:
-    """A forward pass, description of the problem included: (problem, out, logsumexp)."""
+    """A forward pass, description of the problem included: (problem, out, logsumexp, rows)."""
     from minitorch.kernels.flash_attention import cpu
     from minitorch.kernels.flash_attention.problem import AttentionProblem
 
@@ -117,8 +117,8 @@ def ours_both(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Any:
     """Forward and backward: (dq, dk, dv)."""
     from minitorch.kernels.flash_attention import cpu
 
-    problem, out, logsumexp = ours(q, k, v, causal)
-    return cpu.backward(problem, q, k, v, None, out, logsumexp, do)[:3]
+    problem, out, _, rows = ours(q, k, v, causal)
+    return cpu.backward(problem, q, k, v, None, out, rows, do)[:3]
 
 
 def standard_both(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Any:
@@ -130,8 +130,8 @@ def standard_both(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Any:
     )
 
     problem = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype, is_causal=causal)
-    out, logsumexp = standard_attention(problem, q, k, v)
-    return standard_attention_backward(problem, q, k, v, None, out, logsumexp, do)[:3]
+    out, _, rows = standard_attention(problem, q, k, v)
+    return standard_attention_backward(problem, q, k, v, None, out, rows, do)[:3]
 
 
 def torch_functions(arrays: list[np.ndarray], causal: bool) -> tuple[Any, Any]:

@@ -43,10 +43,10 @@ def run(
     tiles = tiles or SMALL_TILES
     mask = arguments.get("attn_mask")
     problem = problem_of(q, k, v, **arguments)
-    out, lse, _ = cpu.forward_with_count(problem, q, k, v, mask, tiles)
+    out, lse, rows, _ = cpu.forward_with_count(problem, q, k, v, mask, tiles)
     do = random(*out.shape, dtype=q.dtype, seed=7) if do is None else do
     wants_mask = mask is not None and mask.dtype != bool
-    gradients = cpu.backward(problem, q, k, v, mask, out, lse, do, dl, wants_mask, tiles)
+    gradients = cpu.backward(problem, q, k, v, mask, out, rows, do, dl, wants_mask, tiles)
     return out, lse, *gradients
 
 
@@ -160,11 +160,11 @@ def test_standard_attention_agrees(call: Any) -> None:
     q, k, v, arguments = call
     mask = arguments.get("attn_mask")
     problem = problem_of(q, k, v, **arguments)
-    out, lse = standard_attention(problem, q, k, v, mask)
+    out, lse, rows = standard_attention(problem, q, k, v, mask)
     do = random(*out.shape, dtype=q.dtype, seed=7)
     dl = random(*lse.shape, dtype=q.dtype, seed=8)
     wants_mask = problem.mask_kind == "additive"
-    theirs = standard_attention_backward(problem, q, k, v, mask, out, lse, do, dl, wants_mask)
+    theirs = standard_attention_backward(problem, q, k, v, mask, out, rows, do, dl, wants_mask)
     for got, want in zip(run(q, k, v, do, dl, **arguments), (out, lse, *theirs), strict=True):
         if want is not None:
             assert got.shape == want.shape and got.dtype == want.dtype
@@ -401,8 +401,8 @@ rng = np.random.default_rng(0)
 q, k, v, do = (rng.standard_normal((2, 70, 20)).astype(np.float32) for _ in range(4))
 arguments = {"is_causal": True, "dropout_p": 0.3}
 p = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype, seed=5, **arguments)
-out, lse = cpu.forward(p, q, k, v)
-got = (out, *cpu.backward(p, q, k, v, None, out, lse, do)[:3])
+out, lse, rows = cpu.forward(p, q, k, v)
+got = (out, *cpu.backward(p, q, k, v, None, out, rows, do)[:3])
 kept = attention_dropout_mask(2, 70, 70, 0.3, seed=5)
 r = references.attention(q, k, v, do, kept=kept, **arguments)
 for x, y in zip(got, (r.out, r.grad_query, r.grad_key, r.grad_value)):

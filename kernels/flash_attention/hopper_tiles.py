@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from ..runtime import cuda, device_function, types
+from .cuda_tiles import LOG2_E
 
 NAME, ARCHITECTURE = "hopper", (9, 0)  # of the kernels, and the compute capability they are for
 WARPGROUP = 128
@@ -48,6 +49,16 @@ class Kind:
     scaled_first: bool = False
     banded: bool = False
     vectors: bool = True
+
+    @property
+    def additive(self) -> bool:
+        """Whether the mask is added to the scores."""
+        return self.mask not in ("none", "bool")
+
+    @property
+    def unit(self) -> float:
+        """As of the SIMT kernels (`cuda_tiles.Kind`)."""
+        return 1.0 if self.additive else LOG2_E
 
 
 @dataclass(frozen=True)
