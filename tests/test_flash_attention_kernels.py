@@ -289,8 +289,8 @@ def test_huge_scores(factor: Any) -> None:
     want = references.attention(q, k, v, do, scale=factor)
     np.testing.assert_allclose(out, want.out, atol=2e-3)
     np.testing.assert_allclose(lse, want.logsumexp, rtol=1e-6)
-    # The backward pass has a logsumexp of 1e4 rounded to float32, an error of up to 5e-4 in log P.
-    np.testing.assert_allclose(dv, want.grad_value, atol=3e-3)
+    # Scores of 1e4 are rounded to float32 in both passes, an error of up to 5e-4 in log P.
+    np.testing.assert_allclose(dv, want.grad_value, atol=2e-3)
     # dP - delta is a difference of equals here, of which the scale enlarges the rounding error.
     for got, exact in ((dq, want.grad_query), (dk, want.grad_key)):
         # dP - delta may be a difference of equals, of which the scale enlarges the rounding error.
