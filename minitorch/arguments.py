@@ -52,8 +52,7 @@ def type_name(value: Any) -> str:
     """The name of an object's type, with that of its package: there is more than one `Tensor`."""
     kind = type(value)
     package = kind.__module__.split(".")[0]
-    ours = package in ("builtins", "minitorch")
-    return kind.__qualname__ if ours else f"{package}.{kind.__qualname__}"
+    return kind.__qualname__ if package == "builtins" else f"{package}.{kind.__qualname__}"
 
 
 def advice(value: Any, name: str) -> str:

@@ -293,17 +293,17 @@ def flash_attention_backward(
     value: Tensor,
     attn_mask: Any,
     out: Tensor,
-    logsumexp: Tensor,
+    rows: Tensor | None,
     problem: AttentionProblem,
     needs_mask_grad: bool = False,
 ) -> None:
     flash_attention_forward(query, key, value, attn_mask, problem)
-    rows = (*problem.leading, problem.query_shape[-2])
-    _same_shape("out", out, "the attention's output", (*rows, problem.value_shape[-1]))
+    _same_shape("out", out, "the attention's output", problem.out_shape)
     _same_shape("grad_out", grad_out, "out", out.shape)
-    _same_shape("logsumexp", logsumexp, "the rows of out", rows)
+    if rows is not None:
+        _same_shape("rows", rows, "two numbers for each row", (*problem.logsumexp_shape, 2))
     if grad_logsumexp is not None:
-        _same_shape("grad_logsumexp", grad_logsumexp, "logsumexp", rows)
+        _same_shape("grad_logsumexp", grad_logsumexp, "logsumexp", problem.logsumexp_shape)
 
 
 __all__ = ["CHECKS", "broadcasts_to", "check_axis", "guard"]

@@ -143,8 +143,8 @@ def test_whole_numbers_that_do_not_fit(
         (2.5, r"2\.5: write minitorch\.tensor\({0}, backend=\.\.\.\)"),
         ("abc", "'abc'$"),
         (None, "None$"),
-        (Parameter(minitorch.rand((2, 3))), r"Parameter: write {0}\.value"),
-        (minitorch.Linear(2, 3), "Linear$"),
+        (Parameter(minitorch.rand((2, 3))), r"minitorch.Parameter: write {0}\.value"),
+        (minitorch.Linear(2, 3), "minitorch.Linear$"),
     ],
     ids=lambda value: type(value).__name__,
 )
