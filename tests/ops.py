@@ -37,6 +37,7 @@ class Op:
         mixed: whether inputs may differ in dtype.
         expanded: whether inputs may have stride 0 (their elements are then repeated).
         shares: whether the result shares the input's memory; others are contiguous.
+        posed: of the inputs, whether float32 is enough to tell the gradient there.
 
     """
 
@@ -49,6 +50,7 @@ class Op:
     mixed: bool = False
     expanded: bool = True
     shares: bool = False
+    posed: Callable[..., bool] = lambda *inputs: True
 
 
 # ----- shapes -----
@@ -96,6 +98,11 @@ def layernorm(x: Array, gamma: Array, beta: Array) -> Array:
     """Over the last dimension, eps 1e-8."""
     centred = x - x.mean(-1, keepdims=True)
     return gamma * centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-8) + beta
+
+
+def rows_differ(x: Array, gamma: Array, beta: Array) -> bool:
+    """Whether layer norm is not the quotient of two rounding errors in any row."""
+    return x.shape[-1] == 1 or bool((x.std(-1) > 0.1).all())
 
 
 def gelu(x: Array) -> Array:
@@ -248,7 +255,14 @@ NETWORKS = [
     Op("softmax -1", lambda x: minitorch.softmax(x, -1), softmax, ANY),
     Op("logsoftmax", lambda x: minitorch.logsoftmax(x, -1), lambda x: np.log(softmax(x)), FULL),
     Op("attn_softmax", lambda x, m: x.attn_softmax(m), lambda x, m: softmax(x + m), ATTENTION),
-    Op("layernorm", lambda x, g, b: x.layernorm(g, b), layernorm, LAYERNORM, expanded=False),
+    Op(
+        "layernorm",
+        lambda x, g, b: x.layernorm(g, b),
+        layernorm,
+        LAYERNORM,
+        expanded=False,
+        posed=rows_differ,
+    ),
     Op(
         "linear",
         lambda x, w, b: fused_functions.LinearFun.apply(x, w, b),
