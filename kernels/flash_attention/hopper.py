@@ -129,7 +129,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
         value_dim=padded(problem.value_dim),
         mask=mask_kind,
         dropout=problem.dropout_p > 0,
-        scaled_first=mask_kind not in ("none", "bool") or problem.scale <= 0,
+        scaled_first=mask_kind not in ("none", "bool") or not problem.scale_in_exponent,
         banded=last + problem.lower > 0 or problem.upper < problem.seqlen_k,
         vectors=vectors,
     )

@@ -35,7 +35,7 @@ class Kind:
         mask: "none", "bool", or the name of the additive mask's dtype.
         dropout: whether weights are dropped.
         scaled_first: scores are scaled before the softmax, not within it: with an additive mask,
-            and where the scale is not positive.
+            and unless the problem says `scale_in_exponent`.
         banded: some queries do not see all keys: causal masks and windows.
         vectors: rows of the output come in whole pieces of 16 bytes.
 

@@ -59,7 +59,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, architecture: Architecture)
     return Kind(
         problem.fp32_precision if name == "float32" else name,
         problem.head_dim, problem.value_dim, mask_kind, problem.dropout_p > 0,
-        problem.scale <= 0 or mask_kind not in ("none", "bool"), is_turing(architecture),
+        not problem.scale_in_exponent or mask_kind not in ("none", "bool"), is_turing(architecture),
     )  # fmt: skip
 
 

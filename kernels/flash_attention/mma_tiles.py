@@ -39,7 +39,7 @@ class Kind:
         mask: "none", "bool", or the name of the additive mask's dtype.
         dropout: whether weights are dropped.
         scaled_first: scores are scaled before the softmax, not within it: with an additive mask,
-            and where the scale is not positive.
+            and unless the problem says `scale_in_exponent`.
         turing: no cp.async, and products of half the depth, as on compute capability 7.5.
 
     """

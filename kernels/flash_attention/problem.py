@@ -124,6 +124,14 @@ class AttentionProblem:
         )
 
     @property
+    def scale_in_exponent(self) -> bool:
+        """Whether an exponential may scale the scores itself, exp(scale * s - scale * m), which
+        saves a product. A factor of 0 or less would turn the maximum m over; a large one brings
+        scores that float32 rounds to more than a unit, so that the weight of m is far from 1.
+        """
+        return 0.0 < self.scale <= 1.0
+
+    @property
     def batch_heads(self) -> int:
         """Number of independent attention matrices: the product of `leading`."""
         return math.prod(self.leading)
