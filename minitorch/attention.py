@@ -187,8 +187,9 @@ def _check_tensors(query: Any, key: Any, value: Any) -> None:
 
 def _native(mask: Any, dtype: np.dtype[Any]) -> Any:
     """A mask as kernels read it: numpy's floats that they do not know in the scores' dtype."""
-    if isinstance(mask, np.ndarray) and (not mask.dtype.isnative or mask.dtype.itemsize > 8):
-        return mask.astype(dtype)
+    if isinstance(mask, np.ndarray):
+        known = mask.dtype.isnative and mask.dtype.kind in "bf" and mask.dtype.itemsize <= 8
+        return mask if known else mask.astype(dtype)
     return mask
 
 

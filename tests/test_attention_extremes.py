@@ -92,6 +92,18 @@ def test_a_mask_of_float64_beside_float32(name: str) -> None:
     np.testing.assert_allclose(out[1], v.to_numpy()[-1], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["flash_attention", "attention"])
+@pytest.mark.parametrize("of_mask", ["float16", "bfloat16", "longdouble", ">f4"])
+def test_masks_of_other_floats(name: str, of_mask: str) -> None:
+    """Their numbers are added; each is one of float32, too."""
+    q, k, v = (minitorch.tensor(random(n, 4, seed=n), BACKENDS["tiles"]) for n in (3, 5, 5))
+    kind = minitorch.dtypes.BFLOAT16 if of_mask == "bfloat16" else np.dtype(of_mask)
+    mask = random(3, 5, seed=9).astype(minitorch.dtypes.BFLOAT16)
+    out = getattr(q, name)(k, v, attn_mask=mask.astype(np.float32).astype(kind))
+    expected = getattr(q, name)(k, v, attn_mask=mask.astype(np.float32))
+    np.testing.assert_allclose(out.to_numpy(), expected.to_numpy(), atol=2e-3)
+
+
 @pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"scale": -40.0}, {"scale": 3e4}])
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_one_key_at_large_scores(method: Any, arguments: Any) -> None:

@@ -276,7 +276,8 @@ def _mask_kind(
 ) -> Literal["none", "bool", "additive"]:
     if attn_mask is None:
         return "none"
-    if attn_mask.dtype != np.bool_ and attn_mask.dtype.kind != "f":
+    is_float = attn_mask.dtype.kind == "f" or attn_mask.dtype.name in DTYPES
+    if attn_mask.dtype != np.bool_ and not is_float:
         raise TypeError(
             f"attn_mask has dtype {attn_mask.dtype}; wanted bool (True takes part) or floating "
             "point (added to the scores)."
