@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cpu_compiler import njit
 from .rows import KEY, Array, run_over_rows
 from .threads import fetch_add
 

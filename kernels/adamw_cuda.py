@@ -2,15 +2,15 @@
 
 The formulas are those of `adamw.py`. `step` takes its numbers from the host. `captured_step` takes
 them from device memory, so that a CUDA graph can be replayed with other numbers each time: in
-`scalars` (float64, `SCALARS` elements) the host writes the learning rate, clipping and loss scaling
-leave a factor for the gradient and whether to skip the step, and the step is counted. These are
-kernels of one thread, a microsecond each:
+`scalars` (float64, `SCALARS` elements for each group of parameters) the host writes the learning
+rate; in the first group's, clipping and loss scaling leave a factor for the gradient and whether to
+skip the step, and the step is counted. These are kernels of one thread, a microsecond each:
 
     sum_of_squares, total  (reduce_cuda.py)   of the gradient, already flat
     unscale                FACTOR = FACTOR / scale,    SKIP if a gradient was not finite
     clip                   FACTOR = FACTOR min(1, max_norm / (norm + 1e-6))
-    begin                  STEP = STEP + 1, the step's own numbers; FACTOR = 1
-    captured_step          every element, unless skipped
+    begin                  STEP = STEP + 1, the step's own numbers; FACTOR = 1;  for each group
+    captured_step          every element, unless skipped;                       for each group
     update_scale           the loss scale for the next step
 """
 
@@ -127,14 +127,8 @@ def captured_step(
     *,
     beta1: float,
     beta2: float,
-    eps: float,
-    weight_decay: float,
 ) -> None:
-    """`step` with its numbers from `scalars`, which `begin` computes first."""
-    launch(
-        begin_kernel(), 1, 1,
-        scalars, float(beta1), float(beta2), float(eps), float(weight_decay),
-    )  # fmt: skip
+    """`step` with its numbers from `scalars`, those of one group, which `begin` has computed."""
     if size:
         launch(
             captured_step_kernel(precision_name), flat_blocks(size), THREADS,
@@ -170,21 +164,34 @@ def _number(precision_name: str, value: float) -> Any:
 # ----- one thread -----
 
 
+def begin(
+    scalars: Any, group: int, *, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> None:
+    """Compute the numbers of one group for the step that follows; begin with group 0."""
+    launch(
+        begin_kernel(), 1, 1,
+        scalars, group, float(beta1), float(beta2), float(eps), float(weight_decay),
+    )  # fmt: skip
+
+
 @cache
 def begin_kernel() -> Any:
-    """The numbers of the step that follows."""
+    """Group 0 counts the step, and takes the factor and whether to skip for all groups."""
 
     @kernel(1)
-    def begin_adamw(scalars, beta1, beta2, eps, weight_decay):
-        if scalars[SKIP] == 0.0:
-            scalars[STEP] += 1.0
-        count = scalars[STEP]
+    def begin_adamw(scalars, group, beta1, beta2, eps, weight_decay):
+        if group == 0:
+            if scalars[SKIP] == 0.0:
+                scalars[STEP] += 1.0
+            scalars[STEP_FACTOR], scalars[STEP_SKIP] = scalars[FACTOR], scalars[SKIP]
+            scalars[FACTOR], scalars[SKIP] = 1.0, 0.0
+        count, own = scalars[STEP], group * SCALARS
         root_correction = math.sqrt(1.0 - beta2**count)
-        scalars[KEEP] = 1.0 - scalars[LR] * weight_decay
-        scalars[RATE] = scalars[LR] * root_correction / (1.0 - beta1**count)
-        scalars[EPS] = eps * root_correction
-        scalars[STEP_FACTOR], scalars[STEP_SKIP] = scalars[FACTOR], scalars[SKIP]
-        scalars[FACTOR], scalars[SKIP] = 1.0, 0.0
+        scalars[own + KEEP] = 1.0 - scalars[own + LR] * weight_decay
+        scalars[own + RATE] = scalars[own + LR] * root_correction / (1.0 - beta1**count)
+        scalars[own + EPS] = eps * root_correction
+        scalars[own + STEP_FACTOR] = scalars[STEP_FACTOR]
+        scalars[own + STEP_SKIP] = scalars[STEP_SKIP]
 
     return begin_adamw
 
@@ -297,6 +304,6 @@ def instances() -> Iterator[Instance]:
             (*arrays, size, scalars, real, real),
         )
         yield Instance(f"clip_gradient[{name}]", clip_kernel(), (array, single, scalars, double))
-    yield Instance("begin_adamw", begin_kernel(), (scalars, *(double,) * 4))
+    yield Instance("begin_adamw", begin_kernel(), (scalars, size, *(double,) * 4))
     yield Instance("unscale_gradient", unscale_kernel(), (single, single, scalars))
     yield Instance("update_loss_scale", update_scale_kernel(), (single, single, *(double,) * 3))

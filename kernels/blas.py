@@ -59,19 +59,21 @@ def product(a: Array, b: Array) -> Array:
     blocks = max(1, min(MOST_BLOCKS, n * k * m // BLOCK))
     control = openblas()
     if control is None:
-        return a @ b
+        with np.errstate(all="ignore"):  # infinities and NaN as they come
+            return a @ b
     out = np.empty((n, m), a.dtype)
     length = max(n, m)  # the longer side of the result is cut
     step = max(1, -(-length // (16 * blocks)) * 16)
     tasks = itertools.count()  # `next` of it is atomic
 
     def work() -> None:
-        while (begin := next(tasks) * step) < length:
-            part = slice(begin, begin + step)
-            if n >= m:
-                np.matmul(a[part], b, out=out[part])
-            else:
-                np.matmul(a, b[:, part], out=out[:, part])
+        with np.errstate(all="ignore"):  # of this thread
+            while (begin := next(tasks) * step) < length:
+                part = slice(begin, begin + step)
+                if n >= m:
+                    np.matmul(a[part], b, out=out[part])
+                else:
+                    np.matmul(a, b[:, part], out=out[:, part])
 
     before = control.get()
     control.set(1)

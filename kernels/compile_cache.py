@@ -273,8 +273,11 @@ def write(name: str | None, code: bytes) -> None:
     try:
         where.mkdir(parents=True, exist_ok=True)
         unfinished = where / f"{UNFINISHED}{uuid.uuid4().hex}"  # readable for whom the umask says
-        unfinished.write_bytes(_digest(code) + code)
-        os.replace(unfinished, where / name)  # whole or not at all, for processes beside this one
+        try:
+            unfinished.write_bytes(_digest(code) + code)
+            os.replace(unfinished, where / name)  # whole or not at all, for processes beside this
+        finally:
+            unfinished.unlink(missing_ok=True)  # of a full disk
         _forget_old(where)
     except OSError:
         return

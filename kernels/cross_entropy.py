@@ -14,9 +14,14 @@ from .softmax import logsumexp_backward, logsumexp_forward
 
 
 def forward(logits: Array, target: Array) -> tuple[Array, Array]:
-    """(loss, logsumexp), both (N,), of logits (N, C) and whole numbers target (N,)."""
+    """(loss, logsumexp), both (N,), of logits (N, C) and whole numbers target (N,); NaN where a
+    logit is inf.
+    """
     logsumexp = logsumexp_forward(logits)
-    return logsumexp - logits[np.arange(len(target)), target], logsumexp
+    logsumexp[np.isposinf(logsumexp)] = np.nan
+    with np.errstate(all="ignore"):  # infinities and NaN as they come
+        loss = logsumexp - logits[np.arange(len(target)), target]
+    return loss, logsumexp
 
 
 def backward(dloss: Array, logits: Array, target: Array, logsumexp: Array) -> Array:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .cpu_compiler import njit
 from .rows import KEY, Array, as_rows, run_over_rows
 from .threads import fetch_add
 

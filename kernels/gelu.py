@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cpu_compiler import njit
 from .rows import KEY, Array, run_over_rows, writeable
 from .threads import fetch_add
 from .vector_math import exp

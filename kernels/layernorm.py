@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from .cpu_compiler import njit
 from .rows import KEY, Array, as_rows, block_rows, run_over_rows, writeable
 from .threads import fetch_add
 from .vector_math import row_dot, row_square_distance, row_sum

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from .blas import product
+from .cpu_compiler import njit
 from .rows import KEY, Array, as_rows, block_rows, run_over_rows, writeable
 from .threads import fetch_add
 

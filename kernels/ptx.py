@@ -39,6 +39,11 @@ def lg2_approx_ftz_f32(x: f32) -> f32:
     """log2(x), right to 22 bits."""
 
 
+@ptx("mul.rn.f32 {out}, {x}, {y};", pure=True, simulated=simulated.product)
+def mul_rn_f32(x: f32, y: f32) -> f32:
+    """x * y, rounded: no part of a multiply-add, which the compiler may make of a bare product."""
+
+
 @ptx("div.full.f32 {out}, {x}, {y};", pure=True, simulated=simulated.quotient)
 def div_full_f32(x: f32, y: f32) -> f32:
     """x / y, right to 2 units of the last place for all numbers."""

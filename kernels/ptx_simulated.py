@@ -180,6 +180,12 @@ def lg2(x: Any) -> Any:
         return np.log2(np.float32(x))
 
 
+def product(x: Any, y: Any) -> Any:
+    """mul.rn.f32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.float32(x) * np.float32(y)
+
+
 def quotient(x: Any, y: Any) -> Any:
     """div.full.f32."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -178,12 +178,13 @@ class RegisterTile:
     @cached_property
     def shift(self) -> Any:
         """`shift(largest, scale)`: scale * largest for each row, what `exp2` takes; 0 where there
-        is no number yet: 2**(-inf - 0) is 0, not NaN.
+        is no number yet: 2**(-inf - 0) is 0, not NaN. Also where the largest is infinite: then so
+        is its power.
         """
 
         @traced(self.rows_type, self.rows_type, types.float32)
         def shift(largest, scale):
-            return [select(x == NEGATIVE_INFINITY, 0.0, x * scale) for x in largest]
+            return [select(x - x == 0.0, x * scale, 0.0) for x in largest]
 
         return shift
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 import math
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,17 +21,59 @@ from functools import cache
 from typing import Any
 
 import numba
-import numba.cuda
 import numpy as np
 
 from . import compile_cache, ptx_simulated
 
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
+
+
+def _cuda_target() -> tuple[Any, bool]:
+    """numba's CUDA target, imported so that numba-cuda 0.30.4 loads with numpy 2.5, too; and
+    whether that took something.
+
+    A module of numba-cuda that it loads with the first kernel refers to `numpy.row_stack`, an old
+    name of `vstack` that numpy 2.5 took away. It is lent the name: loaded here, at once, and numpy
+    is as it was afterwards. Another module makes numpy 2.5 warn of what later versions will refuse.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The 'generic' unit for NumPy", DeprecationWarning)
+        import numba.cuda
+
+        if SIMULATED or hasattr(np, "row_stack") or not importlib.util.find_spec("numba.cuda.np"):
+            return numba.cuda, False
+        vars(np)["row_stack"] = np.vstack
+        try:
+            importlib.import_module("numba.cuda.np.arrayobj")
+        finally:
+            del vars(np)["row_stack"]
+        return numba.cuda, True
+
+
+class _SimulatedTarget:
+    """The simulator's CUDA target: within a kernel what its threads see, else what programs do.
+
+    numba exchanges the two in the globals of a function while it runs. Its own simulator, where
+    numba-cuda is not installed, changes them back when a first thread leaves a device function in
+    which others still wait for a barrier. This is neither, so that numba leaves it where it is.
+    """
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+        self._within = importlib.import_module("numba.cuda.simulator.kernel")._get_kernel_context
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = self._within()
+        return getattr(self._target if kernel is None else kernel, name)
+
+
 # numba publishes no types for its CUDA target: it is named Any once, here, and the checkers stay
 # strict elsewhere.
-cuda: Any = numba.cuda
+cuda, ROW_STACK_LENT = _cuda_target()
+if SIMULATED:
+    cuda = _SimulatedTarget(cuda)
 types: Any = numba.types
 
-SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
 numba.config.CUDA_LOW_OCCUPANCY_WARNINGS = 0  # small tensors make small grids
 WARP = 32
 
@@ -43,6 +87,8 @@ def is_available() -> bool:
 @cache
 def compute_capability() -> tuple[int, int]:
     """Of the current device, (9, 0) for a Hopper GPU; the simulator says (5, 2)."""
+    if SIMULATED:
+        return 5, 2
     major, minor = cuda.get_current_device().compute_capability
     return int(major), int(minor)
 
@@ -79,11 +125,7 @@ def kernel(
 
 def device_function(function: Any) -> Any:
     """Decorator: a function that kernels call, compiled into them."""
-    return (
-        cuda.jit(function, device=True)
-        if SIMULATED
-        else cuda.jit(device=True, inline="always")(function)
-    )
+    return function if SIMULATED else cuda.jit(device=True, inline="always")(function)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,8 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
-import numba
-
 from .approximate_cuda import exponential
+from .cpu_compiler import njit
 from .ptx import div_full_f32
 from .runtime import SIMULATED, cuda, device_function, types
 
@@ -46,7 +45,7 @@ def scalar_function(fn: Callable[..., Any], real: Any, approximate: bool = False
         return device_function(plain)
     # Python's own arithmetic raises where a GPU returns inf or NaN: compiled for the CPU, it does
     # as the GPU does.
-    compiled = numba.njit(error_model="numpy")(plain)
+    compiled = njit(error_model="numpy")(plain)
 
     @cuda.jit(device=True)
     def simulated(*numbers):

@@ -13,7 +13,9 @@ Inside an `njit` function::
         total = total + p
 
 Arrays are one-dimensional and C-contiguous; `load` and `store` do not check bounds. Vectors hold
-float32, float64 or uint64 elements and know +, -, * and, of words, &, ^ and >>.
+float32, float64 or uint64 elements and know +, -, * and, of words, &, ^ and >>. Each operation
+stands beside its name in `plain.py`, which does the same to numpy's arrays where nothing is
+compiled.
 `simd_matrix.py` has the register-blocked matrix product.
 """
 
@@ -22,73 +24,20 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils, config, types
+from numba.core import cgutils, types
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
+
+from . import plain, vector_target
+from .cpu_compiler import intrinsic
+from .vector_target import TARGET, VectorTarget
 
 INT32, INT64 = ir.IntType(32), ir.IntType(64)
-
-# --------------------------------------------------------------------------- the target machine
-
-
-@dataclass(frozen=True)
-class VectorTarget:
-    """What the kernels need to know of the processor that numba compiles for."""
-
-    float32_lanes: int  # float32 elements in a vector register
-    has_fma: bool  # a fused multiply-add instruction exists
-    architecture: str  # "x86", "arm" or "other"
-    block_rows: int  # rows of the register block of `matrix_product_block`
-    block_vectors: int = 2  # vectors in each of its rows
-
-    def lanes(self, bits: int) -> int:
-        """Elements of `bits` bits in a vector register."""
-        return self.float32_lanes * 32 // bits
-
-
-def probe_target(triple: str, cpu_name: str, features: str) -> VectorTarget:
-    """Ask LLVM which registers and instructions it would use for a wide multiply-add.
-
-    Asking the compiler covers named processors and hand-written feature lists, for which no table
-    says what they imply.
-    """
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    module = ir.Module()
-    vector = ir.VectorType(ir.FloatType(), 16)
-    function = ir.Function(module, ir.FunctionType(vector, [vector] * 3), "probe")
-    builder = ir.IRBuilder(function.append_basic_block())
-    fma = cgutils.get_or_insert_function(module, function.function_type, "llvm.fma.v16f32")
-    builder.ret(builder.call(fma, function.args))
-    machine = llvm.Target.from_triple(triple).create_target_machine(cpu_name, features)
-    assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
-    lanes = 16 if "zmm" in assembly else 8 if "ymm" in assembly else 4
-    # 32 registers (AVX-512, 64-bit Arm) hold a block of 8 rows, 16 registers one of 4.
-    arm, x86 = triple.startswith(("aarch64", "arm64")), triple.startswith(("x86_64", "i686"))
-    return VectorTarget(
-        float32_lanes=lanes,
-        has_fma="vfmadd" in assembly or "fmla" in assembly,
-        architecture="arm" if arm else "x86" if x86 else "other",
-        block_rows=8 if lanes == 16 or arm else 4,
-    )
-
-
-def host_target() -> VectorTarget:
-    """The target numba compiles for: this machine, or NUMBA_CPU_NAME and NUMBA_CPU_FEATURES."""
-    cpu_name, features = config.CPU_NAME, config.CPU_FEATURES
-    if features is None:
-        features = "" if cpu_name else llvm.get_host_cpu_features().flatten()
-    return probe_target(llvm.get_process_triple(), cpu_name or llvm.get_host_cpu_name(), features)
-
-
-TARGET = host_target()
 
 
 def cache_key(*files: str) -> int:
@@ -99,7 +48,7 @@ def cache_key(*files: str) -> int:
     makes it part of the signature, and so of the cache's key.
     """
     digest = hashlib.sha256()
-    for file in (__file__, *files):
+    for file in (__file__, vector_target.__file__, *files):
         digest.update(Path(file).read_bytes())
     return int.from_bytes(digest.digest()[:6], "little")
 
@@ -234,33 +183,33 @@ def store_vector(b: ir.IRBuilder, value: Any, pointer: Any) -> None:
 # --------------------------------------------------------------------------- vector operations
 
 
-@intrinsic
+@intrinsic(plain.lanes)
 def lanes(typing_context: Any, array: Any) -> Any:
     """`lanes(array) -> int`: elements of the array's dtype in a vector, a compile-time constant."""
     count = TARGET.lanes(array.dtype.bitwidth)
     return types.intp(array), lambda context, b, sig, args: ir.Constant(INT64, count)
 
 
-@intrinsic
+@intrinsic(plain.word_lanes)
 def word_lanes(typing_context: Any) -> Any:
     """`word_lanes() -> int`: uint64 elements in a vector, a compile-time constant."""
     return types.intp(), lambda context, b, sig, args: ir.Constant(INT64, TARGET.lanes(64))
 
 
-@intrinsic
+@intrinsic(plain.block_rows)
 def block_rows(typing_context: Any) -> Any:
     """`block_rows() -> int`: rows of `matrix_product_block`, a compile-time constant."""
     return types.intp(), lambda context, b, sig, args: ir.Constant(INT64, TARGET.block_rows)
 
 
-@intrinsic
+@intrinsic(plain.block_columns)
 def block_columns(typing_context: Any, array: Any) -> Any:
     """`block_columns(array) -> int`: columns of `matrix_product_block`, a compile-time constant."""
     count = TARGET.block_vectors * TARGET.lanes(array.dtype.bitwidth)
     return types.intp(array), lambda context, b, sig, args: ir.Constant(INT64, count)
 
 
-@intrinsic
+@intrinsic(plain.load)
 def load(typing_context: Any, array: Any, index: Any) -> Any:
     """`load(array, index) -> vector`: consecutive elements from `index` on, aligned or not."""
     vector = VectorType(array.dtype)
@@ -272,7 +221,7 @@ def load(typing_context: Any, array: Any, index: Any) -> Any:
     return vector(array, types.intp), generate
 
 
-@intrinsic
+@intrinsic(plain.store)
 def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
     """`store(array, index, vector)`: write the lanes to consecutive elements from `index` on."""
 
@@ -283,7 +232,7 @@ def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
     return types.void(array, types.intp, vector), generate
 
 
-@intrinsic
+@intrinsic(plain.splat)
 def splat(typing_context: Any, array: Any, scalar: Any) -> Any:
     """`splat(array, scalar) -> vector`: the scalar, cast to the array's dtype, in every lane."""
     vector = VectorType(array.dtype)
@@ -294,13 +243,13 @@ def splat(typing_context: Any, array: Any, scalar: Any) -> Any:
     return vector(array, array.dtype), generate
 
 
-@intrinsic
+@intrinsic(plain.maximum)
 def maximum(typing_context: Any, x: Any, y: Any) -> Any:
     """`maximum(x, y)`: the larger, lane by lane; `y` where `x` is NaN."""
     return x(x, x), lambda context, b, sig, args: _maximum(b, args[0], args[1])
 
 
-@intrinsic
+@intrinsic(plain.max_of)
 def max_of(typing_context: Any, x: Any) -> Any:
     """`max_of(vector) -> scalar`: the largest lane."""
 
@@ -310,13 +259,13 @@ def max_of(typing_context: Any, x: Any) -> Any:
     return x.dtype(x), generate
 
 
-@intrinsic
+@intrinsic(plain.sum_of)
 def sum_of(typing_context: Any, x: Any) -> Any:
     """`sum_of(vector) -> scalar`: the sum of the lanes, pairwise."""
     return x.dtype(x), lambda context, b, sig, args: _reduce(b, args[0], b.fadd)
 
 
-@intrinsic
+@intrinsic(plain.select_bytes)
 def select_bytes(typing_context: Any, array: Any, index: Any, x: Any, y: Any) -> Any:
     """`select_bytes(bytes, index, x, y)`: x where the byte from `index` on is not 0, else y."""
 
@@ -330,7 +279,7 @@ def select_bytes(typing_context: Any, array: Any, index: Any, x: Any, y: Any) ->
     return x(array, types.intp, x, x), generate
 
 
-@intrinsic
+@intrinsic(plain.count_from)
 def count_from(typing_context: Any, first: Any) -> Any:
     """`count_from(first) -> vector` of uint64: first, first + 1, ..."""
     vector = VectorType(types.uint64)
@@ -343,7 +292,7 @@ def count_from(typing_context: Any, first: Any) -> Any:
     return vector(types.uint64), generate
 
 
-@intrinsic
+@intrinsic(plain.store_thresholds)
 def store_thresholds(
     typing_context: Any, array: Any, index: Any, x: Any, y: Any,
     threshold: Any, above: Any, below: Any,
@@ -422,7 +371,7 @@ def _exp2(b: ir.IRBuilder, x: Any, target: VectorTarget) -> Any:
     return b.fmul(power, b.bitcast(exponent, value_type))
 
 
-@intrinsic
+@intrinsic(plain.exp2)
 def exp2(typing_context: Any, x: Any) -> Any:
     """`exp2(x)`: 2**x for x <= 0 (a little above is accurate too), of a vector or a scalar.
 

@@ -10,12 +10,11 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
+from . import plain
+from .cpu_compiler import intrinsic
 from .simd import (
     INT64,
-    TARGET,
-    VectorTarget,
     VectorType,
     constant_of,
     element_pointer,
@@ -25,9 +24,10 @@ from .simd import (
     splat_value,
     store_vector,
 )
+from .vector_target import TARGET, VectorTarget
 
 
-@intrinsic
+@intrinsic(plain.transpose_block)
 def transpose_block(
     typing_context: Any,
     source: Any,
@@ -149,7 +149,7 @@ def build_matrix_product_block(
                     store_vector(b, results[r][v], c_pointers[r][v])
 
 
-@intrinsic
+@intrinsic(plain.matrix_product_block)
 def matrix_product_block(
     typing_context: Any,
     array: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, c: Any, c_row: Any,

@@ -9,8 +9,8 @@ A row that is -inf throughout has softmax 0 and logsumexp -inf. A mask is added 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from .cpu_compiler import njit
 from .rows import KEY, Array, as_rows, run_over_rows
 from .threads import fetch_add
 from .vector_math import exp, row_dot, row_max, row_sum
@@ -34,7 +34,9 @@ def backward(dy: Array, y: Array) -> Array:
 
 
 def logsumexp_forward(x: Array) -> Array:
-    """logsumexp along the last dimension: (..., D) -> (...)."""
+    """logsumexp along the last dimension: (..., D) -> (...); inf where an element is, NaN where one
+    is NaN.
+    """
     rows = as_rows(x)
     out = np.empty(len(rows), x.dtype)
     run_over_rows(*rows.shape, logsumexp_worker, rows, out)
@@ -111,10 +113,22 @@ def logsumexp_worker(x, out, next_row, block, key=KEY):
         for r in range(first, min(first + block, len(x))):
             row = x[r]
             m = row_max(row)
+            if m == x.dtype.type(np.inf):  # inf - inf is NaN, exp is for numbers up to 0
+                out[r] = infinity_or_nan(row)
+                continue
             m = m if m > x.dtype.type(-np.inf) else zero
             for j in range(len(buffer)):
                 buffer[j] = exp(row[j] - m)
             out[r] = m + np.log(row_sum(buffer))
+
+
+@njit(error_model="numpy")
+def infinity_or_nan(row):
+    """The logsumexp of a row that holds inf: NaN if it holds NaN as well."""
+    for x in row:
+        if x != x:
+            return x
+    return row.dtype.type(np.inf)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

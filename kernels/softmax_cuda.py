@@ -5,7 +5,8 @@
 
 A row is read once: each thread keeps the exponentials under the maximum that it has seen itself,
 and one factor a thread brings them to the row's maximum (the online softmax; Milakov &
-Gimelshein 2018, algorithm 3). A row that is -inf throughout has softmax 0 and logsumexp -inf.
+Gimelshein 2018, algorithm 3). A row that is -inf throughout has softmax 0 and logsumexp -inf, one
+with inf in it softmax NaN and logsumexp inf.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from .approximate_cuda import exponential
 from .rows_cuda import (
@@ -112,21 +115,41 @@ def logsumexp_backward(
 
 
 @cache
-def exponentials(precision_name: str, count: int) -> Any:
+def shift_of(precision_name: str, finite: bool) -> Any:
+    """Device function: what to subtract where the largest value is x, namely x; 0 if x is -inf.
+
+    If `finite`, the largest finite number instead of inf: then inf has the exponential inf, and
+    other numbers 0. Else it has NaN.
+    """
+    real = precision(precision_name).real
+    nothing, most = NEGATIVE_INFINITY, float(np.finfo(real.name).max)
+
+    @device_function
+    def shift(x):
+        return real(0.0) if x == nothing else x
+
+    @device_function
+    def finite_shift(x):
+        return real(0.0) if x == nothing else min(x, real(most))
+
+    return finite_shift if finite else shift
+
+
+@cache
+def exponentials(precision_name: str, count: int, finite: bool = False) -> Any:
     """Device function `(values, top, total) -> (top, total)`: values become exp(values - top).
 
-    `top` is the largest value that the thread has seen, 0 instead of -inf; `total` the sum of its
-    exponentials. Both take in the thread's `count` values.
+    `top` is the largest value that the thread has seen, `shift_of` it what is subtracted; `total`
+    the sum of its exponentials. Both take in the thread's `count` values.
     """
-    real, exp = precision(precision_name).real, exponential(precision_name)
-    nothing = NEGATIVE_INFINITY
+    exp, shift_for = exponential(precision_name), shift_of(precision_name, finite)
 
     @device_function
     def take(values, top, total):
         largest = top
         for i in range(count):
             largest = max(largest, values[i])
-        shift = real(0.0) if largest == nothing else largest
+        shift = shift_for(largest)
         total *= exp(top - shift)
         for i in range(count):
             values[i] = exp(values[i] - shift)
@@ -137,20 +160,18 @@ def exponentials(precision_name: str, count: int) -> Any:
 
 
 @cache
-def row_total(precision_name: str, threads: int) -> Any:
+def row_total(precision_name: str, threads: int, finite: bool = False) -> Any:
     """Device function `(top, total) -> (row's top, row's total, own factor)` over a row's team.
 
-    The factor is exp(own top - row's top): what takes the thread's exponentials to the row's top.
-    The row's top is 0 instead of -inf.
+    The factor is exp(own top - row's top): what takes the thread's exponentials to the row's top,
+    `shift_of` the row's largest value.
     """
-    real, exp = precision(precision_name).real, exponential(precision_name)
+    exp, shift_for = exponential(precision_name), shift_of(precision_name, finite)
     maximum, add = team_max(precision_name, threads), team_sum(precision_name, threads)
-    nothing = NEGATIVE_INFINITY
 
     @device_function
     def combine(top, total):
-        row_top = maximum(top)
-        row_top = real(0.0) if row_top == nothing else row_top
+        row_top = shift_for(maximum(top))
         factor = exp(top - row_top)
         return row_top, add(total * factor), factor
 
@@ -257,8 +278,8 @@ def logsumexp_kernel(precision_name: str, shape: RowShape) -> Any:
     number = precision(precision_name)
     real, to_storage = number.real, number.store
     load, _ = tile_access(precision_name, shape)
-    take = exponentials(precision_name, shape.values)
-    combine = row_total(precision_name, shape.threads)
+    take = exponentials(precision_name, shape.values, finite=True)
+    combine = row_total(precision_name, shape.threads, finite=True)
     count, width, rows_of_block = shape.values, shape.tile, shape.rows
     nothing = NEGATIVE_INFINITY
 

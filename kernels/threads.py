@@ -20,9 +20,11 @@ import numba
 import numba.np.ufunc.parallel
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
-from .simd import INT32, TARGET, VectorTarget, element_pointer
+from . import plain
+from .cpu_compiler import COMPILES, intrinsic
+from .simd import INT32, element_pointer
+from .vector_target import TARGET, VectorTarget
 
 Job = tuple[Callable[..., Any], tuple[Any, ...], "SimpleQueue[BaseException | None]"]
 
@@ -54,12 +56,15 @@ if hasattr(os, "register_at_fork"):
 
 
 def thread_count() -> int:
-    """How many threads a kernel may use: numba's number, which `numba.set_num_threads` changes.
+    """How many threads a kernel may use: numba's number, which `numba.set_num_threads` changes; one
+    where nothing is compiled, so that a debugger sees what happens.
 
     Asking numba starts its own pool, which is not needed, and beside which PyTorch's OpenMP threads
     in the same process were ten times slower. While it has not been started the number is the one
     that numba would start with.
     """
+    if not COMPILES:
+        return 1
     started = getattr(numba.np.ufunc.parallel, "_is_initialized", True)
     return int(numba.get_num_threads() if started else numba.config.NUMBA_NUM_THREADS)
 
@@ -89,7 +94,7 @@ def run_on_threads(count: int, worker: Callable[..., Any], *arguments: Any) -> N
 # --------------------------------------------------------------------------- inside kernels
 
 
-@intrinsic
+@intrinsic(plain.fetch_add)
 def fetch_add(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     """`fetch_add(array, index, value) -> int`: add to an int64 atomically, return the old value."""
 
@@ -100,7 +105,7 @@ def fetch_add(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     return types.int64(array, types.intp, types.int64), generate
 
 
-@intrinsic
+@intrinsic(plain.store_release)
 def store_release(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     """`store_release(array, index, value)`: write an int64 after all earlier writes."""
 
@@ -127,7 +132,7 @@ def _pause(b: ir.IRBuilder, target: VectorTarget) -> None:
 SPINS = 256  # looks at the value before the waiting thread offers its core to others
 
 
-@intrinsic
+@intrinsic(plain.wait_until)
 def wait_until(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     """`wait_until(array, index, value)`: return when others have set the int64 there to value.
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
-from numba.extending import intrinsic
 
-from . import simd
+from . import plain, simd
+from .cpu_compiler import intrinsic, njit
 from .simd import lanes, load, max_of, maximum, splat, sum_of
+from .vector_target import TARGET, VectorTarget
 
 # log2(e) in two parts: the number nearest to it, and what is missing.
 _LOG2_E = {
@@ -25,7 +25,7 @@ _LOG2_E = {
 _LN_2 = 0.693147180559945309
 
 
-def _exp(b: ir.IRBuilder, x: Any, target: simd.VectorTarget) -> Any:
+def _exp(b: ir.IRBuilder, x: Any, target: VectorTarget) -> Any:
     """e**x = 2**n * 2**f, where n is the integer nearest to x * log2(e) and f the rest."""
     value_type = x.type
     double = isinstance(simd.element_of(value_type), ir.DoubleType)
@@ -52,13 +52,13 @@ def _exp(b: ir.IRBuilder, x: Any, target: simd.VectorTarget) -> Any:
     return b.fmul(power, b.bitcast(exponent, value_type))
 
 
-@intrinsic
+@intrinsic(plain.exp)
 def exp(typing_context: Any, x: Any) -> Any:
     """`exp(x)`: e**x for x <= 0 (a little above is accurate too), of a vector or a scalar.
 
     Exact at 0; 0 where the result is below the normal numbers, so at -inf; NaN stays NaN.
     """
-    return x(x), lambda context, b, sig, args: _exp(b, args[0], simd.TARGET)
+    return x(x), lambda context, b, sig, args: _exp(b, args[0], TARGET)
 
 
 # --------------------------------------------------------------------------- a row, (D,)

@@ -22,6 +22,7 @@ from .autodiff import (
     topological_sort,
 )
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from .containers import ModuleList, Sequential
 from .cuda_kernel_ops import CudaKernelOps
 from .cuda_ops import CudaOps, mm_practice, sum_practice
 from .datasets import Graph, datasets, make_pts
@@ -45,6 +46,7 @@ from .grad_check import grad_central_difference, grad_check
 from .grad_scaler import GradScaler
 from .module import Module, Parameter
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
+from .movement_functions import BroadcastTo, Concatenate, Copy, Permute, Slice, View
 from .nn import (
     GELU,
     argmax,
@@ -61,7 +63,8 @@ from .nn import (
     tile,
 )
 from .operators import prod
-from .optim import SGD, Adam, AdamW, CosineSchedule, Optimizer, clip_grad_norm_
+from .optim import SGD, Adam, AdamW, CosineSchedule
+from .optimizer import Optimizer, clip_grad_norm_
 from .rng import get_rng_state, manual_seed, set_rng_state
 from .scalar import Scalar, derivative_check
 from .scalar_functions import ScalarFunction, ScalarHistory
@@ -90,8 +93,6 @@ from .tensor_functions import (
     Add,
     All,
     Cast,
-    Concatenate,
-    Copy,
     Exp,
     FlashAttention,
     Inv,
@@ -102,14 +103,11 @@ from .tensor_functions import (
     Max,
     Mul,
     Neg,
-    Permute,
     PowerScalar,
     ReLU,
     Sigmoid,
-    Slice,
     Sum,
     Tanh,
-    View,
 )
 from .tensor_ops import MapProto, SimpleBackend, SimpleOps, TensorBackend, TensorOps
 from .testing import MathTest, MathTestVariable
@@ -134,6 +132,7 @@ __all__ = [
     "Add",
     "All",
     "Attn_Softmax",
+    "BroadcastTo",
     "Cast",
     "CheckpointError",
     "Concatenate",
@@ -173,6 +172,7 @@ __all__ = [
     "MathTestVariable",
     "Max",
     "Module",
+    "ModuleList",
     "Mul",
     "MultiHeadAttention",
     "Neg",
@@ -185,6 +185,7 @@ __all__ = [
     "Scalar",
     "ScalarFunction",
     "ScalarHistory",
+    "Sequential",
     "Shape",
     "Sigmoid",
     "SimpleBackend",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import check_tensor, type_name
 from .cuda_precision import fp32_precision
 from .fused_functions import LogSumExp, Softmax
 from .kernels.flash_attention.problem import (
@@ -20,7 +21,9 @@ from .kernels.flash_attention.problem import (
     Causal,
     Window,
     checked_dropout_p,
+    checked_flag,
     checked_seed,
+    mask_numbers,
 )
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
@@ -83,9 +86,12 @@ def flash_attention(
         TypeError: not tensors, or dtypes that differ, or a mask neither bool nor floating point.
 
     """
+    _check_tensors(query, key, value)
+    checked_flag("return_lse", return_lse)
     problem = describe(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
+    attn_mask = _native(attn_mask, query.dtype)
     tracked_mask: Any = attn_mask if hasattr(attn_mask, "requires_grad") else None
     needs_mask_grad = tracked_mask is not None and tracked_mask.requires_grad()
     out = FlashAttention.apply(query, key, value, attn_mask, problem, needs_mask_grad, return_lse)
@@ -110,6 +116,8 @@ def standard_attention(
 
     Arguments, result and errors are those of `flash_attention`.
     """
+    _check_tensors(query, key, value)
+    checked_flag("return_lse", return_lse)
     problem = describe(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
@@ -147,10 +155,9 @@ def describe(
     enable_gqa: bool = False,
     seed: int | None = None,
 ) -> AttentionProblem:
-    """The validated description of a call. The dropout seed is drawn last: bad input draws none."""
-    for name, given in (("key", key), ("value", value)):
-        if not hasattr(given, "_tensor"):
-            raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
+    """The validated description of a call, of which shapes and dtypes of the arrays are enough. The
+    dropout seed is drawn last: bad input draws none.
+    """
     if len({query.dtype, key.dtype, value.dtype}) > 1:
         names = ", ".join(x.dtype.name for x in (query, key, value))
         raise TypeError(f"query, key and value must have one dtype, got {names}: use .to(dtype)")
@@ -173,6 +180,19 @@ def describe(
     return problem
 
 
+def _check_tensors(query: Any, key: Any, value: Any) -> None:
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        check_tensor(given, name)
+
+
+def _native(mask: Any, dtype: np.dtype[Any]) -> Any:
+    """A mask as kernels read it: numpy's floats that they do not know in the scores' dtype."""
+    if isinstance(mask, np.ndarray):
+        known = mask.dtype.isnative and mask.dtype.kind in "bf" and mask.dtype.itemsize <= 8
+        return mask if known else mask.astype(dtype)
+    return mask
+
+
 def _mask_description(mask: Any) -> npt.NDArray[Any]:
     """An array with the shape and the kind of dtype of a mask, a Tensor or an array, and with
     elements that nobody reads: they may be on the GPU.
@@ -181,13 +201,20 @@ def _mask_description(mask: Any) -> npt.NDArray[Any]:
         TypeError: it is neither.
 
     """
+    if isinstance(mask, np.ma.MaskedArray):
+        raise TypeError(
+            "attn_mask is a masked array of numpy: fill it first, attn_mask.filled(...)"
+        )
     if isinstance(mask, np.ndarray):
         return mask
     if hasattr(mask, "_tensor"):
         return np.broadcast_to(np.float32(0), mask.shape)
     if isinstance(mask, TensorData):  # what interop.py imports
         return np.broadcast_to(np.zeros((), mask.dtype), mask.shape)
-    raise TypeError(f"attn_mask must be a Tensor or a numpy array, got {type(mask).__name__}")
+    raise TypeError(
+        f"attn_mask must be a minitorch.Tensor or a numpy array, got {type_name(mask)}: "
+        "np.asarray makes an array, minitorch.as_tensor a Tensor"
+    )
 
 
 def _matmul_heads(a: Tensor, b: Tensor) -> Tensor:
@@ -204,7 +231,7 @@ def _as_tensor(mask: Any, like: Tensor) -> Tensor:
     """An additive mask as a tensor in the dtype of the scores."""
     if hasattr(mask, "_tensor"):
         return mask if mask.dtype == like.dtype else mask.to(like.dtype)  # type: ignore[no-any-return]
-    return like._from_numpy(np.asarray(mask, like.dtype))
+    return like._from_numpy(mask_numbers(np.asarray(mask), like.dtype))
 
 
 def _dropout_factors(weights: Tensor, problem: AttentionProblem) -> Tensor:
@@ -233,12 +260,15 @@ def attention_dropout_mask(
         Array of bool, of `shape`.
 
     Raises:
-        ValueError: `shape` has fewer than two sizes, `dropout_p` is no probability, or `seed` no
+        ValueError: `shape` is not two or more sizes, `dropout_p` is no probability, or `seed` no
             integer in [0, 2**64).
 
     """
-    if len(shape) < 2:
-        raise ValueError(f"shape must be (..., seqlen_q, seqlen_k), got {shape}")
+    sizes = isinstance(shape, tuple | list) and all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 0 for n in shape
+    )
+    if not sizes or len(shape) < 2:
+        raise ValueError(f"shape must be sizes (..., seqlen_q, seqlen_k), got {shape!r}")
     dropout_p = checked_dropout_p(dropout_p)
     seed = None if seed is None else checked_seed(seed)
     *batch, seqlen_q, seqlen_k = shape

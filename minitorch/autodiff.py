@@ -7,22 +7,41 @@ and `Tensor` both do. The verbs are `topological_sort`, `backpropagate` and `cen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ContextDecorator
-from contextvars import ContextVar, Token
+import functools
+import inspect
+import types
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from contextvars import ContextVar
+from itertools import count
 from typing import Any, Protocol
 
-_GRAD_ENABLED: ContextVar[bool] = ContextVar("minitorch_grad_enabled", default=True)
+# How many `no_grad()` a thread or task is in. A count, because blocks need not end in the order in
+# which they began: two generators may take turns.
+_no_grad_depth: ContextVar[int] = ContextVar("minitorch_no_grad_depth", default=0)
+
+_ids = count(1)
+
+
+def new_id() -> int:
+    """A number that no other variable of this process has."""
+    return next(_ids)
 
 
 def is_grad_enabled() -> bool:
     """Whether operations record the graph: False inside `no_grad()`."""
-    return _GRAD_ENABLED.get()
+    return not _no_grad_depth.get()
 
 
-class no_grad(ContextDecorator):
+class no_grad:
     """Context manager and decorator: operations inside record no graph, so nothing is kept for a
     backward pass.
+
+    It holds for the thread, or the asyncio task, that is inside. As a decorator, `@no_grad()` or
+    `@no_grad`, it takes functions, methods, generators, coroutines and asynchronous generators;
+    between the steps of the latter three, their caller is not inside.
+
+    Raises:
+        TypeError: it decorates a class, or what is no function.
 
     Example:
         >>> import minitorch
@@ -33,15 +52,97 @@ class no_grad(ContextDecorator):
         True
     """
 
-    def __init__(self) -> None:
-        self._tokens: list[Token[bool]] = []
+    def __new__(cls, function: Any = None) -> Any:
+        made = super().__new__(cls)
+        return made if function is None else made(function)
 
     def __enter__(self) -> no_grad:
-        self._tokens.append(_GRAD_ENABLED.set(False))
+        _no_grad_depth.set(_no_grad_depth.get() + 1)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _GRAD_ENABLED.reset(self._tokens.pop())
+        _no_grad_depth.set(max(_no_grad_depth.get() - 1, 0))
+
+    def __call__(self, function: Any) -> Any:
+        """The function, that records no graph."""
+        if isinstance(function, staticmethod | classmethod):
+            return type(function)(self(function.__func__))
+        if isinstance(function, type) or not callable(function):
+            name = function.__name__ if isinstance(function, type) else type(function).__name__
+            raise TypeError(f"no_grad decorates functions and methods, got {name}")
+        if inspect.isgeneratorfunction(function):
+            return _generator(function)
+        if inspect.iscoroutinefunction(function):
+            return _coroutine(function)
+        if inspect.isasyncgenfunction(function):
+            return _async_generator(function)
+
+        @functools.wraps(function)
+        def without_graph(*args: Any, **kwargs: Any) -> Any:
+            with no_grad():
+                return function(*args, **kwargs)
+
+        return without_graph
+
+
+def _steps(steps: Any) -> Generator[Any, Any, Any]:
+    """What a generator or a coroutine yields and returns, each step inside `no_grad()`."""
+    advance, argument = steps.send, None
+    while True:
+        with no_grad():
+            try:
+                item = advance(argument)
+            except StopIteration as stop:
+                return stop.value
+        try:
+            argument = yield item
+            advance = steps.send
+        except GeneratorExit:
+            with no_grad():
+                steps.close()
+            raise
+        except BaseException as error:
+            advance, argument = steps.throw, error
+
+
+_awaited = types.coroutine(_steps)
+
+
+def _generator(function: Callable[..., Any]) -> Callable[..., Generator[Any, Any, Any]]:
+    @functools.wraps(function)
+    def without_graph(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        return (yield from _steps(function(*args, **kwargs)))
+
+    return without_graph
+
+
+def _coroutine(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    async def without_graph(*args: Any, **kwargs: Any) -> Any:
+        return await _awaited(function(*args, **kwargs))
+
+    return without_graph
+
+
+def _async_generator(function: Callable[..., Any]) -> Callable[..., AsyncGenerator[Any, Any]]:
+    @functools.wraps(function)
+    async def without_graph(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        inner = function(*args, **kwargs)
+        step = inner.asend(None)
+        while True:
+            try:
+                item = await _awaited(step)
+            except StopAsyncIteration:
+                return
+            try:
+                step = inner.asend((yield item))
+            except GeneratorExit:
+                await _awaited(inner.aclose())
+                raise
+            except BaseException as error:
+                step = inner.athrow(error)
+
+    return without_graph
 
 
 def central_difference(
@@ -155,12 +256,17 @@ class Context:
     Args:
         no_grad: if True nothing is kept, because no derivative is wanted.
 
+    Attributes:
+        needs_input_grad: for each input, whether its derivative is wanted; empty if that is not
+            known. A backward pass may leave the others out.
+
     """
 
-    __slots__ = ("_released", "_saved", "no_grad")
+    __slots__ = ("_released", "_saved", "needs_input_grad", "no_grad")
 
     def __init__(self, no_grad: bool = False) -> None:
         self.no_grad = no_grad
+        self.needs_input_grad: tuple[bool, ...] = ()
         self._saved: tuple[Any, ...] = ()
         self._released = False
 

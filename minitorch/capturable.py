@@ -16,6 +16,8 @@ the value in 16 bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from .device_array import DeviceArray
 from .kernels import adamw_cuda, reduce_cuda
 from .kernels.copy_cuda import copy_into
 from .module import Parameter
+from .optimizer import check_gradient
 from .tensor import Tensor
 from .tensor_data import TensorData
 
@@ -97,6 +100,7 @@ class CapturableState:
     Args:
         parameters: Tensors on one GPU backend, all float32 or all float64. Each gets a new value,
             a view of the flat array.
+        group_sizes: how many parameters each group has that shares options; one group if not given.
 
     Raises:
         ValueError: a parameter that is not on the GPU, or no parameter at all.
@@ -104,7 +108,9 @@ class CapturableState:
 
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(
+        self, parameters: Sequence[Parameter], group_sizes: Sequence[int] | None = None
+    ) -> None:
         self.parameters = list(parameters)
         self.dtype = _common_dtype(self.parameters)
         self._starts = [0]
@@ -112,10 +118,15 @@ class CapturableState:
             padded = -(-parameter.value.size // ALIGNMENT) * ALIGNMENT
             self._starts.append(self._starts[-1] + padded)
         self.size = self._starts[-1]
+        self._shapes = [parameter.value.shape for parameter in self.parameters]
+        sizes = [len(self.parameters)] if group_sizes is None else group_sizes
+        ends = [0, *accumulate(sizes)]
+        # The part of the flat arrays that belongs to each group.
+        self._parts = [slice(self._starts[a], self._starts[b]) for a, b in pairwise(ends)]
         self.values, self.gradients, self.exp_avg, self.exp_avg_sq = (
             zeros(self.size, self.dtype) for _ in range(4)
         )
-        self.scalars = zeros(adamw_cuda.SCALARS, np.float64)
+        self.scalars = zeros(adamw_cuda.SCALARS * len(self._parts), np.float64)
         self.scalars[adamw_cuda.FACTOR] = 1.0
         self.found = zeros(1, np.float32)  # not 0: a gradient is not finite
         self._partials = zeros(max(reduce_cuda.square_blocks(self.size), 1), self.dtype)
@@ -124,20 +135,40 @@ class CapturableState:
         self._rounded: dict[np.dtype[Any], DeviceArray] = {}
         self.adopt()
 
+    # ----- copies -----
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickle; the parameters' values are views of the flat array no more."""
+        return {**self.__dict__, "_leaves": [None] * len(self.parameters), "_rounded": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The values of the copied parameters become views of the copied flat array."""
+        self.__dict__.update(state)
+        self.adopt()
+
     # ----- parameters and gradients -----
 
     def view(self, flat: DeviceArray, number: int) -> TensorData:
         """The part of a flat array that belongs to a parameter."""
-        value = self.parameters[number].value
-        start = self._starts[number]
-        return contiguous_data(flat[start : start + value.size], value.shape)
+        start, shape = self._starts[number], self._shapes[number]
+        return contiguous_data(flat[start : start + prod(shape)], shape)
 
     def adopt(self) -> None:
-        """Copy values that others have set (`Parameter.update` does) into the flat array."""
+        """Copy values that others have set (`Parameter.update` does) into the flat array.
+
+        Raises:
+            ValueError: a value has another shape than before.
+
+        """
         for number, parameter in enumerate(self.parameters):
             value = parameter.value
             if value is self._leaves[number]:
                 continue
+            if value.shape != self._shapes[number]:
+                raise ValueError(
+                    f"capturable=True: parameter {number} ({value.name}) must keep its shape "
+                    f"{self._shapes[number]}, got {value.shape}"
+                )
             leaf = value._new(self.view(self.values, number))
             leaf.f.ops.copy_into(leaf, value.detach())
             leaf.grad = value.grad
@@ -150,21 +181,26 @@ class CapturableState:
         """Copy gradients that are elsewhere into the flat array.
 
         Raises:
-            ValueError: a parameter has no gradient.
+            ValueError: a parameter has no gradient, or one of another shape.
 
         """
         self.adopt()
         for number, parameter in enumerate(self.parameters):
+            self._check_gradient(number, parameter.value)
+        for parameter in self.parameters:
             value = parameter.value
-            if value.grad is None:
-                raise ValueError(
-                    f"capturable=True steps all parameters together, and number {number} "
-                    f"({value.name}) has no gradient"
-                )
             gradient = value._tensor.slot.gradient
             if value.grad is not gradient:
                 value.f.ops.copy_into(gradient, value.grad.detach())
                 value.grad = gradient
+
+    def _check_gradient(self, number: int, value: Tensor) -> None:
+        if value.grad is None:
+            raise ValueError(
+                f"capturable=True steps all parameters together, and number {number} "
+                f"({value.name}) has no gradient"
+            )
+        check_gradient(number, value)
 
     # ----- copies in 16 bits -----
 
@@ -186,9 +222,10 @@ class CapturableState:
 
     # ----- the step -----
 
-    def set_lr(self, lr: float) -> None:
-        """Write the learning rate, in order with the kernels."""
-        self.scalars[adamw_cuda.LR] = lr
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """Write the learning rate of each group, in order with the kernels."""
+        for number, rate in enumerate(rates):
+            self.scalars[adamw_cuda.SCALARS * number + adamw_cuda.LR] = rate
 
     def sum_of_squares(self, found: DeviceArray) -> DeviceArray:
         """Of all gradients, (1,); `found` becomes 1 if one of them is not finite."""
@@ -208,22 +245,30 @@ class CapturableState:
         like: Tensor = self.parameters[0].value
         return like._new(TensorData._of(norm, (1,), (1,)))
 
-    def step(self, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
-        """One step of AdamW in place."""
+    def step(self, options: Sequence[tuple[float, float, float, float]]) -> None:
+        """One step of AdamW in place, with beta1, beta2, eps and weight decay of each group."""
         self.gather_gradients()
-        adamw_cuda.captured_step(
-            self.dtype.name,
-            self.values.array,
-            self.gradients.array,
-            self.exp_avg.array,
-            self.exp_avg_sq.array,
-            self.size,
-            self.scalars.array,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-        )
+        for group, (beta1, beta2, eps, weight_decay) in enumerate(options):
+            adamw_cuda.begin(
+                self.scalars.array,
+                group,
+                beta1=beta1,
+                beta2=beta2,
+                eps=eps,
+                weight_decay=weight_decay,
+            )
+            part, first = self._parts[group], adamw_cuda.SCALARS * group
+            adamw_cuda.captured_step(
+                self.dtype.name,
+                self.values[part].array,
+                self.gradients[part].array,
+                self.exp_avg[part].array,
+                self.exp_avg_sq[part].array,
+                part.stop - part.start,
+                self.scalars[first : first + adamw_cuda.SCALARS].array,
+                beta1=beta1,
+                beta2=beta2,
+            )
         self.round()
 
     # ----- saving and loading -----

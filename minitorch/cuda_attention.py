@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # Implementations, the fastest first; the last takes whatever any of them takes. A module has
 #   NAME                               for people
 #   why_not(problem, architecture)     None if it computes the problem, else why not, in words
-#   forward, backward                  like those of `cuda`; without `backward` it is forward only
+#   forward, backward                  like those of `cuda`; without `backward` it is forward only,
+#                                      and `forward` has no argument `rows`
 # and if need be
 #   ROW_ALIGNMENT                      bytes at whose multiples the rows it reads must begin
 #   forward_workspace, backward_workspace    (problem, heads, architecture) -> bytes of device
@@ -258,7 +259,7 @@ class CudaAttentionOps(StorageOps):
         value: Tensor,
         attn_mask: Any,
         problem: AttentionProblem,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `FusedOps.flash_attention_forward`. The logsumexp of 16-bit tensors is float32; the
         output lies in memory in the order of the query's dimensions.
         """
@@ -266,13 +267,23 @@ class CudaAttentionOps(StorageOps):
         module = choose(problem, architecture).module
         alignment = getattr(module, "ROW_ALIGNMENT", 1)
         out = _like_layout(problem.out_shape, problem.dtype, query._tensor)
-        rows = DeviceArray.empty(prod(problem.logsumexp_shape), _exact(problem))
+        count = prod(problem.logsumexp_shape)
+        exact, both_passes = _exact(problem), hasattr(module, "backward")
+        logsumexp = DeviceArray.empty(count, exact)
+        rows = DeviceArray.empty(2 * count, exact) if both_passes else None
         inputs = _inputs(problem, query, key, value, attn_mask, alignment)
         module.forward(
-            problem, heads_of(problem), inputs, _matrices(out, problem.leading), rows.array,
-            architecture, **_workspace(module, "forward", problem, architecture),
+            problem, heads_of(problem), inputs, _matrices(out, problem.leading), logsumexp.array,
+            *([] if rows is None else [rows.array]), architecture,
+            **_workspace(module, "forward", problem, architecture),
         )  # fmt: skip
-        return query._new(out), query._new(contiguous_data(rows, problem.logsumexp_shape))
+        return (
+            query._new(out),
+            query._new(contiguous_data(logsumexp, problem.logsumexp_shape)),
+            None if rows is None else query._new(
+                contiguous_data(rows, (*problem.logsumexp_shape, 2))
+            ),
+        )  # fmt: skip
 
     @staticmethod
     def flash_attention_backward(
@@ -283,11 +294,14 @@ class CudaAttentionOps(StorageOps):
         value: Tensor,
         attn_mask: Any,
         out: Tensor,
-        logsumexp: Tensor,
+        rows: Tensor | None,
         problem: AttentionProblem,
         needs_mask_grad: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `FusedOps.flash_attention_backward`."""
+        """See `FusedOps.flash_attention_backward`. After kernels that have no backward pass the
+        forward pass is computed again: only with scores that are the same to the last bit is P of a
+        row right where they are large.
+        """
         architecture, heads = compute_capability(), heads_of(problem)
         module = choose(problem, architecture, backward=True).module
         alignment = getattr(module, "ROW_ALIGNMENT", 1)
@@ -296,26 +310,35 @@ class CudaAttentionOps(StorageOps):
         dq = _like_layout((*leading, lengths[0], problem.head_dim), problem.dtype, query._tensor)
         dk = _like_layout((*kept, lengths[1], problem.head_dim), problem.dtype, key._tensor)
         dv = _like_layout((*kept, lengths[1], problem.value_dim), problem.dtype, value._tensor)
-        rows = logsumexp._tensor
-        workspace = [DeviceArray.empty(rows.size, rows.dtype) for _ in range(2)]
+        exact, count = _exact(problem), prod(problem.logsumexp_shape)
+        workspace = [DeviceArray.empty(count + 1, exact) for _ in range(3)]
         ds = None
         if needs_mask_grad and attn_mask is not None:
             ds = contiguous_data(
-                DeviceArray.empty(prod((*leading, *lengths)), rows.dtype), (*leading, *lengths)
+                DeviceArray.empty(prod((*leading, *lengths)), exact), (*leading, *lengths)
             )
             device_storage(ds).fill(0)
         grad_rows = None
         if grad_logsumexp is not None:
             grad_rows = device_storage(_contiguous(grad_logsumexp._tensor))
         inputs = _inputs(problem, query, key, value, attn_mask, alignment)
+        result, numbers = out._tensor, None if rows is None else device_storage(rows._tensor)
+        if numbers is None:
+            result = _like_layout(problem.out_shape, problem.dtype, query._tensor)
+            numbers = DeviceArray.empty(2 * count, exact)
+            module.forward(
+                problem, heads, inputs, _matrices(result, leading), workspace[0].array,
+                numbers.array, architecture,
+                **_workspace(module, "forward", problem, architecture),
+            )  # fmt: skip
         do = grad_out._tensor.broadcast_to(problem.out_shape)
         targets = _matrices(dq, leading), _matrices(dk, kept), _matrices(dv, kept)
         module.backward(
-            problem, heads, inputs, _matrices(out._tensor, leading), device_storage(rows).array,
+            problem, heads, inputs, _matrices(result, leading), numbers.array,
             _matrices(do, leading, alignment), None if grad_rows is None else grad_rows.array,
             Gradients(
                 *targets, None if ds is None else device_storage(ds).array,
-                (workspace[0].array, workspace[1].array),
+                (workspace[0].array, workspace[1].array, workspace[2].array),
             ),
             architecture, **_workspace(module, "backward", problem, architecture),
         )  # fmt: skip

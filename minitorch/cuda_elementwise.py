@@ -18,7 +18,7 @@ from .kernels import fold_cuda
 from .kernels.copy_cuda import copy_into
 from .kernels.elementwise_cuda import View, map_into, zip_into
 from .tensor_data import TensorData, shape_broadcast, strides_from_shape
-from .tensor_ops import MapFn, MapProto, ZipFn
+from .tensor_ops import MapFn, MapProto, ZipFn, folded_shape, map_output
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -38,7 +38,7 @@ class CudaElementwiseOps(CudaMovementOps):
                 map_into(fn, out, x)
 
         def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
-            target = a._new(cls.empty(a.shape, a.dtype)) if out is None else out
+            target = map_output(a, out)
             run(view_of(target._tensor), view_of(a._tensor))
             return target
 
@@ -69,7 +69,7 @@ class CudaElementwiseOps(CudaMovementOps):
         """
 
         def apply(a: Tensor, dim: int) -> Tensor:
-            return a._new(fold(fn, start, a._tensor, dim))
+            return a._new(fold(fn, start, a._tensor, folded_shape(a, dim)[0]))
 
         return apply
 

@@ -11,7 +11,8 @@ holds the launches with all their arguments, so that the driver repeats them bac
         graph.replay()
 
 What a graph may contain: kernels, copies and fills on the current stream. No copy to the host, no
-waiting, nothing that compiles: run the same code once or twice before.
+waiting, nothing that compiles: run the same code once or twice before. A step with dropout belongs
+into `rng.repeatable_step`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .cuda_matmul import contiguous
 from .cuda_ops import CudaOps
 from .cuda_views import contiguous_data, device_storage, gradient_memory
 from .device_array import DeviceArray, error_word
-from .dtypes import HALF_DTYPES
+from .dtypes import HALF_DTYPES, layer_dtype
 from .kernels import (
     adamw_cuda,
     cross_entropy_cuda,
@@ -57,15 +57,15 @@ def _elements(t: Tensor, dtype: DType | None = None) -> DeviceArray:
 
 
 def _elements_in_place(t: Tensor, name: str) -> DeviceArray:
-    """The tensor's own memory, to be changed.
+    """The tensor's own memory, contiguous, to be changed.
 
     Raises:
         ValueError: a kernel cannot work on it where it is.
 
     """
     storage = device_storage(t._tensor)
-    if not t._tensor.is_contiguous() or storage.pointer % BYTES:
-        raise ValueError(f"{name} must be contiguous, at an address that {BYTES} divides")
+    if storage.pointer % BYTES:
+        raise ValueError(f"{name} must begin at an address that {BYTES} divides")
     return storage if storage.size == t.size else storage[: t.size]
 
 
@@ -103,18 +103,8 @@ def _rows(t: Tensor) -> tuple[int, int]:
 def _mask_operand(
     inp: Tensor, mask: Tensor
 ) -> tuple[DeviceArray, tuple[int, int], tuple[int, int, int]]:
-    """A mask that broadcasts to inp (..., columns), as `softmax_cuda.forward` takes it.
-
-    Raises:
-        ValueError: it does not broadcast.
-
-    """
+    """A mask that broadcasts to inp (..., columns), as `softmax_cuda.forward` takes it."""
     data = mask._tensor
-    fits = len(data.shape) <= inp.dims and all(
-        n in (1, size) for n, size in zip(data.shape[::-1], inp.shape[::-1], strict=False)
-    )
-    if not fits or not data.shape:
-        raise ValueError(f"mask must broadcast to inp, {inp.shape}, got {mask.shape}")
     if data.shape[-1] != inp.shape[-1]:
         data = data.broadcast_to((*data.shape[:-1], inp.shape[-1]))
     leading = inp.shape[:-1]
@@ -147,6 +137,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
     @staticmethod
     def softmax_forward(x: Tensor, dim: int) -> Tensor:
         """See `FusedOps.softmax_forward`."""
+        dim %= x.dims
         along = _last(x, dim)
         source, out = _elements(along), DeviceArray.empty(x.size, x.dtype)
         softmax_cuda.forward(x.dtype.name, source.array, out.array, *_rows(along))
@@ -155,6 +146,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
     @staticmethod
     def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
         """See `FusedOps.softmax_backward`."""
+        dim %= y.dims
         along = _last(y, dim)
         dy, value = _elements(_last(grad, dim), y.dtype), _elements(along)
         out = DeviceArray.empty(y.size, y.dtype)
@@ -164,6 +156,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
     @staticmethod
     def logsumexp_forward(x: Tensor, dim: int) -> Tensor:
         """See `FusedOps.logsumexp_forward`."""
+        dim %= x.dims
         along = _last(x, dim)
         rows, columns = _rows(along)
         source, out = _elements(along), DeviceArray.empty(rows, x.dtype)
@@ -186,12 +179,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
 
     @classmethod
     def attn_softmax_fw(cls, inp: Tensor, mask: Tensor) -> Tensor:
-        """See `FusedOps.attn_softmax_fw`; the mask is not made larger.
-
-        Raises:
-            ValueError: the mask does not broadcast to inp.
-
-        """
+        """See `FusedOps.attn_softmax_fw`; the mask is not made larger."""
         added, sizes, strides = _mask_operand(inp, mask)
         source, out = _elements(inp), DeviceArray.empty(inp.size, inp.dtype)
         softmax_cuda.forward(
@@ -210,16 +198,9 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
     def layernorm_fw(
         inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `FusedOps.layernorm_fw`; variance and mean in float32 for 16-bit inputs.
-
-        Raises:
-            ValueError: gamma or beta is not as long as a row.
-
-        """
+        """See `FusedOps.layernorm_fw`; variance and mean in float32 for 16-bit inputs."""
         rows, columns = _rows(inp)
-        for name, t in (("gamma", gamma), ("beta", beta)):
-            if t.size != columns:
-                raise ValueError(f"{name} must have {columns} elements, got shape {t.shape}")
+        inp = _in_dtype(inp, layer_dtype(inp.dtype, gamma.dtype, beta.dtype))
         weight = _weight_dtype(inp, gamma)
         x, scale, shift = _elements(inp), _elements(gamma, weight), _elements(beta, weight)
         real = _arithmetic(inp.dtype)
@@ -247,6 +228,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `FusedOps.layernorm_bw`."""
         rows, columns = _rows(inp)
+        inp = _in_dtype(inp, layer_dtype(inp.dtype, gamma.dtype, beta.dtype))
         name, real, weight = inp.dtype.name, _arithmetic(inp.dtype), _weight_dtype(inp, gamma)
         dy, x, scale = _elements(out_grad, inp.dtype), _elements(inp), _elements(gamma, weight)
         variance, centre = _elements(var, real), _elements(mean, real)
@@ -379,7 +361,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
         """See `FusedOps.adamw_step`.
 
         Raises:
-            ValueError: what changes is not contiguous.
+            ValueError: what changes does not begin where vectors of 16 bytes may.
 
         """
         p, g = _elements_in_place(param, "param"), _elements(grad, param.dtype)
@@ -399,6 +381,10 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
             weight_decay=weight_decay,
             step=step,
         )
+
+
+def _in_dtype(t: Tensor, dtype: DType) -> Tensor:
+    return t if t.dtype == dtype else t.backend.ops.cast(t, dtype)
 
 
 def _weight_dtype(inp: Tensor, gamma: Tensor) -> DType:

@@ -15,7 +15,7 @@ from . import cublas, cublas_lt, operators
 from .cuda_elementwise import CudaElementwiseOps
 from .cuda_views import contiguous_data, device_storage, dtype_name, gradient_memory, view_of
 from .device_array import DeviceArray
-from .dtypes import HALF_DTYPES, promote
+from .dtypes import HALF_DTYPES, layer_dtype, promote
 from .kernels import matmul_cuda, reduce_cuda
 from .kernels.copy_cuda import copy_into
 from .kernels.elementwise_cuda import merge_dimensions, zip_into
@@ -135,13 +135,8 @@ class CudaMatMulOps(CudaElementwiseOps):
 
         With x of 16 bits and a float32 weight (mixed precision) the weight is rounded to x's dtype,
         in which the result is; gradients of weight and bias are float32 all the way.
-
-        Raises:
-            ValueError: the sizes of x, weight and bias do not fit.
-
         """
-        _check_linear(x, weight, bias)
-        dtype = _linear_dtype(x, weight)
+        dtype = layer_dtype(x.dtype, weight.dtype, *(() if bias is None else (bias.dtype,)))
         out = cls.empty((*x.shape[:-1], weight.shape[1]), dtype)
         rows = as_rows(in_dtype(x._tensor, dtype))
         factor = _rounded(weight, dtype)
@@ -149,7 +144,8 @@ class CudaMatMulOps(CudaElementwiseOps):
         if bias is None:
             matmul_into(result, rows, factor)
         else:
-            _linear_into(result, rows, factor, contiguous(_rounded(bias, dtype)))
+            added = device_storage(contiguous(_rounded(bias, dtype)))[: bias.size]
+            _linear_into(result, rows, factor, contiguous_data(added, (bias.size,)))
         return x._new(out)
 
     @classmethod
@@ -157,7 +153,7 @@ class CudaMatMulOps(CudaElementwiseOps):
         cls, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `FusedOps.linear_backward`; each gradient has the dtype of what it is for."""
-        dtype = _linear_dtype(x, weight)
+        dtype = layer_dtype(x.dtype, weight.dtype)
         rows = as_rows(in_dtype(grad._tensor, dtype))  # (rows, out)
         dx = dweight = dbias = None
         if needs[0]:
@@ -173,13 +169,6 @@ class CudaMatMulOps(CudaElementwiseOps):
         if needs[2]:
             dbias = weight._new(_column_sums(contiguous(rows), weight.dtype))
         return dx, dweight, dbias
-
-
-def _linear_dtype(x: Tensor, weight: Tensor) -> np.dtype[Any]:
-    """What a linear layer computes in: a float32 weight does not widen an x of 16 bits."""
-    if x.dtype in HALF_DTYPES and weight.dtype == np.float32:
-        return x.dtype
-    return promote(x.dtype, weight.dtype)
 
 
 def _rounded(parameter: Tensor, dtype: np.dtype[Any]) -> TensorData:
@@ -218,15 +207,6 @@ def _linear_into(out: TensorData, x: TensorData, weight: TensorData, bias: Tenso
             return
     matmul_into(out, x, weight)
     zip_into(operators.add, view_of(out), view_of(out), view_of(bias))
-
-
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dims != 2 or x.dims < 1 or x.shape[-1] != weight.shape[0]:
-        raise ValueError(
-            f"linear: x must be (..., in) and weight (in, out), got {x.shape} and {weight.shape}"
-        )
-    if bias is not None and bias.shape != (weight.shape[1],):
-        raise ValueError(f"linear: bias must be ({weight.shape[1]},), got {bias.shape}")
 
 
 __all__ = ["MATMULS", "CudaMatMulOps", "MatMul", "matmul_into"]

@@ -42,6 +42,11 @@ class CudaStorageOps(TensorOps):
         host = np.asarray(array, dtype)
         return _contiguous(DeviceArray.from_host(host), array.shape)
 
+    @classmethod
+    def placed(cls, data: TensorData) -> TensorData:
+        """See `StorageOps.placed`."""
+        return cls.from_numpy(data.array)
+
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> TensorData:
         """See `StorageOps.empty`."""

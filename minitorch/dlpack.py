@@ -1,8 +1,10 @@
 """DLPack: how array libraries hand each other memory without a copy.
 
 A capsule holds a C structure that says where the elements are, and a function to call when they are
-needed no more. Here both are written and read with ctypes, for memory of the GPU and of the CPU,
-and for bfloat16, which numpy's own DLPack does not know.
+needed no more. Here the structure is read with ctypes, and written by numpy. numpy's own DLPack
+knows neither the GPU nor bfloat16, so a few fields are written over; the function stays numpy's,
+for it must be C: a taker may call it from a thread without the GIL, while an exception is on its
+way (which Python code would lose), or when the interpreter is gone.
 
 Source: dlpack.h of https://github.com/dmlc/dlpack, the structures without a version, which all
 libraries take.
@@ -19,8 +21,7 @@ from .dtypes import BFLOAT16
 
 CPU, CUDA, CUDA_MANAGED = 1, 2, 13  # DLDeviceType
 _BOOL_CODE, _BFLOAT_CODE = 6, 4  # DLDataTypeCode
-_CODES = {"i": 0, "u": 1, "f": 2, "b": _BOOL_CODE}
-_KINDS = {code: kind for kind, code in _CODES.items()}
+_KINDS = {0: "i", 1: "u", 2: "f", 5: "c"}  # numpy's letter for a DLDataTypeCode
 _FRESH, _USED = b"dltensor", b"used_dltensor"  # names of a capsule
 
 
@@ -75,9 +76,6 @@ class _ManagedTensor(ctypes.Structure):
 
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _python = ctypes.PyDLL(None)
-_new_capsule = _python.PyCapsule_New
-_new_capsule.restype = ctypes.py_object
-_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 _is_valid = _python.PyCapsule_IsValid
 _is_valid.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _pointer_of = _python.PyCapsule_GetPointer
@@ -85,50 +83,34 @@ _pointer_of.restype = ctypes.c_void_p
 _pointer_of.argtypes = (ctypes.py_object, ctypes.c_char_p)
 _rename = _python.PyCapsule_SetName
 _rename.argtypes = (ctypes.py_object, ctypes.c_char_p)
-# While a capsule is destroyed nothing may take a reference to it: its address is all there is.
-_is_valid_at = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(
-    ("PyCapsule_IsValid", _python)
-)
-_pointer_at = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", _python)
-)
 
 # ----- giving -----
 
-_exported: dict[int, tuple[Any, ...]] = {}  # by address: the structure and what it points to
 
+class _Lender:
+    """numpy makes an array of this, whose elements it never touches, and which keeps the owner."""
 
-@_Deleter
-def _forget(address: int) -> None:
-    """The deleter of our structures: whoever took the elements needs them no more."""
-    _exported.pop(address, None)
-
-
-@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-def _destroy(capsule: int) -> None:
-    """A capsule dies; if nobody took its elements, they are forgotten."""
-    if _is_valid_at(capsule, _FRESH):
-        _exported.pop(_pointer_at(capsule, _FRESH), None)
-
-
-# Other libraries may call these two while Python is taken apart: they are never freed.
-for _callback in (_forget, _destroy):
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_callback))
+    def __init__(self, memory: Memory) -> None:
+        size = memory.dtype.itemsize
+        self.owner = memory.owner
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": memory.shape,
+            "strides": tuple(step * size for step in memory.strides),
+            "typestr": "<u2" if memory.dtype == BFLOAT16 else memory.dtype.str,
+            "data": (memory.pointer, False),
+        }
 
 
 def export(memory: Memory) -> Any:
     """A capsule with `memory`, whose owner is kept until the taker has no use for it."""
-    dims = len(memory.shape)
-    shape, strides = ((ctypes.c_int64 * dims)(*n) for n in (memory.shape, memory.strides))
+    capsule = np.asarray(_Lender(memory)).__dlpack__()
+    tensor = _ManagedTensor.from_address(_pointer_of(capsule, _FRESH)).dl_tensor
+    tensor.data = memory.pointer  # numpy has its own for an array without elements
+    tensor.device = _Device(*memory.device)
     if memory.dtype == BFLOAT16:
-        dtype = _DataType(_BFLOAT_CODE, 16, 1)
-    else:
-        dtype = _DataType(_CODES[memory.dtype.kind], 8 * memory.dtype.itemsize, 1)
-    tensor = _Tensor(memory.pointer, _Device(*memory.device), dims, dtype, shape, strides, 0)
-    managed = _ManagedTensor(tensor, None, ctypes.cast(_forget, ctypes.c_void_p))
-    address = ctypes.addressof(managed)
-    _exported[address] = (managed, shape, strides, memory.owner)
-    return _new_capsule(address, _FRESH, ctypes.cast(_destroy, ctypes.c_void_p))
+        tensor.dtype.code = _BFLOAT_CODE
+    return capsule
 
 
 # ----- taking -----
@@ -137,13 +119,13 @@ def export(memory: Memory) -> Any:
 class _Taken:
     """Calls the giver's deleter when nobody holds this any more."""
 
-    def __init__(self, managed: _ManagedTensor) -> None:
-        self.managed = managed
-        self.delete = _Deleter(managed.deleter) if managed.deleter else None
+    def __init__(self, address: int, deleter: int | None) -> None:
+        self.address = address
+        self.delete = _Deleter(deleter) if deleter else None
 
     def __del__(self) -> None:
         if self.delete is not None:
-            self.delete(ctypes.addressof(self.managed))
+            self.delete(self.address)
 
 
 def take(capsule: Any) -> Memory:
@@ -168,7 +150,7 @@ def take(capsule: Any) -> Memory:
         strides = tuple(int(np.prod(shape[d + 1 :])) for d in range(tensor.ndim))
     pointer = (tensor.data or 0) + tensor.byte_offset
     device = (tensor.device.device_type, tensor.device.device_id)
-    return Memory(pointer, shape, strides, dtype, device, _Taken(managed))
+    return Memory(pointer, shape, strides, dtype, device, _Taken(address, managed.deleter))
 
 
 def _dtype(given: _DataType) -> np.dtype[Any]:
@@ -177,8 +159,8 @@ def _dtype(given: _DataType) -> np.dtype[Any]:
         return BFLOAT16
     if given.lanes == 1 and code == _BOOL_CODE:
         return np.dtype(np.bool_)
-    if given.lanes != 1 or code not in _KINDS or bits not in (8, 16, 32, 64):
-        raise TypeError(f"no numpy dtype for DLPack's type {code} of {bits} bits")
+    if given.lanes != 1 or code not in _KINDS or bits not in (8, 16, 32, 64, 128):
+        raise TypeError(f"numpy has no dtype for DLPack's type {code} of {bits} bits")
     return np.dtype(f"{_KINDS[code]}{bits // 8}")
 
 

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from . import cublas, threads
-from .kernels import runtime
+from .kernels import compile_cache, cpu_compiler, runtime
 
+SAMPLE_BYTES = 1 << 16  # a compiled kernel has as many
 # About a millisecond, as a power of two of cycles.
 MOST_SPINNING = 22
 EXTRAS = {
@@ -198,7 +199,13 @@ def examine_numba(cores: int, environment: Mapping[str, str]) -> Finding:
     if environment.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return Finding(
             {"numba": "compilation is switched off"},
-            [Problem("NUMBA_DISABLE_JIT runs kernels as plain Python", "unset NUMBA_DISABLE_JIT")],
+            [
+                Problem(
+                    "NUMBA_DISABLE_JIT runs kernels as plain Python, for debugging: on one thread, "
+                    "thousands of times slower",
+                    "unset NUMBA_DISABLE_JIT",
+                )
+            ],
         )
     count = numba.get_num_threads()
     facts = {"numba threads": str(count)}
@@ -256,30 +263,60 @@ def _run_parallel_loop() -> None:
 
 
 def can_write(folder: Path) -> bool:
-    """Whether a file can be made in a folder, or the folder itself where it is missing."""
+    """Whether a file of some size can be made in a folder, or the folder itself where it is
+    missing.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(SAMPLE_BYTES))  # a full disk lets an empty file be made
+        return True
     except OSError:
         return False
 
 
-def examine_cache(environment: Mapping[str, str], kernels: Path) -> Finding:
-    """Where compiled kernels are kept from one process to the next.
+def examine_cache(environment: Mapping[str, str], folder: Path | None) -> Finding:
+    """Where the compiled code of CPU kernels is kept from one process to the next.
 
     Args:
         environment: `os.environ`.
-        kernels: the folder of the kernels' source.
+        folder: where numba keeps it; None if nowhere (see `cpu_compiler.cache_folder`).
 
     """
     named = environment.get("NUMBA_CACHE_DIR")
-    folder = Path(named) if named else kernels / "__pycache__"
-    if can_write(folder):
-        return Finding({"compile cache": str(folder)})
     mend = "set NUMBA_CACHE_DIR to a folder that can be written"
-    problem = Problem(f"the compile cache {folder} cannot be written, kernels compile anew", mend)
-    return Finding({"compile cache": f"{folder} (not writable)"}, [problem])
+    if folder is None:
+        text = "no folder for compiled CPU kernels can be written, each process compiles them anew"
+        return Finding({"compile cache": "none"}, [Problem(text, mend)])
+    if not can_write(folder):
+        text = f"the compile cache {folder} cannot be written, or its disk is full: kernels compile"
+        problem = Problem(f"{text} anew", mend)
+        return Finding({"compile cache": f"{folder} (not writable)"}, [problem])
+    problems = []
+    if named and not folder.is_relative_to(Path(named).absolute()):
+        text = f"NUMBA_CACHE_DIR={named} cannot be written, compiled kernels go elsewhere"
+        problems.append(Problem(text, mend))
+    return Finding({"compile cache": str(folder)}, problems)
+
+
+def examine_gpu_cache(environment: Mapping[str, str], folder: Path | None) -> Finding:
+    """Where the machine code of GPU kernels is kept.
+
+    Args:
+        environment: `os.environ`.
+        folder: that place; None if it is kept nowhere (see `compile_cache.folder`).
+
+    """
+    label, variable = "compile cache (gpu)", compile_cache.FOLDER_VARIABLE
+    if environment.get(variable) == "":
+        return Finding({label: f"switched off by {variable}"})
+    if folder is not None and can_write(folder):
+        return Finding({label: str(folder)})
+    text = "there is no folder to keep compiled GPU kernels in, each process compiles them anew"
+    if folder is not None:
+        text = f"the cache of GPU kernels {folder} cannot be written: they compile anew"
+    problem = Problem(text, f"set {variable} to a folder that can be written")
+    return Finding({label: "none" if folder is None else f"{folder} (not writable)"}, [problem])
 
 
 def examine_kernels(kernels: Path) -> Finding:
@@ -309,18 +346,21 @@ def examine_gpu(environment: Mapping[str, str]) -> Finding:
         "gpu": seen or "none (everything runs on the CPU)",
         "numba-cuda": compiler or "not installed (numba's own CUDA target is used)",
     }
-    problems = []
+    problems: list[Problem] = []
     if environment.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0"):
         text = "NUMBA_ENABLE_CUDASIM runs GPU kernels as plain Python, thousands of times slower"
         problems.append(Problem(text, "unset NUMBA_ENABLE_CUDASIM"))
         return Finding(facts | {"gpu": "simulated"}, problems)
-    if compiler is not None and numpy_too_new(compiler, np.__version__):
-        text = f"numba-cuda {compiler} calls np.row_stack, which numpy {np.__version__} has not"
-        problems.append(Problem(text, "pip install 'numpy<2.5'"))
+    if runtime.ROW_STACK_LENT:
+        facts["numba-cuda"] += (
+            f" (lent the name numpy.row_stack, which numpy {np.__version__} lacks)"
+        )
     if seen is None:
         return Finding(facts, problems)
     usable, why_not = _cuda_usable()
     if usable:
+        cache = examine_gpu_cache(environment, compile_cache.folder())
+        facts, problems = facts | cache.facts, cache.problems
         facts["matmul on the gpu"] = cublas.description()
         if not cublas.is_available():
             text = "matrix products on the GPU use our tiled kernel, for lack of cuBLAS"
@@ -330,11 +370,6 @@ def examine_gpu(environment: Mapping[str, str]) -> Finding:
         text = f"numba cannot use the GPU ({why_not})"
         problems.append(Problem(text, _install(_gpu_extra(seen))))
     return Finding(facts, problems)
-
-
-def numpy_too_new(numba_cuda: str, numpy: str) -> bool:
-    """Whether this numba-cuda fails with this numpy (seen with 0.30.4, and numpy 2.5)."""
-    return _numbers(numba_cuda) <= (0, 30, 4) and _numbers(numpy) >= (2, 5)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -396,7 +431,7 @@ def examine(environment: Mapping[str, str] | None = None) -> list[Finding]:
         examine_numba(cores, variables),
         examine_waiting(variables),
         examine_kernels(kernels),
-        examine_cache(variables, kernels),
+        examine_cache(variables, cpu_compiler.cache_folder()),
         examine_gpu(variables),
     ]
 

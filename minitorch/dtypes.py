@@ -12,6 +12,8 @@ FLOAT_DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 HALF_DTYPES = (np.dtype(np.float16), BFLOAT16)  # on the GPU alone
 
+_LARGEST_HALF = 65504.0  # what every dtype holds
+
 _default_dtype = np.dtype(np.float64)  # MiniTorch computes in float64
 
 
@@ -29,7 +31,7 @@ def check_dtype(dtype: npt.DTypeLike, on_gpu: bool = False) -> np.dtype[Any]:
     wanted = "float32, float64, float16 or bfloat16 on the GPU" if on_gpu else "float32 or float64"
     try:
         given = BFLOAT16 if isinstance(dtype, str) and dtype == "bfloat16" else np.dtype(dtype)
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"dtype must be {wanted}, got {dtype!r}") from None
     if given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES):
         return given
@@ -47,11 +49,31 @@ def promote(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
     return a if a.itemsize > b.itemsize else b
 
 
+def layer_dtype(given: np.dtype[Any], *parameters: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype in which a layer computes its output, of its input's and its parameters' dtypes:
+    the widest, but float32 parameters do not widen an input of 16 bits (mixed precision).
+    """
+    for dtype in parameters:
+        if not (given in HALF_DTYPES and dtype == np.float32):
+            given = promote(given, dtype)
+    return given
+
+
 def arithmetic_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype of a Python number beside elements of `dtype`, in which they are computed with:
     float32 for 16 bits, as in PyTorch.
     """
     return FLOAT_DTYPES[0] if dtype.itemsize == 2 else dtype
+
+
+def rounded(value: float, dtype: np.dtype[Any]) -> float:
+    """A number as an element of `dtype` holds it: infinite if it is too large, without numpy's
+    warning.
+    """
+    if dtype.itemsize == 8 or -_LARGEST_HALF <= value <= _LARGEST_HALF:
+        return float(dtype.type(value))
+    with np.errstate(over="ignore"):
+        return float(dtype.type(value))
 
 
 def get_default_dtype() -> np.dtype[Any]:
@@ -74,8 +96,10 @@ def set_default_dtype(dtype: npt.DTypeLike) -> None:
 
 
 def storage_dtype(given: np.dtype[Any], on_gpu: bool = False) -> np.dtype[Any]:
-    """The dtype in which an array of dtype `given` is stored: its own if it is a float of ours,
-    else the default.
+    """The dtype in which an array of dtype `given` is stored: its own, in the byte order of this
+    machine, if it is a float of ours, else the default.
     """
+    if not given.isnative:
+        given = given.newbyteorder("=")
     ours = given in FLOAT_DTYPES or (on_gpu and given in HALF_DTYPES)
     return given if ours else _default_dtype

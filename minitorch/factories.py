@@ -6,14 +6,15 @@ As in MiniTorch, `tensor` and `rand` give leaves that collect a gradient unless 
 
 from __future__ import annotations
 
-import random
 from math import prod
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import as_array, as_shape
 from .dtypes import check_dtype, get_default_dtype
+from .rng import uniform
 from .tensor import Tensor
 from .tensor_data import Storage, TensorData, UserShape
 from .tensor_ops import SimpleBackend, TensorBackend
@@ -30,23 +31,19 @@ __all__ = [
 ]
 
 
-def _shape(shape: UserShape | int) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, int) else tuple(int(n) for n in shape)
-    if min(sizes, default=0) < 0:
-        raise ValueError(f"shape must have no negative size, got {sizes}")
-    return sizes
-
-
 def _leaf(data: TensorData, backend: TensorBackend, requires_grad: bool) -> Tensor:
     out = Tensor(data, backend=backend)
-    out._type_(backend)
     out.requires_grad_(requires_grad)
     return out
 
 
-def _dtype(dtype: npt.DTypeLike | None, backend: TensorBackend) -> np.dtype[Any]:
+def _check_backend(backend: Any) -> None:
     if not isinstance(backend, TensorBackend):
         raise TypeError(f"backend must be a TensorBackend, got {backend!r}")
+
+
+def _dtype(dtype: npt.DTypeLike | None, backend: TensorBackend) -> np.dtype[Any]:
+    _check_backend(backend)
     return get_default_dtype() if dtype is None else check_dtype(dtype, backend.cuda)
 
 
@@ -58,7 +55,7 @@ def zeros(
 ) -> Tensor:
     """Zeros of `shape`."""
     wanted = _dtype(dtype, backend)
-    data = backend.ops.full(_shape(shape), 0.0, wanted)
+    data = backend.ops.full(as_shape(shape), 0.0, wanted)
     return _leaf(data, backend, requires_grad)
 
 
@@ -70,7 +67,7 @@ def ones(
 ) -> Tensor:
     """Ones of `shape`."""
     wanted = _dtype(dtype, backend)
-    data = backend.ops.full(_shape(shape), 1.0, wanted)
+    data = backend.ops.full(as_shape(shape), 1.0, wanted)
     return _leaf(data, backend, requires_grad)
 
 
@@ -80,9 +77,9 @@ def rand(
     requires_grad: bool | None = None,
     dtype: npt.DTypeLike | None = None,
 ) -> Tensor:
-    """Uniform numbers in [0, 1), one `random.random()` an element in row-major order."""
-    wanted = _shape(shape)
-    values = np.array([random.random() for _ in range(prod(wanted))], _dtype(dtype, backend))
+    """Uniform numbers in [0, 1), those of one `random.random()` an element in row-major order."""
+    wanted = as_shape(shape)
+    values = uniform(prod(wanted), _dtype(dtype, backend))
     data = backend.ops.from_numpy(values.reshape(wanted))
     return _leaf(data, backend, requires_grad is not False)
 
@@ -94,7 +91,8 @@ def _tensor(
     requires_grad: bool | None = None,
 ) -> Tensor:
     """A tensor of `shape` from a flat list or storage."""
-    return _leaf(TensorData(ls, _shape(shape)), backend, requires_grad is not False)
+    _check_backend(backend)
+    return _leaf(TensorData(ls, as_shape(shape)), backend, requires_grad is not False)
 
 
 def tensor(
@@ -113,16 +111,14 @@ def tensor(
         dtype: float32 or float64, on the GPU also float16 or bfloat16, in place of the rule above.
 
     Raises:
-        ValueError: lists of different lengths.
-        TypeError: `dtype` or `backend` is something else.
+        ValueError: lists of different lengths, masked elements, or numbers beyond a float.
+        TypeError: elements that are no real numbers (complex, None, strings); another `dtype` or
+            `backend`.
 
     """
     wanted = _dtype(dtype, backend)
-    try:
-        array = np.asarray(ls) if hasattr(ls, "__array__") else np.array(ls, wanted)
-    except ValueError as error:
-        raise ValueError(f"tensor: nested lists must all have the same length ({error})") from None
-    if dtype is not None:
+    array = as_array(ls, "ls")
+    if dtype is not None or not hasattr(ls, "__array__"):
         array = array.astype(wanted)
     data = backend.ops.from_numpy(np.array(array, order="C"))
     return _leaf(data, backend, requires_grad is not False)
@@ -132,9 +128,11 @@ def tensor_from_numpy(
     ls: Storage, backend: TensorBackend = SimpleBackend, requires_grad: bool = False
 ) -> Tensor:
     """A contiguous copy of an array: float32 and float64 keep their dtype, all else becomes the
-    default one.
+    default one. Errors are those of `tensor`.
     """
-    return _leaf(backend.ops.from_numpy(np.array(ls, order="C")), backend, requires_grad)
+    _check_backend(backend)
+    data = backend.ops.from_numpy(np.array(as_array(ls, "ls"), order="C"))
+    return _leaf(data, backend, requires_grad)
 
 
 def zeros_tensor_from_numpy(shape: UserShape, backend: TensorBackend = SimpleBackend) -> Tensor:

@@ -10,9 +10,9 @@ There is no kernel for the GPU: tensors there are copied to the host for it, and
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -20,6 +20,7 @@ from .autodiff import Context
 from .dtypes import HALF_DTYPES, promote
 from .function import Function
 from .kernels import threads
+from .kernels.cpu_compiler import njit
 from .kernels.simd import cache_key
 from .kernels.threads import fetch_add, run_on_threads, thread_count
 
@@ -67,9 +68,26 @@ def _wrap(like: Tensor, array: Array) -> Tensor:
 
 
 def _convolve(a: Array, b: Array, reverse: bool) -> Array:
-    """a (B, C, H, W) with b (O, C, KH, KW) -> (B, O, H, W)."""
+    """a (B, C, H, W) with b (O, C, KH, KW) -> (B, O, H, W).
+
+    Raises:
+        ValueError: other shapes.
+
+    """
+    if a.ndim != 4 or b.ndim != 4 or a.shape[1] != b.shape[1]:
+        raise ValueError(
+            f"input and weight must have the same in_channels, got shapes {a.shape} and {b.shape}"
+        )
     out = np.zeros((a.shape[0], b.shape[0], *a.shape[2:]), a.dtype)
-    _run(_convolution_worker, out.shape[0] * out.shape[1], out.size * b[0].size, out, a, b, reverse)
+    _run(
+        _convolution_worker,
+        out.shape[0] * out.shape[1],
+        out.size * prod(b.shape[1:]),
+        out,
+        a,
+        b,
+        reverse,
+    )
     return out
 
 
@@ -148,7 +166,7 @@ def _backward(ctx: Context, grad_output: Tensor, dims: int) -> tuple[Tensor, Ten
     dinput = _convolve(grad, np.array(weights.swapaxes(0, 1), order="C"), True)
     dweight = np.zeros_like(weights)
     pairs = weights.shape[0] * weights.shape[1]
-    _run(_weight_gradient_worker, pairs, grad.size * weights[0].size, dweight, inputs, grad)
+    _run(_weight_gradient_worker, pairs, grad.size * prod(weights.shape[1:]), dweight, inputs, grad)
     return _wrap(input, dinput), _wrap(weight, dweight)
 
 
@@ -159,7 +177,7 @@ conv2d = Conv2dFun.apply
 # ----- loops: threads take planes, or pairs of channels, from a shared counter -----
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _convolution_worker(out, a, b, reverse, next_plane, key=KEY):  # type: ignore[no-untyped-def]
     """out (B, O, H, W) += a (B, C, H, W) * b (O, C, KH, KW); looks ahead, or back if `reverse`."""
     batch, out_channels, height, width = out.shape
@@ -182,7 +200,7 @@ def _convolution_worker(out, a, b, reverse, next_plane, key=KEY):  # type: ignor
                             to[k] += weight * x[k]
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy")
 def _weight_gradient_worker(dweight, a, grad, next_pair, key=KEY):  # type: ignore[no-untyped-def]
     """dweight[o, c, i, j] = sum over n, y, x of grad[n, o, y, x] * a[n, c, y + i, x + j]"""
     out_channels, channels, kh, kw = dweight.shape

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .fused_ops import arrays, like, whole_numbers
 from .kernels import adamw, cross_entropy, embedding, gelu, layernorm, linear, softmax
 from .kernels.flash_attention import cpu as flash_attention
-from .tensor_data import TensorData
 from .tensor_ops import TensorOps
 
 if TYPE_CHECKING:
@@ -20,24 +20,6 @@ if TYPE_CHECKING:
     from .tensor import Tensor
 
     Array = npt.NDArray[Any]
-
-
-def _like(tensor: Tensor, array: Array) -> Tensor:
-    """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
-    return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
-
-
-def _arrays(*tensors: Tensor) -> Any:
-    """A tuple of the arrays of tensors, in one dtype: a kernel takes no mixture."""
-    arrays = tuple(t._tensor.array for t in tensors)
-    if len({a.dtype for a in arrays}) == 1:
-        return arrays
-    dtype = np.result_type(*arrays)
-    return tuple(a.astype(dtype, copy=False) for a in arrays)
-
-
-def _whole_numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
-    return tensor._tensor.array.astype(np.int64)
 
 
 class FastFusedOps(TensorOps):
@@ -49,34 +31,34 @@ class FastFusedOps(TensorOps):
     def softmax_forward(x: Tensor, dim: int) -> Tensor:
         """See `FusedOps.softmax_forward`."""
         along = np.moveaxis(x._tensor.array, dim, -1)
-        return _like(x, np.moveaxis(softmax.forward(along), -1, dim))
+        return like(x, np.moveaxis(softmax.forward(along), -1, dim))
 
     @staticmethod
     def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
         """See `FusedOps.softmax_backward`."""
-        g, p = (np.moveaxis(a, dim, -1) for a in _arrays(grad, y))
-        return _like(y, np.moveaxis(softmax.backward(g, p), -1, dim))
+        g, p = (np.moveaxis(a, dim, -1) for a in arrays(grad, y))
+        return like(y, np.moveaxis(softmax.backward(g, p), -1, dim))
 
     @staticmethod
     def logsumexp_forward(x: Tensor, dim: int) -> Tensor:
         """See `FusedOps.logsumexp_forward`."""
         along = np.moveaxis(x._tensor.array, dim, -1)
-        return _like(x, np.expand_dims(softmax.logsumexp_forward(along), dim))
+        return like(x, np.expand_dims(softmax.logsumexp_forward(along), dim))
 
     @staticmethod
     def logsumexp_backward(grad: Tensor, x: Tensor, logsumexp: Tensor) -> Tensor:
         """See `FusedOps.logsumexp_backward`."""
-        g, a, total = _arrays(grad, x, logsumexp)
+        g, a, total = arrays(grad, x, logsumexp)
         reduced = [d for d in range(a.ndim) if total.shape[d] != a.shape[d]]
         dim = reduced[0] if reduced else _dim_of_size_one(a)
         g, a, total = (np.moveaxis(array, dim, -1) for array in (g, a, total))
         dx = softmax.logsumexp_backward(g[..., 0], a, total[..., 0])
-        return _like(x, np.moveaxis(dx, -1, dim))
+        return like(x, np.moveaxis(dx, -1, dim))
 
     @classmethod
     def attn_softmax_fw(cls, inp: Tensor, mask: Tensor) -> Tensor:
         """See `FusedOps.attn_softmax_fw`."""
-        return _like(inp, softmax.forward(inp._tensor.array, mask._tensor.array))
+        return like(inp, softmax.forward(inp._tensor.array, mask._tensor.array))
 
     # ----- layer norm -----
 
@@ -85,9 +67,9 @@ class FastFusedOps(TensorOps):
         inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `FusedOps.layernorm_fw`."""
-        x, weight, bias = _arrays(inp, gamma, beta)
-        y, var, mean = layernorm.forward(x, weight, bias, eps)
-        return _like(inp, y), _like(inp, var), _like(inp, mean)
+        x, weight, bias = arrays(inp, gamma, beta)
+        y, var, mean = layernorm.forward(x, weight.reshape(-1), bias.reshape(-1), eps)
+        return like(inp, y), like(inp, var), like(inp, mean)
 
     @staticmethod
     def layernorm_bw(
@@ -100,21 +82,25 @@ class FastFusedOps(TensorOps):
         eps: float = 1e-8,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `FusedOps.layernorm_bw`."""
-        dy, x, weight, variance, centre = _arrays(out_grad, inp, gamma, var, mean)
-        dinp, dgamma, dbeta = layernorm.backward(dy, x, weight, variance, centre, eps)
-        return _like(inp, dinp), _like(gamma, dgamma), _like(beta, dbeta)
+        dy, x, weight, variance, centre = arrays(out_grad, inp, gamma, var, mean)
+        dinp, dgamma, dbeta = layernorm.backward(dy, x, weight.reshape(-1), variance, centre, eps)
+        return (
+            like(inp, dinp),
+            like(gamma, dgamma.reshape(gamma.shape)),
+            like(beta, dbeta.reshape(beta.shape)),
+        )
 
     # ----- GELU -----
 
     @staticmethod
     def gelu_forward(x: Tensor) -> Tensor:
         """See `FusedOps.gelu_forward`."""
-        return _like(x, gelu.forward(x._tensor.array))
+        return like(x, gelu.forward(x._tensor.array))
 
     @staticmethod
     def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
         """See `FusedOps.gelu_backward`."""
-        return _like(x, gelu.backward(*_arrays(grad, x)))
+        return like(x, gelu.backward(*arrays(grad, x)))
 
     # ----- linear layer -----
 
@@ -122,21 +108,22 @@ class FastFusedOps(TensorOps):
     def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `FusedOps.linear_forward`."""
         if bias is None:
-            rows, w = _arrays(x, weight)
-            return _like(x, linear.forward(rows, w, None))
-        return _like(x, linear.forward(*_arrays(x, weight, bias)))
+            rows, w = arrays(x, weight)
+            return like(x, linear.forward(rows, w, None))
+        rows, w, b = arrays(x, weight, bias)
+        return like(x, linear.forward(rows, w, b.reshape(-1)))
 
     @staticmethod
     def linear_backward(
         grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """See `FusedOps.linear_backward`."""
-        dy, rows, w = _arrays(grad, x, weight)
+        dy, rows, w = arrays(grad, x, weight)
         dx, dweight, dbias = linear.backward(dy, rows, w, needs)
         return (
-            None if dx is None else _like(x, dx),
-            None if dweight is None else _like(weight, dweight),
-            None if dbias is None else _like(weight, dbias),
+            None if dx is None else like(x, dx),
+            None if dweight is None else like(weight, dweight),
+            None if dbias is None else like(weight, dbias),
         )
 
     # ----- embedding -----
@@ -144,29 +131,29 @@ class FastFusedOps(TensorOps):
     @staticmethod
     def embedding_forward(ids: Tensor, weight: Tensor) -> Tensor:
         """See `FusedOps.embedding_forward`."""
-        return _like(weight, embedding.forward(_whole_numbers(ids), weight._tensor.array))
+        return like(weight, embedding.forward(whole_numbers(ids), weight._tensor.array))
 
     @staticmethod
     def embedding_backward(grad: Tensor, ids: Tensor, num_embeddings: int) -> Tensor:
         """See `FusedOps.embedding_backward`."""
-        dweight = embedding.backward(grad._tensor.array, _whole_numbers(ids), num_embeddings)
-        return _like(grad, dweight)
+        dweight = embedding.backward(grad._tensor.array, whole_numbers(ids), num_embeddings)
+        return like(grad, dweight)
 
     # ----- cross entropy -----
 
     @staticmethod
     def cross_entropy_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """See `FusedOps.cross_entropy_forward`."""
-        loss, logsumexp = cross_entropy.forward(logits._tensor.array, _whole_numbers(target))
-        return _like(logits, loss), _like(logits, logsumexp)
+        loss, logsumexp = cross_entropy.forward(logits._tensor.array, whole_numbers(target))
+        return like(logits, loss), like(logits, logsumexp)
 
     @staticmethod
     def cross_entropy_backward(
         grad: Tensor, logits: Tensor, target: Tensor, logsumexp: Tensor
     ) -> Tensor:
         """See `FusedOps.cross_entropy_backward`."""
-        g, x, total = _arrays(grad, logits, logsumexp)
-        return _like(logits, cross_entropy.backward(g, x, _whole_numbers(target), total))
+        g, x, total = arrays(grad, logits, logsumexp)
+        return like(logits, cross_entropy.backward(g, x, whole_numbers(target), total))
 
     # ----- AdamW -----
 
@@ -209,12 +196,12 @@ class FastFusedOps(TensorOps):
         value: Tensor,
         attn_mask: Array | None,
         problem: AttentionProblem,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `FusedOps.flash_attention_forward`; in tiles."""
-        out, logsumexp = flash_attention.forward(
+        out, logsumexp, rows = flash_attention.forward(
             problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
         )
-        return _like(query, out), _like(query, logsumexp)
+        return like(query, out), like(query, logsumexp), like(query, rows)
 
     @staticmethod
     def flash_attention_backward(
@@ -225,11 +212,12 @@ class FastFusedOps(TensorOps):
         value: Tensor,
         attn_mask: Array | None,
         out: Tensor,
-        logsumexp: Tensor,
+        rows: Tensor | None,
         problem: AttentionProblem,
         needs_mask_grad: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """See `FusedOps.flash_attention_backward`; scores are computed again, tile by tile."""
+        assert rows is not None
         dq, dk, dv, dmask = flash_attention.backward(
             problem,
             query._tensor.array,
@@ -237,13 +225,13 @@ class FastFusedOps(TensorOps):
             value._tensor.array,
             attn_mask,
             out._tensor.array,
-            logsumexp._tensor.array,
+            rows._tensor.array,
             grad_out._tensor.array,
             None if grad_logsumexp is None else grad_logsumexp._tensor.array,
             needs_mask_grad,
         )
-        dmask_tensor = None if dmask is None else _like(query, dmask)
-        return _like(query, dq), _like(key, dk), _like(value, dv), dmask_tensor
+        dmask_tensor = None if dmask is None else like(query, dmask)
+        return like(query, dq), like(key, dk), like(value, dv), dmask_tensor
 
 
 def _dim_of_size_one(a: Array) -> int:

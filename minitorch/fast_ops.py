@@ -13,15 +13,26 @@ import numba
 import numpy as np
 import numpy.typing as npt
 from numba import prange
+from numba.core.errors import NumbaError, UnsupportedBytecodeError
 
 from . import operators
 from .fast_fused import FastFusedOps
+from .ieee import quiet
 from .jit import compiled, specialise
 from .kernels import simd, threads
 from .kernels.blas import product
+from .kernels.cpu_compiler import njit
 from .kernels.threads import fetch_add, run_on_threads, thread_count
 from .tensor_data import TensorData, shape_broadcast
-from .tensor_ops import MapFn, MapProto, ZipFn, check_matmul, empty_output
+from .tensor_ops import (
+    MapFn,
+    MapProto,
+    ZipFn,
+    check_matmul,
+    empty_output,
+    folded_shape,
+    map_output,
+)
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -47,7 +58,7 @@ class FastOps(FastFusedOps):
         worker = _worker(_map_worker, fn, keep=True)
 
         def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
-            target = empty_output(a, a.shape) if out is None else out
+            target = map_output(a, out)
             _run(worker, target.size, *target.tuple(), *a.tuple())
             return target
 
@@ -81,9 +92,8 @@ class FastOps(FastFusedOps):
         worker = _worker(_reduce_worker, fn, keep=True)
 
         def apply(a: Tensor, dim: int) -> Tensor:
-            shape = list(a.shape)
-            shape[dim] = 1
-            out = empty_output(a, tuple(shape))
+            dim, shape = folded_shape(a, dim)
+            out = empty_output(a, shape)
             out._tensor._storage.fill(start)
             _run(worker, a.size, *out.tuple(), *a.tuple(), dim)
             return out
@@ -105,17 +115,28 @@ def _worker(template: Callable[..., Any], fn: Callable[..., float], keep: bool) 
 
 
 def _run(worker: Any, size: int, *arguments: Any) -> None:
-    """Call a worker on as many threads as `size` elements are worth."""
+    """Call a worker on as many threads as `size` elements are worth.
+
+    Raises:
+        TypeError: numba cannot compile its scalar function.
+
+    """
     next_chunk = np.zeros(1, np.int64)
-    if size < SERIAL:
-        worker(*arguments, next_chunk)
-    else:
-        run_on_threads(thread_count(), worker, *arguments, next_chunk)
+    try:
+        if size < SERIAL:
+            worker(*arguments, next_chunk)
+        else:
+            run_on_threads(thread_count(), worker, *arguments, next_chunk)
+    except (NumbaError, UnsupportedBytecodeError) as error:
+        fn = worker.py_func.__globals__["fn"]
+        raise TypeError(
+            f"numba cannot compile {fn.__name__}, which must take floats and return one: {error}"
+        ) from error
 
 
 def _copy(a: Tensor, out: Tensor | None = None, /) -> Tensor:
     """The identity, into a contiguous tensor."""
-    target = empty_output(a, a.shape) if out is None else out
+    target = map_output(a, out)
     np.copyto(target._tensor.array, a._tensor.array)
     return target
 
@@ -129,6 +150,7 @@ def _cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
 # ----- matrix product -----
 
 
+@quiet
 def matmul(a: Array, b: Array) -> Array:
     """a @ b of numpy arrays (..., n, k) and (..., k, m), always by BLAS.
 
@@ -201,6 +223,8 @@ def tensor_map(fn: MapFn) -> Any:
 
 
 def _map_kernel(out, out_shape, out_strides, a, a_shape, a_strides):  # type: ignore[no-untyped-def]
+    check_storage(out, out_shape, out_strides)
+    check_input(a, a_shape, a_strides, out_shape)
     next_chunk = np.zeros(1, np.int64)
     for _ in prange(1 if count(out_shape) < SERIAL else numba.get_num_threads()):
         worker(out, out_shape, out_strides, a, a_shape, a_strides, next_chunk)  # type: ignore[name-defined]  # noqa: F821
@@ -251,6 +275,9 @@ def tensor_zip(fn: ZipFn) -> Any:
 def _zip_kernel(  # type: ignore[no-untyped-def]
     out, out_shape, out_strides, a, a_shape, a_strides, b, b_shape, b_strides
 ):
+    check_storage(out, out_shape, out_strides)
+    check_input(a, a_shape, a_strides, out_shape)
+    check_input(b, b_shape, b_strides, out_shape)
     next_chunk = np.zeros(1, np.int64)
     for _ in prange(1 if count(out_shape) < SERIAL else numba.get_num_threads()):
         worker(  # type: ignore[name-defined]  # noqa: F821
@@ -306,6 +333,9 @@ def tensor_reduce(fn: ZipFn) -> Any:
 
 
 def _reduce_kernel(out, out_shape, out_strides, a, a_shape, a_strides, reduce_dim):  # type: ignore[no-untyped-def]
+    check_storage(out, out_shape, out_strides)
+    check_storage(a, a_shape, a_strides)
+    check_fold(out_shape, a_shape, reduce_dim)
     next_chunk = np.zeros(1, np.int64)
     for _ in prange(1 if count(a_shape) < SERIAL else numba.get_num_threads()):
         worker(out, out_shape, out_strides, a, a_shape, a_strides, reduce_dim, next_chunk)  # type: ignore[name-defined]  # noqa: F821
@@ -354,7 +384,7 @@ def _reduce_worker(  # type: ignore[no-untyped-def]
 # ----- index arithmetic inside the loops -----
 
 
-@numba.njit(error_model="numpy")
+@njit(error_model="numpy")
 def count(shape):  # type: ignore[no-untyped-def]
     """Number of elements."""
     size = np.int64(1)
@@ -363,7 +393,41 @@ def count(shape):  # type: ignore[no-untyped-def]
     return size
 
 
-@numba.njit(error_model="numpy")
+@njit(error_model="numpy")
+def check_storage(storage, shape, strides):  # type: ignore[no-untyped-def]
+    """Raise ValueError unless all elements lie in the storage."""
+    last = np.int64(0)
+    for d in range(len(shape)):
+        if strides[d] < 0:
+            raise ValueError("strides must not be negative")
+        last += (shape[d] - 1) * strides[d]
+    if count(shape) > 0 and last >= len(storage):
+        raise ValueError("a storage does not hold its shape with its strides")
+
+
+@njit(error_model="numpy")
+def check_input(a, a_shape, a_strides, shape):  # type: ignore[no-untyped-def]
+    """`check_storage`, and raise ValueError unless `a_shape` broadcasts to `shape`."""
+    check_storage(a, a_shape, a_strides)
+    offset = len(shape) - len(a_shape)
+    fits = offset >= 0
+    for d in range(len(a_shape)):
+        fits = fits and (a_shape[d] == 1 or a_shape[d] == shape[d + offset])
+    if not fits:
+        raise ValueError("an input does not broadcast to the shape of out")
+
+
+@njit(error_model="numpy")
+def check_fold(shape, a_shape, reduce_dim):  # type: ignore[no-untyped-def]
+    """Raise ValueError unless `shape` is `a_shape` with size 1 in dimension `reduce_dim`."""
+    fits = len(shape) == len(a_shape) and 0 <= reduce_dim < len(shape)
+    for d in range(len(shape)):
+        fits = fits and shape[d] == (1 if d == reduce_dim else a_shape[d])
+    if not fits:
+        raise ValueError("out must have the shape of a, but size 1 in the dimension reduced")
+
+
+@njit(error_model="numpy")
 def steps(shape, a_shape, a_strides):  # type: ignore[no-untyped-def]
     """Strides of `a` when it is broadcast to `shape`: 0 where it is repeated."""
     out = np.zeros(len(shape), np.int64)
@@ -374,7 +438,7 @@ def steps(shape, a_shape, a_strides):  # type: ignore[no-untyped-def]
     return out
 
 
-@numba.njit(error_model="numpy")
+@njit(error_model="numpy")
 def is_flat(shape, strides):  # type: ignore[no-untyped-def]
     """Whether these strides are those of a contiguous tensor (a size of 1 fits any stride)."""
     expected = np.int64(1)
@@ -385,7 +449,7 @@ def is_flat(shape, strides):  # type: ignore[no-untyped-def]
     return True
 
 
-@numba.njit(error_model="numpy")
+@njit(error_model="numpy")
 def row_offset(row, shape, strides, skipped):  # type: ignore[no-untyped-def]
     """Where row number `row` begins; dimension `skipped` runs along the row and does not count."""
     offset = np.int64(0)

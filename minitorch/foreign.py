@@ -6,21 +6,21 @@ the kernels on their own arrays.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from . import attention
-from .autodiff import Context
-from .interop import LEGACY_STREAM, data_from_dlpack, default_backend, import_array
+from .arguments import type_name
+from .dtypes import FLOAT_DTYPES, HALF_DTYPES
+from .interop import LEGACY_STREAM, default_backend, import_array
 from .kernels.runtime import SIMULATED, cuda, on_stream
 from .tensor import Tensor
 from .tensor_data import TensorData
-from .tensor_functions import FlashAttention
 from .tensor_ops import TensorBackend
 
 
@@ -28,7 +28,9 @@ def as_tensor(x: Any, backend: TensorBackend | None = None) -> Tensor:
     """A constant tensor that shares the memory of an array of another library.
 
     Work on the two is ordered: on the GPU, the current stream waits for the array's. The array's
-    library must not write into it while an operation of ours may still read.
+    library must not write into it while an operation of ours may still read. A copy is made where
+    memory cannot be shared: of a numpy array that is read-only, runs backwards or has the other
+    byte order, and of a torch tensor whose sign PyTorch keeps aside (`is_neg()`).
 
     Args:
         x: has `__dlpack__` (PyTorch, CuPy, JAX, numpy) or `__cuda_array_interface__` (numba), and
@@ -38,13 +40,16 @@ def as_tensor(x: Any, backend: TensorBackend | None = None) -> Tensor:
 
     Raises:
         TypeError: `x` is no array, or has another dtype.
-        ValueError: the array is on a device that the backend does not compute on, or has negative
-            strides.
+        ValueError: the array is on a device that the backend does not compute on, has negative
+            strides there, or its library does not give its memory away, as PyTorch does for a
+            tensor that requires a gradient.
 
     """
     if isinstance(x, Tensor):
         return x if backend is None else x.to(backend)
-    return _tensor(import_array(x), backend)
+    if isinstance(x, np.ndarray) and not x.flags.writeable:
+        x = x.copy()  # or an optimiser would write into it
+    return imported(x, backend=backend)
 
 
 def from_dlpack(x: Any, backend: TensorBackend | None = None) -> Tensor:
@@ -56,14 +61,21 @@ def from_dlpack(x: Any, backend: TensorBackend | None = None) -> Tensor:
 
     """
     if not hasattr(x, "__dlpack__"):
-        raise TypeError(f"x must have __dlpack__, got {type(x).__name__}")
-    return _tensor(import_array(x), backend)
+        raise TypeError(f"x must have __dlpack__, got {type_name(x)}")
+    return as_tensor(x, backend)
+
+
+def imported(x: Any, name: str = "x", backend: TensorBackend | None = None) -> Tensor:
+    """`as_tensor` for an array that nobody will write to: also a read-only one is shared. Errors
+    call it by `name`.
+    """
+    return _tensor(import_array(x, name=name), backend)
 
 
 def _tensor(data: TensorData, backend: TensorBackend | None) -> Tensor:
     # In the simulator the device's memory is the host's, and a backend of the GPU may have either.
     if SIMULATED and backend is not None and backend.cuda and not data.on_device:
-        return Tensor(TensorData.from_array(data.array)).to(backend)
+        return Tensor(data, backend=backend)
     backend = default_backend(data.on_device) if backend is None else backend
     if backend.cuda != data.on_device:
         raise ValueError(
@@ -75,54 +87,81 @@ def _tensor(data: TensorData, backend: TensorBackend | None) -> Tensor:
 
 # ----- attention -----
 
+_OPTIONS = tuple(inspect.signature(attention.flash_attention).parameters)[3:]
+
 
 def flash_attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
     """`Tensor.flash_attention`, for tensors and for arrays of other libraries.
 
+    For torch tensors this is an operation of PyTorch. Those that require a gradient get it, from
+    our backward pass, also under `create_graph=True`, checkpointing, `torch.func` and `vmap`; a
+    second derivative and forward mode raise RuntimeError. Dropout without a `seed` draws one from
+    PyTorch's generator of the device. `torch.compile` breaks its graph around the call. Inside
+    `torch.autocast` the dtypes stay what they are.
+
     Args:
         query: a Tensor; or an array of PyTorch, CuPy, numpy or another library with DLPack, on the
-            GPU or on the CPU. It is used where it is, without a copy, on its library's stream.
+            GPU or on the CPU. It is used where it is, without a copy, on its library's stream;
+            numpy's are copied if they run backwards or have the other byte order.
         key: of the same kind.
         value: of the same kind.
         options: see `minitorch.attention.flash_attention`. `attn_mask` may be an array of the same
-            library, bool or float.
+            library or of numpy, bool or float.
 
     Returns:
         What `minitorch.attention.flash_attention` returns, for arrays as arrays of their library.
-        PyTorch tensors that require a gradient get it, from our backward pass.
 
     Raises:
-        ValueError: shapes, mask or options that do not fit together.
+        ValueError: shapes, devices, mask or options that do not fit together.
         TypeError: dtypes that differ or are none of ours, or not arrays.
 
     """
+    for name in options:
+        if name not in _OPTIONS:
+            raise TypeError(f"flash_attention has no option {name}; it has {', '.join(_OPTIONS)}")
     if isinstance(query, Tensor):
         return attention.flash_attention(query, key, value, **options)
     library = _library(query)
-    for name, given in (("key", key), ("value", value)):
+    if library == "torch":
+        from . import torch_attention
+
+        return torch_attention.flash_attention(query, key, value, **options)
+    for name, given in (("query", query), ("key", key), ("value", value)):
+        if not _is_array(given):
+            raise TypeError(
+                f"{name} must be a minitorch.Tensor or an array of torch, numpy or another library "
+                f"with DLPack, got {type_name(given)}: minitorch.tensor takes numbers and lists"
+            )
         if _library(given) != library:
             raise TypeError(
                 "query, key and value must be arrays of one library, got a query of "
                 f"{library} and a {name} of {_library(given)}"
             )
-    with _stream_of(query, library):
-        if library == "torch" and _wants_gradient(query, key, value, options.get("attn_mask")):
-            return _torch_attention(query, key, value, options)
-        mask = _mask(options.pop("attn_mask", None))
-        q, k, v = (as_tensor(_plain(x)) for x in (query, key, value))
+    with stream_of(query, library):
+        mask = mask_from(options.pop("attn_mask", None))
+        q, k, v = (
+            imported(x, name) for name, x in (("query", query), ("key", key), ("value", value))
+        )
         out = attention.flash_attention(q, k, v, attn_mask=mask, **options)
         if isinstance(out, tuple):
             return tuple(_as_array_of(query, library, x) for x in out)
         return _as_array_of(query, library, out)
 
 
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "__dlpack__") or hasattr(x, "__cuda_array_interface__")
+
+
 def _library(x: Any) -> str:
-    """The name of the package that defines an object's type."""
-    return type(x).__module__.split(".")[0]
+    """The name of the package that an array is of, which a subclass of its type is, too."""
+    torch = sys.modules.get("torch")
+    if isinstance(x, getattr(torch, "Tensor", ())):
+        return "torch"
+    return "numpy" if isinstance(x, np.ndarray) else type(x).__module__.split(".")[0]
 
 
 @contextmanager
-def _stream_of(x: Any, library: str) -> Iterator[None]:
+def stream_of(x: Any, library: str) -> Iterator[None]:
     """Compute on the stream on which the array's library computes."""
     stream = 0
     if library == "torch":
@@ -149,78 +188,26 @@ def _as_array_of(like: Any, library: str, tensor: Tensor) -> Any:
     return cuda.as_cuda_array(tensor)
 
 
-def _plain(x: Any) -> Any:
-    """A PyTorch tensor without its graph, all else as it is."""
-    return x.detach() if hasattr(x, "detach") else x
+def mask_from(mask: Any) -> Any:
+    """A mask of another library as attention takes it: bool as bare elements, float as a Tensor;
+    None, numpy's and a Tensor as they are.
 
+    Raises:
+        TypeError: it is no array, or neither bool nor one of our floats.
+        ValueError: it is where we do not compute.
 
-def _mask(mask: Any) -> Any:
-    """A mask of another library as attention takes it: bool as bare elements, float as a Tensor."""
+    """
     if mask is None or isinstance(mask, Tensor | np.ndarray):
         return mask
-    mask = _plain(mask)
-    if str(mask.dtype).endswith("bool"):
-        data = data_from_dlpack(mask)
+    if not _is_array(mask):
+        raise TypeError(
+            f"attn_mask must be an array of bool or float, or a minitorch.Tensor, got "
+            f"{type_name(mask)}"
+        )
+    data = import_array(mask, (np.dtype(np.bool_), *FLOAT_DTYPES, *HALF_DTYPES), "attn_mask")
+    if data.dtype == np.bool_:
         return data if data.on_device else data.array
-    return as_tensor(mask)
+    return _tensor(data, None)
 
 
-# ----- PyTorch's autograd -----
-
-
-def _wants_gradient(*arrays: Any) -> bool:
-    enabled: bool = sys.modules["torch"].is_grad_enabled()
-    return enabled and any(getattr(x, "requires_grad", False) for x in arrays)
-
-
-def _torch_attention(query: Any, key: Any, value: Any, options: dict[str, Any]) -> Any:
-    options = dict(options)
-    mask = options.pop("attn_mask", None)
-    out = torch_function().apply(query, key, value, mask, options)
-    return out if len(out) == 2 else out[0]
-
-
-@cache
-def torch_function() -> Any:
-    """Our attention as a `torch.autograd.Function`; made when first needed, torch is not ours."""
-    torch = sys.modules["torch"]
-
-    class MiniTorchFlashAttention(torch.autograd.Function):  # type: ignore[misc,name-defined]
-        """The graph is PyTorch's, both passes are ours."""
-
-        @staticmethod
-        def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any, options: Any) -> Any:
-            """Output, and the logsumexp if it is wanted."""
-            ctx.save_for_backward(query, key, value, mask)  # so that PyTorch sees writes to them
-            q, k, v = (as_tensor(x.detach()) for x in (query, key, value))
-            our_mask = _mask(mask)
-            ctx.inputs = (q, k, v, our_mask)
-            ctx.ours, ctx.with_lse = Context(), bool(options.pop("return_lse", False))
-            problem = attention.describe(q, k, v, our_mask, **options)
-            masked = mask is not None and mask.requires_grad
-            out = FlashAttention.forward(ctx.ours, q, k, v, our_mask, problem, masked, ctx.with_lse)
-            results = (out[..., :-1].to(problem.dtype), out[..., -1]) if ctx.with_lse else (out,)
-            return tuple(_as_array_of(query, "torch", x) for x in results)
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, grad_out: Any, grad_lse: Any = None) -> Any:
-            """Gradients of query, key, value and mask, where they are wanted."""
-            like = ctx.saved_tensors[0]  # raises if an input was written to
-            with _stream_of(like, "torch"):
-                grad = as_tensor(grad_out)
-                if ctx.with_lse:
-                    columns = torch.cat((grad_out.to(grad_lse.dtype), grad_lse[..., None]), -1)
-                    grad = as_tensor(columns)
-                grads = FlashAttention.backward(ctx.ours, grad)[:4]
-                wanted = zip(ctx.inputs, grads, ctx.needs_input_grad, strict=False)
-                found = [
-                    _as_array_of(like, "torch", x.expand(g).contiguous()) if needed else None
-                    for x, g, needed in wanted
-                ]
-            return (*found, None)
-
-    return MiniTorchFlashAttention
-
-
-__all__ = ["as_tensor", "flash_attention", "from_dlpack"]
+__all__ = ["as_tensor", "flash_attention", "from_dlpack", "imported", "mask_from", "stream_of"]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .arguments import as_int, as_number, check_tensor, tensor_class
 from .autodiff import Context, is_grad_enabled
 
 if TYPE_CHECKING:
@@ -56,53 +60,88 @@ class Function:
             inputs: tensors, and plain values that have no derivative.
 
         Raises:
+            TypeError: too many inputs or too few, or another type than `forward` is annotated with.
             ValueError: some tensors are on the GPU and some are not.
 
         """
-        tracked = is_grad_enabled() and any(getattr(x, "history", None) is not None for x in inputs)
+        _check_inputs(cls, inputs)
+        tensor = tensor_class()
+        wants = tuple([isinstance(x, tensor) and x.history is not None for x in inputs])
+        tracked = is_grad_enabled() and True in wants
         ctx = Context(no_grad=not tracked)
-        raw = [x.detach() if hasattr(x, "history") else x for x in inputs]
+        ctx.needs_input_grad = wants
+        raw = [x.detach() if isinstance(x, tensor) else x for x in inputs]
         try:
             out = cls._forward(ctx, *raw)
         except Exception as error:
             _explain_mixture(cls.__name__, raw, error)
             raise
+        if not isinstance(out, tensor):
+            raise TypeError(
+                f"{cls.__name__}.forward must return a Tensor, got {type(out).__name__}"
+            )
         if not tracked:
             return out
         return type(out)(out._tensor, History(cls, ctx, inputs), backend=out.backend)
 
 
+class _Signature(NamedTuple):
+    """What `forward` of a function takes after the context."""
+
+    names: tuple[str, ...]  # "MatMul: t1" and so on
+    checks: tuple[Callable[[Any, str], object] | None, ...]  # by annotation; None: anything goes
+    least: int  # how many inputs there must be
+    most: float
+
+
+_CHECKS: dict[frozenset[str], Callable[[Any, str], object]] = {
+    frozenset({"Tensor"}): check_tensor,
+    frozenset({"Tensor", "None"}): lambda x, name: None if x is None else check_tensor(x, name),
+    frozenset({"float"}): as_number,
+    frozenset({"int"}): as_int,
+}
+
+
+@cache
+def _signature(cls: type[Function]) -> _Signature:
+    forward = getattr(cls, "forward", None)
+    if forward is None:
+        raise TypeError(f"{cls.__name__} defines no forward(ctx, ...)")
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    several = [p for p in parameters if p.kind is p.VAR_POSITIONAL]
+    checks = []
+    for parameter in parameters:
+        written = parameter.annotation
+        text = written if isinstance(written, str) else getattr(written, "__name__", str(written))
+        types = frozenset(part.strip(" '\"").split(".")[-1] for part in text.split("|"))
+        checks.append(_CHECKS.get(types))
+    return _Signature(
+        tuple(f"{cls.__name__}: {p.name}" for p in parameters),
+        tuple(checks),
+        sum(p.default is p.empty for p in parameters) - len(several),
+        math.inf if several else len(parameters),
+    )
+
+
+def _check_inputs(cls: type[Function], inputs: Sequence[Any]) -> None:
+    """Raise TypeError unless the inputs are as many, and what, `forward` says that it takes."""
+    names, checks, least, most = _signature(cls)  # type: ignore[arg-type]
+    if not least <= len(inputs) <= most:
+        wanted = ", ".join(name.split(": ")[1] for name in names)
+        raise TypeError(f"{cls.__name__} takes {wanted}; {len(inputs)} inputs were given")
+    last = len(names) - 1
+    for i, x in enumerate(inputs):
+        k = i if i < last else last  # the last parameter may stand for any number
+        check = checks[k]
+        if check is not None:
+            check(x, names[k])
+
+
 def _explain_mixture(name: str, inputs: Sequence[Any], error: Exception) -> None:
     """If a function failed because its tensors are not in one place, say so."""
-    on_device = {x._tensor.on_device for x in inputs if hasattr(x, "_tensor")}
+    on_device = {x._tensor.on_device for x in inputs if isinstance(x, tensor_class())}
     if len(on_device) > 1:
         raise ValueError(
             f"{name}: some of its tensors are on the GPU and some on the CPU; "
             "move them with .to(backend)"
         ) from error
-
-
-def as_int(value: Any) -> int:
-    """A dimension, given as a whole number or as a tensor of one element (as MiniTorch's courses
-    do).
-    """
-    return int(value.item()) if hasattr(value, "item") else int(value)
-
-
-def as_ints(values: Any) -> tuple[int, ...]:
-    """A shape or an order, given as numbers or as a tensor."""
-    array = values.to_numpy().reshape(-1) if hasattr(values, "to_numpy") else values
-    return tuple(int(v) for v in array)
-
-
-def check_dim(dim: Any, dims: int) -> int:
-    """A dimension counted from 0; negative ones count from the end.
-
-    Raises:
-        IndexError: there is no such dimension.
-
-    """
-    given = as_int(dim)
-    if not -dims <= given < dims:
-        raise IndexError(f"dim must be in [{-dims}, {dims - 1}] for {dims} dimensions, got {given}")
-    return given % dims

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .arguments import check_dim
 from .autodiff import Context
-from .function import Function, check_dim
+from .function import Function
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -31,12 +32,13 @@ class Softmax(Function):
 
 
 class LogSoftmax(Function):
-    """a - logsumexp(a) along a dimension."""
+    """a - logsumexp(a) along a dimension; NaN where the logsumexp is infinite, as in PyTorch."""
 
     @staticmethod
     def forward(ctx: Context, input: Tensor, dim: Any) -> Tensor:
         axis = check_dim(dim, input.dims)
-        out = input - input.f.logsumexp_forward(input, axis)
+        total = input.f.logsumexp_forward(input, axis)
+        out = input - (total + (total - total))
         ctx.save_for_backward(out, axis)
         return out
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .fused_checks import guard
+from .ieee import quiet
 from .kernels.flash_attention.standard import standard_attention, standard_attention_backward
 from .tensor_data import TensorData
 
@@ -24,58 +26,101 @@ if TYPE_CHECKING:
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def _like(tensor: Tensor, array: Array) -> Tensor:
+def like(tensor: Tensor, array: Array) -> Tensor:
     """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
     return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
 
 
-def _finite_max(x: Array, axis: int) -> Array:
-    """The maximum along `axis`, 0 where everything is -inf: subtracting it never gives NaN."""
+def arrays(*tensors: Tensor) -> Any:
+    """A tuple of the arrays of tensors on the CPU, all in the widest of their dtypes."""
+    found = tuple(t._tensor.array for t in tensors)
+    if len({a.dtype for a in found}) == 1:
+        return found
+    dtype = np.result_type(*found)
+    return tuple(a.astype(dtype, copy=False) for a in found)
+
+
+def whole_numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
+    """The elements, which have been checked to be whole numbers."""
+    return tensor._tensor.array.astype(np.int64)
+
+
+def _max_or_zero(x: Array, axis: int) -> Array:
+    """The maximum along `axis`, 0 where everything is -inf: subtracting it then gives no NaN."""
     maximum: Array = x.max(axis, keepdims=True, initial=-np.inf)
     return np.where(np.isneginf(maximum), x.dtype.type(0), maximum)
 
 
+def _mean(x: Array) -> Array:
+    """Along the last dimension, which is kept; NaN of no elements."""
+    mean: Array = x.sum(-1, keepdims=True) / x.dtype.type(x.shape[-1])
+    return mean
+
+
+def _logsumexp(x: Array, axis: int) -> Array:
+    """log(sum(exp(x))) along `axis`, which is kept; infinite where a number or the sum is."""
+    maximum = _max_or_zero(x, axis)
+    shift = np.where(np.isfinite(maximum), maximum, x.dtype.type(0))
+    total: Array = np.exp(x - shift).sum(axis, keepdims=True)
+    return np.asarray(np.log(total) + shift)
+
+
+def _softmax_from(x: Array, logsumexp: Array) -> Array:
+    """exp(x - logsumexp); zeros where everything is -inf."""
+    shift = np.where(np.isneginf(logsumexp), x.dtype.type(0), logsumexp)
+    return np.asarray(np.exp(x - shift))
+
+
 class FusedOps:
-    """The fused operations of a backend, forward and backward. Tensors in, constant tensors out."""
+    """The fused operations of a backend, forward and backward. Tensors in, constant tensors out.
+
+    Those that need it begin with the check of `fused_checks` that has their name, here and in every
+    class that overrides them.
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        guard(cls)
 
     # ----- softmax: y = exp(x - max) / sum(exp(x - max)) -----
 
     @staticmethod
+    @quiet
     def softmax_forward(x: Tensor, dim: int) -> Tensor:
         """Softmax along `dim`; a slice that is -inf throughout gives zeros."""
         a = x._tensor.array
-        e = np.exp(a - _finite_max(a, dim))
+        e = np.exp(a - _max_or_zero(a, dim))
         total = e.sum(dim, keepdims=True)
-        return _like(x, e / np.where(total == 0, e.dtype.type(1), total))
+        return like(x, e / np.where(total == 0, e.dtype.type(1), total))
 
     @staticmethod
+    @quiet
     def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
         """dx = y * (grad - sum(grad * y)), with `y` the softmax."""
         g, p = grad._tensor.array, y._tensor.array
-        return _like(y, p * (g - (g * p).sum(dim, keepdims=True)))
+        return like(y, p * (g - (g * p).sum(dim, keepdims=True)))
 
     @staticmethod
+    @quiet
     def logsumexp_forward(x: Tensor, dim: int) -> Tensor:
         """log(sum(exp(x))) along `dim`, which is kept with size 1."""
-        a = x._tensor.array
-        shift = _finite_max(a, dim)
-        with np.errstate(divide="ignore"):  # log(0) = -inf where everything is -inf
-            return _like(x, np.log(np.exp(a - shift).sum(dim, keepdims=True)) + shift)
+        return like(x, _logsumexp(x._tensor.array, dim))
 
     @staticmethod
+    @quiet
     def logsumexp_backward(grad: Tensor, x: Tensor, logsumexp: Tensor) -> Tensor:
         """dx = grad * softmax(x)."""
-        total = logsumexp._tensor.array
-        shift = np.where(np.isneginf(total), total.dtype.type(0), total)
-        return _like(x, grad._tensor.array * np.exp(x._tensor.array - shift))
+        softmax = _softmax_from(x._tensor.array, logsumexp._tensor.array)
+        return like(x, grad._tensor.array * softmax)
 
     @classmethod
+    @quiet
     def attn_softmax_fw(cls, inp: Tensor, mask: Tensor) -> Tensor:
         """softmax(inp + mask) along the last dimension; inp (B, H, from, to), mask broadcasts to
         it.
         """
         scores = inp._tensor.array + mask._tensor.array.astype(inp.dtype, copy=False)
-        return cls.softmax_forward(_like(inp, scores), inp.dims - 1)
+        return cls.softmax_forward(like(inp, scores), inp.dims - 1)
 
     @classmethod
     def attn_softmax_bw(cls, out_grad: Tensor, soft_inp: Tensor) -> Tensor:
@@ -85,19 +130,21 @@ class FusedOps:
     # ----- layer norm: y = gamma * (x - mean) / sqrt(var + eps) + beta -----
 
     @staticmethod
+    @quiet
     def layernorm_fw(
         inp: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-8
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise the last dimension. inp (..., D), gamma and beta (D,) -> out, variance and mean
-        (rows,).
+        """Normalise the last dimension. inp (..., D), gamma and beta (D,) or (1, D) -> out,
+        variance and mean (rows,).
         """
-        x = inp._tensor.array
-        mean = x.mean(-1, keepdims=True)
-        var = ((x - mean) ** 2).mean(-1, keepdims=True)
-        y = (x - mean) / np.sqrt(var + x.dtype.type(eps)) * gamma._tensor.array + beta._tensor.array
-        return _like(inp, y), _like(inp, var.reshape(-1)), _like(inp, mean.reshape(-1))
+        x, weight, bias = arrays(inp, gamma, beta)
+        mean = _mean(x)
+        var = _mean((x - mean) ** 2)
+        y = (x - mean) / np.sqrt(var + x.dtype.type(eps)) * weight + bias
+        return like(inp, y), like(inp, var.reshape(-1)), like(inp, mean.reshape(-1))
 
     @staticmethod
+    @quiet
     def layernorm_bw(
         out_grad: Tensor,
         inp: Tensor,
@@ -107,47 +154,52 @@ class FusedOps:
         mean: Tensor,
         eps: float = 1e-8,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of inp, gamma and beta."""
-        x, g = inp._tensor.array, out_grad._tensor.array
+        """Gradients of inp, gamma and beta, in their shapes."""
+        g, x, weight, variance, centre = arrays(out_grad, inp, gamma, var, mean)
         column = (*x.shape[:-1], 1)
-        rstd = 1 / np.sqrt(var._tensor.array.reshape(column) + x.dtype.type(eps))
-        xhat = (x - mean._tensor.array.reshape(column)) * rstd
-        gx = g * gamma._tensor.array
-        mean_gx = gx.mean(-1, keepdims=True)
-        mean_gx_xhat = (gx * xhat).mean(-1, keepdims=True)
+        rstd = 1 / np.sqrt(variance.reshape(column) + x.dtype.type(eps))
+        xhat = (x - centre.reshape(column)) * rstd
+        gx = g * weight
         rows = tuple(range(x.ndim - 1))
-        dinp = rstd * (gx - mean_gx - xhat * mean_gx_xhat)
+        dinp = rstd * (gx - _mean(gx) - xhat * _mean(gx * xhat))
         return (
-            _like(inp, dinp),
-            _like(gamma, (g * xhat).sum(rows)),
-            _like(beta, g.sum(rows)),
+            like(inp, dinp),
+            like(gamma, (g * xhat).sum(rows).reshape(gamma.shape)),
+            like(beta, g.sum(rows).reshape(beta.shape)),
         )
 
     # ----- GELU, tanh form (Hendrycks & Gimpel 2016, section 2) -----
 
     @staticmethod
+    @quiet
     def gelu_forward(x: Tensor) -> Tensor:
         """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
         a = x._tensor.array
-        return _like(x, 0.5 * a * (1 + np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))))
+        return like(x, 0.5 * a * (1 + np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))))
 
     @staticmethod
+    @quiet
     def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
         """grad * d gelu(x) / dx."""
         a = x._tensor.array
         t = np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))
         inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * a**2)
-        return _like(x, grad._tensor.array * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner))
+        return like(x, grad._tensor.array * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner))
 
     # ----- linear layer: y = x @ weight + bias -----
 
     @staticmethod
+    @quiet
     def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (..., in), weight (in, out), bias (out,) or None -> (..., out)."""
-        y = x._tensor.array @ weight._tensor.array
-        return _like(x, y if bias is None else y + bias._tensor.array)
+        """x (..., in), weight (in, out), bias (out,) or (1, out) or None -> (..., out)."""
+        if bias is None:
+            a, w = arrays(x, weight)
+            return like(x, a @ w)
+        a, w, b = arrays(x, weight, bias)
+        return like(x, a @ w + b)
 
     @staticmethod
+    @quiet
     def linear_backward(
         grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -157,9 +209,9 @@ class FusedOps:
         rows = g.reshape(count, w.shape[1])  # (rows, out)
         x_rows = x._tensor.array.reshape(count, w.shape[0])  # (rows, in)
         return (
-            _like(x, g @ w.T) if needs[0] else None,
-            _like(weight, x_rows.T @ rows) if needs[1] else None,
-            _like(weight, rows.sum(0)) if needs[2] else None,
+            like(x, g @ w.T) if needs[0] else None,
+            like(weight, x_rows.T @ rows) if needs[1] else None,
+            like(weight, rows.sum(0)) if needs[2] else None,
         )
 
     # ----- embedding: y[i] = weight[ids[i]] -----
@@ -167,39 +219,45 @@ class FusedOps:
     @staticmethod
     def embedding_forward(ids: Tensor, weight: Tensor) -> Tensor:
         """ids (...), whole numbers stored as floats; weight (num_embeddings, E) -> (..., E)."""
-        return _like(weight, weight._tensor.array[ids._tensor.array.astype(np.int64)])
+        return like(weight, weight._tensor.array[whole_numbers(ids)])
 
     @staticmethod
+    @quiet
     def embedding_backward(grad: Tensor, ids: Tensor, num_embeddings: int) -> Tensor:
         """Gradient of weight: each row of `grad` added to the row that it was read from."""
         g = grad._tensor.array
         dweight = np.zeros((num_embeddings, g.shape[-1]), g.dtype)
-        np.add.at(dweight, ids._tensor.array.astype(np.int64), g)
-        return _like(grad, dweight)
+        np.add.at(dweight, whole_numbers(ids), g)
+        return like(grad, dweight)
 
     # ----- cross entropy: loss = logsumexp(logits) - logits[target] -----
 
     @staticmethod
+    @quiet
     def cross_entropy_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """logits (N, C), target (N,) -> the loss and the logsumexp of each row, both (N,)."""
-        x, t = logits._tensor.array, target._tensor.array.astype(np.int64)
-        shift = _finite_max(x, 1)
-        logsumexp = np.log(np.exp(x - shift).sum(1)) + shift[:, 0]
-        return _like(logits, logsumexp - x[np.arange(len(t)), t]), _like(logits, logsumexp)
+        """logits (N, C), target (N,) -> the loss and the logsumexp of each row, both (N,). They are
+        NaN where a logit is inf: no softmax has a limit there.
+        """
+        x, t = logits._tensor.array, whole_numbers(target)
+        logsumexp = _logsumexp(x, 1)[:, 0]
+        logsumexp[np.isposinf(logsumexp)] = np.nan
+        return like(logits, logsumexp - x[np.arange(len(t)), t]), like(logits, logsumexp)
 
     @staticmethod
+    @quiet
     def cross_entropy_backward(
         grad: Tensor, logits: Tensor, target: Tensor, logsumexp: Tensor
     ) -> Tensor:
         """dlogits = grad * (softmax(logits) - one_hot(target)); grad (N,)."""
-        x, t = logits._tensor.array, target._tensor.array.astype(np.int64)
-        p = np.exp(x - logsumexp._tensor.array[:, None])
+        x, t = logits._tensor.array, whole_numbers(target)
+        p = _softmax_from(x, logsumexp._tensor.array[:, None])
         p[np.arange(len(t)), t] -= 1
-        return _like(logits, p * grad._tensor.array[:, None])
+        return like(logits, p * grad._tensor.array[:, None])
 
     # ----- AdamW (Loshchilov & Hutter 2019, algorithm 2) -----
 
     @staticmethod
+    @quiet
     def adamw_step(
         param: Tensor,
         grad: Tensor,
@@ -228,22 +286,25 @@ class FusedOps:
     # ----- attention: softmax(query @ key^T * scale + mask) @ value -----
 
     @staticmethod
+    @quiet
     def flash_attention_forward(
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attn_mask: Array | None,
         problem: AttentionProblem,
-    ) -> tuple[Tensor, Tensor]:
-        """Output (..., seqlen_q, value_dim) and logsumexp (..., seqlen_q); here with the whole
-        score matrix.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Output (..., seqlen_q, value_dim), logsumexp (..., seqlen_q), and the rows that the
+        backward pass of the same backend wants, which may be None; here with the whole score
+        matrix.
         """
-        out, logsumexp = standard_attention(
+        out, logsumexp, rows = standard_attention(
             problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
         )
-        return _like(query, out), _like(query, logsumexp)
+        return like(query, out), like(query, logsumexp), like(query, rows)
 
     @staticmethod
+    @quiet
     def flash_attention_backward(
         grad_out: Tensor,
         grad_logsumexp: Tensor | None,
@@ -252,11 +313,12 @@ class FusedOps:
         value: Tensor,
         attn_mask: Array | None,
         out: Tensor,
-        logsumexp: Tensor,
+        rows: Tensor | None,
         problem: AttentionProblem,
         needs_mask_grad: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of query, key, value, and of an additive mask if it is wanted."""
+        assert rows is not None
         dq, dk, dv, dmask = standard_attention_backward(
             problem,
             query._tensor.array,
@@ -264,10 +326,13 @@ class FusedOps:
             value._tensor.array,
             attn_mask,
             out._tensor.array,
-            logsumexp._tensor.array,
+            rows._tensor.array,
             grad_out._tensor.array,
             None if grad_logsumexp is None else grad_logsumexp._tensor.array,
             needs_mask_grad,
         )
-        dmask_tensor = None if dmask is None else _like(query, dmask)
-        return _like(query, dq), _like(key, dk), _like(value, dv), dmask_tensor
+        dmask_tensor = None if dmask is None else like(query, dmask)
+        return like(query, dq), like(key, dk), like(value, dv), dmask_tensor
+
+
+guard(FusedOps)

@@ -17,7 +17,8 @@ from .autodiff import no_grad
 from .capturable import zeros
 from .device_array import DeviceArray
 from .kernels import adamw_cuda
-from .optim import Adam, Optimizer, _gradient
+from .optim import Adam
+from .optimizer import Optimizer, gradient_of
 from .tensor import Tensor
 from .tensor_data import TensorData
 
@@ -59,10 +60,10 @@ class GradScaler:
         growth_interval: int = 2000,
         enabled: bool = True,
     ) -> None:
-        if not init_scale > 0:
-            raise ValueError(f"init_scale must be above 0, got {init_scale}")
-        if not growth_factor > 1:
-            raise ValueError(f"growth_factor must be above 1, got {growth_factor}")
+        if not 0 < init_scale < math.inf:
+            raise ValueError(f"init_scale must be above 0 and finite, got {init_scale}")
+        if not 1 < growth_factor < math.inf:
+            raise ValueError(f"growth_factor must be above 1 and finite, got {growth_factor}")
         if not 0 < backoff_factor < 1:
             raise ValueError(f"backoff_factor must be between 0 and 1, got {backoff_factor}")
         if growth_interval < 1:
@@ -122,7 +123,7 @@ class GradScaler:
             return
         with no_grad():
             for parameter in optimizer.parameters:
-                gradient = _gradient(parameter)
+                gradient = gradient_of(parameter)
                 if isinstance(gradient, Tensor):
                     self._unscale_tensor(parameter.value, gradient)
 
@@ -191,15 +192,24 @@ class GradScaler:
         """Take back what `state_dict` gave.
 
         Raises:
-            ValueError: `state` has other names.
+            ValueError: `state` has other names, or numbers that a scaler cannot have. Nothing has
+                been changed.
 
         """
         if not self._enabled:
             return
         if set(state) != set(LOADED):
             raise ValueError(f"state of a GradScaler must have {LOADED}, got {sorted(state)}")
-        self._scale = float(np.asarray(state["scale"]).item())
-        self._growth_tracker = int(np.asarray(state["growth_tracker"]).item())
+        scale, tracker = (np.asarray(state[name]) for name in LOADED)
+        for name, array in (("scale", scale), ("growth_tracker", tracker)):
+            if array.size != 1 or array.dtype.kind not in "fiu":
+                raise ValueError(f"{name} must be one number, got {array}")
+        if not 0 < scale.item() < math.inf:
+            raise ValueError(f"scale must be above 0 and finite, got {scale.item()}")
+        if not (tracker.item() >= 0 and tracker.item() % 1 == 0):
+            raise ValueError(f"growth_tracker must be a whole number, got {tracker.item()}")
+        self._scale = float(scale.item())
+        self._growth_tracker = int(tracker.item())
         if self._device is not None:
             array = np.array([self._scale, self._growth_tracker], np.float32)
             self._device[0].copy_from_host(array)

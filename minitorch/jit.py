@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from numba import njit
+from .kernels.cpu_compiler import njit
 
 
 def compiled(fn: Callable[..., float]) -> Any:
@@ -54,7 +54,7 @@ def specialise(
     loop.__doc__ = template.__doc__
     if digest is not None:
         loop.__qualname__ = f"{template.__name__}_{digest}"
-    return njit(parallel=parallel, cache=digest is not None, error_model="numpy")(loop)
+    return njit(parallel=parallel, nogil=True, cache=digest is not None, error_model="numpy")(loop)
 
 
 def source_digest(fn: Callable[..., float], files: Sequence[str] = ()) -> str | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Self
 
 import numpy as np
@@ -54,11 +57,29 @@ class Parameter:
             if getattr(self.value, attribute, None) is not None:
                 setattr(self.value, attribute, None)
 
+    def __copy__(self) -> Self:
+        """A parameter whose value is another variable, with the same elements."""
+        out = type(self).__new__(type(self))
+        out.__dict__.update(self.__dict__, value=copy.copy(self.value))
+        return out
+
     def __repr__(self) -> str:
         return repr(self.value)
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+CONTAINERS = (list, tuple, set, dict)
+MOST_MEMBERS = 1000  # that are looked at: a list of layers is short, one of data is not
+
+
+def _members(container: Any, depth: int = 4) -> Iterator[Any]:
+    """All that a container holds, and containers in it, some levels deep."""
+    for member in container.values() if isinstance(container, dict) else container:
+        yield member
+        if depth and isinstance(member, CONTAINERS):
+            yield from _members(member, depth - 1)
 
 
 def _no_forward(self: Module, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +89,8 @@ def _no_forward(self: Module, *args: Any, **kwargs: Any) -> Any:
 class Module:
     """A tree of modules with parameters at its nodes.
 
-    Assigning a Parameter or a Module to an attribute files it; subclasses define `forward`.
+    Assigning a Parameter or a Module to an attribute files it; subclasses define `forward`. For a
+    list of modules there is `ModuleList`: in a plain list they are not filed, which is an error.
 
     Attributes:
         training: whether the module trains (dropout acts) or is evaluated.
@@ -117,6 +139,9 @@ class Module:
         return list(seen.values())
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
+        for name, value in self.__dict__.items():
+            if isinstance(value, CONTAINERS) and name not in ("_parameters", "_modules"):
+                self._check_filed(name, value)  # a list may have grown since
         for name, parameter in self._parameters.items():
             yield prefix + name, parameter
         for name, module in self._modules.items():
@@ -178,6 +203,8 @@ class Module:
                 f"call super().__init__() before setting {type(self).__name__}.{key}"
             )
         place: dict[str, Any] = self.__dict__
+        if isinstance(val, CONTAINERS):
+            self._check_filed(key, val)
         if isinstance(val, Parameter):
             place = self._parameters
         elif isinstance(val, Module):
@@ -187,18 +214,42 @@ class Module:
                 other.pop(key, None)
         place[key] = val
 
-    def __getattr__(self, key: str) -> Any:
-        """A filed parameter or module; None for any other name, as in MiniTorch.
-
-        Names with two leading underscores belong to Python's protocols and are really missing.
+    def _check_filed(self, key: str, container: Any) -> None:
+        """Raise TypeError if a list, a tuple, a set or a dict holds modules or parameters that are
+        not filed: nobody would train, save or move them.
         """
+        members = islice(_members(container), MOST_MEMBERS)
+        suspects = [x for x in members if isinstance(x, Module | Parameter)]
+        filed = {id(x) for x in self._below()} if suspects else set()
+        for found in suspects:
+            if id(found) not in filed:
+                what, use = "parameters", "file each by add_parameter()"
+                if isinstance(found, Module):
+                    what, use = "modules", "use minitorch.ModuleList"
+                raise TypeError(
+                    f"{type(self).__name__}.{key} is a {type(container).__name__} of {what}, which "
+                    f"would not be trained or saved: {use}"
+                )
+
+    def _below(self) -> Iterator[Module | Parameter]:
+        """All that is filed in this module and those below."""
+        yield from self._parameters.values()
+        for module in self._modules.values():
+            yield module
+            yield from module._below()
+
+    def __getattr__(self, key: str) -> Any:
+        """A filed parameter or module."""
         for place in ("_parameters", "_modules"):
             filed = self.__dict__.get(place, {})
             if key in filed:
                 return filed[key]
-        if key.startswith("__") or "_parameters" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__} has no attribute {key}")
-        return None
+        hint = ""
+        if not key.startswith("_"):
+            names = {*self._parameters, *self._modules, *self.__dict__, *dir(type(self))}
+            close = difflib.get_close_matches(key, names, 1)
+            hint = f": did you mean {close[0]}?" if close else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {key}{hint}")
 
     def __delattr__(self, key: str) -> None:
         for place in (self._parameters, self._modules):
@@ -206,6 +257,25 @@ class Module:
                 del place[key]
                 return
         super().__delattr__(key)
+
+    def __copy__(self) -> Self:
+        """A module with parameters and modules of its own, which share their elements with these;
+        what is shared within the module stays so. All other attributes are the same objects.
+        """
+        return self._copied({})
+
+    def _copied(self, made: dict[int, Any]) -> Self:
+        if id(self) in made:
+            found: Self = made[id(self)]
+            return found
+        out = made[id(self)] = type(self).__new__(type(self))
+        parameters = {
+            name: made.setdefault(id(parameter), copy.copy(parameter))
+            for name, parameter in self._parameters.items()
+        }
+        modules = {name: module._copied(made) for name, module in self._modules.items()}
+        out.__dict__.update(self.__dict__, _parameters=parameters, _modules=modules)
+        return out
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)

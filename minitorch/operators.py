@@ -111,6 +111,15 @@ def inv_back(x: float, d: float) -> float:
     return -d / (x * x)
 
 
+def pow_back(x: float, y: float) -> float:
+    """The derivative of `pow` in its exponent, x^y log(x): at x = 0 its limit, below 0 NaN."""
+    if x < 0:
+        return math.nan
+    if x == 0:
+        return 0.0 if y >= 0 else y * math.inf
+    return float(x**y * math.log(x))
+
+
 def relu_back(x: float, d: float) -> float:
     """d times the derivative of `relu` at x, which is taken as 0 at 0."""
     return d if x > 0 else 0.0

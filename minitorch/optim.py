@@ -8,176 +8,17 @@ exception is Adam with `capturable=True`, for CUDA graphs: see `capturable.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .autodiff import no_grad
 from .capturable import CapturableState
-from .factories import tensor
-from .module import Parameter
-from .scalar import Scalar
+from .optimizer import Optimizer, Parameters, ParamGroup, check_range, clip_grad_norm_
 from .tensor import Tensor
-from .tensor_data import TensorData
 
 Array = npt.NDArray[Any]
-
-
-def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise ValueError unless low <= value < high."""
-    if not low <= value < high:
-        wanted = f"at least {low:g}" if high == math.inf else f"in [{low:g}, {high:g})"
-        raise ValueError(f"{name} must be {wanted}, got {value}")
-
-
-def _gradient(parameter: Parameter) -> Any:
-    """The gradient of a Tensor, the derivative of a Scalar, None if there is neither."""
-    value = parameter.value
-    return value.derivative if isinstance(value, Scalar) else getattr(value, "grad", None)
-
-
-class Optimizer:
-    """What all optimisers share: their parameters, what they keep for each of them, and saving it.
-
-    Subclasses name what they keep in `slots` and compute one parameter's new value in `_update`.
-    Parameters without a gradient are passed over. Scalars are stepped too.
-
-    Args:
-        parameters: what to optimise.
-        lr: the learning rate, which may be changed between steps.
-
-    Raises:
-        ValueError: a negative learning rate.
-
-    """
-
-    slots: tuple[str, ...] = ()
-
-    def __init__(self, parameters: Sequence[Parameter], lr: float) -> None:
-        _check("lr", lr, 0.0)
-        self.parameters = list(parameters)
-        self._lr = lr
-        self._kept: list[dict[str, Tensor]] = [{} for _ in self.parameters]
-        self._steps = [0] * len(self.parameters)
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step."""
-        return self._lr
-
-    @lr.setter
-    def lr(self, lr: float) -> None:
-        self._lr = lr
-
-    def clip_grad_norm_(self, max_norm: float) -> float | Tensor:
-        """`clip_grad_norm_` of this optimiser's parameters."""
-        return clip_grad_norm_(self.parameters, max_norm)
-
-    def zero_grad(self) -> None:
-        """Forget the gradients of all parameters."""
-        for parameter in self.parameters:
-            parameter.zero_grad()
-
-    def step(self) -> None:
-        """Change each parameter that has a gradient."""
-        with no_grad():
-            for number, parameter in enumerate(self.parameters):
-                gradient = _gradient(parameter)
-                if gradient is None:
-                    continue
-                self._steps[number] += 1
-                value = parameter.value
-                if isinstance(value, Scalar):
-                    pair = (tensor([x], dtype=np.float64) for x in (value.data, gradient))
-                    parameter.update(Scalar(self._update(number, *pair).item()))
-                else:
-                    gradient = gradient.to(value.dtype)
-                    parameter.update(self._update(number, value.detach(), gradient))
-
-    def _update(self, number: int, value: Tensor, grad: Tensor) -> Tensor:
-        """The new value of parameter `number`, which must not share memory with `value`."""
-        raise NotImplementedError(f"{type(self).__name__} defines no _update()")
-
-    def _slots_of(self, number: int, like: Tensor) -> dict[str, Tensor]:
-        """What is kept for a parameter; zeros before its first step."""
-        kept = self._kept[number]
-        for slot in self.slots:
-            if slot not in kept:
-                kept[slot] = like.zeros()
-            elif kept[slot].backend is not like.backend:  # the parameter has been moved
-                kept[slot] = kept[slot].to(like.backend)
-        return kept
-
-    # ----- saving and loading -----
-
-    def state_dict(self) -> dict[str, Array]:
-        """The learning rate, the steps taken by each parameter, and all that is kept for it.
-
-        With the parameters' own values, this is what a run needs to go on bit for bit.
-        """
-        state = {"lr": np.array(self.lr), "steps": np.array(self._steps, dtype=np.int64)}
-        for number in range(len(self.parameters)):
-            for slot in self.slots:
-                state[f"{slot}.{number}"] = self._kept_array(slot, number)
-        return state
-
-    def _kept_array(self, slot: str, number: int) -> Array:
-        """A copy of what is kept for a parameter."""
-        kept = self._kept[number]
-        return kept[slot].to_numpy() if slot in kept else _zeros_like(self.parameters[number])
-
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Take back what `state_dict` gave, for the same parameters in the same order.
-
-        Raises:
-            ValueError: names or shapes differ. The message lists all of them, and nothing has
-                been changed.
-
-        """
-        arrays = {name: np.asarray(array) for name, array in state.items()}
-        wanted = {name: array.shape for name, array in self.state_dict().items()}
-        missing = [name for name in wanted if name not in arrays]
-        unexpected = [name for name in arrays if name not in wanted]
-        problems = [f"missing: {', '.join(missing)}"] if missing else []
-        if unexpected:
-            problems.append(f"unexpected: {', '.join(unexpected)}")
-        for name, shape in wanted.items():
-            if name in arrays and arrays[name].shape != shape:
-                problems.append(f"{name} has shape {arrays[name].shape}, wanted {shape}")
-        if problems:
-            raise ValueError(
-                f"state does not fit this {type(self).__name__}: {'; '.join(problems)}"
-            )
-        self.lr = float(arrays["lr"].item())
-        self._steps = [int(n) for n in arrays["steps"]]
-        self._load_kept(arrays)
-
-    def _load_kept(self, arrays: Mapping[str, Array]) -> None:
-        """Take back what `state_dict` gave under the names of the slots."""
-        self._kept = [
-            {slot: _tensor_like(arrays[f"{slot}.{number}"], parameter) for slot in self.slots}
-            for number, parameter in enumerate(self.parameters)
-        ]
-
-
-def _zeros_like(parameter: Parameter) -> Array:
-    value = parameter.value
-    if isinstance(value, Tensor):
-        return np.zeros(value.shape, value.dtype)
-    return np.zeros(1)  # a Scalar is stepped as a tensor of one element
-
-
-def _tensor_like(array: Array, parameter: Parameter) -> Tensor:
-    """A constant tensor from a copy of `array`, in the dtype and on the backend of a parameter."""
-    value = parameter.value
-    if not isinstance(value, Tensor):
-        return tensor(array, requires_grad=False)
-    out = value._new(TensorData.from_array(np.array(array, value.dtype, order="C")))
-    out._type_(value.backend)
-    return out
-
 
 # sorted in order of increasing complexity
 
@@ -190,7 +31,7 @@ class SGD(Optimizer):
     The formulas are PyTorch's (its dampening 0). Source: Sutskever et al. 2013, section 2.
 
     Args:
-        parameters: what to optimise.
+        parameters: what to optimise, or parameter groups: see `Optimizer`.
         lr: the learning rate; 1.0 as in MiniTorch.
         momentum: the share of the velocity that a step keeps.
         weight_decay: strength of the pull towards 0.
@@ -203,31 +44,34 @@ class SGD(Optimizer):
 
     def __init__(
         self,
-        parameters: Sequence[Parameter],
+        parameters: Parameters,
         lr: float = 1.0,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ) -> None:
-        super().__init__(parameters, lr)
-        _check("momentum", momentum, 0.0)
-        _check("weight_decay", weight_decay, 0.0)
-        if nesterov and momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0, got 0")
-        self.momentum = momentum
-        self.weight_decay = weight_decay
-        self.nesterov = nesterov
-        self.slots = ("momentum",) if momentum else ()
+        super().__init__(
+            parameters, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        )
+        for group in self.param_groups:
+            if group["nesterov"] and group["momentum"] == 0:
+                raise ValueError("nesterov needs a momentum above 0, got 0")
 
-    def _update(self, number: int, value: Tensor, grad: Tensor) -> Tensor:
-        if self.weight_decay:
-            grad = grad + value * self.weight_decay
-        if self.momentum:
+    def _slots(self, group: ParamGroup) -> tuple[str, ...]:
+        return ("momentum",) if group["momentum"] else ()
+
+    def _update(self, number: int, group: ParamGroup, value: Tensor, grad: Tensor) -> Tensor:
+        momentum: float = group["momentum"]
+        weight_decay: float = group["weight_decay"]
+        lr: float = group["lr"]
+        if weight_decay:
+            grad = grad + value * weight_decay
+        if momentum:
             kept = self._slots_of(number, value)
-            velocity = kept["momentum"] * self.momentum + grad
+            velocity = kept["momentum"] * momentum + grad
             kept["momentum"] = velocity
-            grad = grad + velocity * self.momentum if self.nesterov else velocity
-        return value - grad * self.lr
+            grad = grad + velocity * momentum if group["nesterov"] else velocity
+        return value - grad * lr
 
 
 class Adam(Optimizer):
@@ -236,7 +80,7 @@ class Adam(Optimizer):
     Source: Kingma & Ba 2015, algorithm 1. Weight decay is added to the gradient, as in PyTorch.
 
     Args:
-        parameters: what to optimise.
+        parameters: what to optimise, or parameter groups: see `Optimizer`.
         lr: the learning rate.
         beta1: decay of the mean of the gradient.
         beta2: decay of the mean of its square.
@@ -254,13 +98,12 @@ class Adam(Optimizer):
 
     """
 
-    slots = ("exp_avg", "exp_avg_sq")
     decoupled = False  # whether weight decay acts on the value itself
     device_state: CapturableState | None = None  # of an optimiser that is capturable
 
     def __init__(
         self,
-        parameters: Sequence[Parameter],
+        parameters: Parameters,
         lr: float = 1e-3,
         beta1: float = 0.9,
         beta2: float = 0.999,
@@ -270,32 +113,24 @@ class Adam(Optimizer):
         weight_decay: float = 0.0,
         capturable: bool = False,
     ) -> None:
-        super().__init__(parameters, lr)
-        self.beta1, self.beta2 = (beta1, beta2) if betas is None else betas
-        self.eps = eps
-        self.weight_decay = weight_decay
-        _check("beta1", self.beta1, 0.0, 1.0)
-        _check("beta2", self.beta2, 0.0, 1.0)
-        _check("eps", eps, 0.0)
-        _check("weight_decay", weight_decay, 0.0)
+        betas = (beta1, beta2) if betas is None else betas
+        super().__init__(parameters, lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if capturable:
-            if weight_decay and not self.decoupled:
+            decays = [group["weight_decay"] for group in self.param_groups]
+            if any(decays) and not self.decoupled:
                 raise ValueError(
-                    f"Adam with capturable=True needs weight_decay 0, got {weight_decay}: use AdamW"
+                    f"Adam with capturable=True needs weight_decay 0, got {max(decays)}: use AdamW"
                 )
-            self.device_state = CapturableState(self.parameters)
-            self.lr = lr
+            sizes = [len(group["params"]) for group in self.param_groups]
+            self.device_state = CapturableState(self.parameters, sizes)
+            self._write_rates()
+            for group in self.param_groups:
+                group.on_lr = self._write_rates
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the next step; setting it writes to the GPU if capturable."""
-        return self._lr
-
-    @lr.setter
-    def lr(self, lr: float) -> None:
-        self._lr = lr
+    def _write_rates(self) -> None:
+        """Write the learning rates to the GPU, where graphs that have been captured read them."""
         if self.device_state is not None:
-            self.device_state.set_lr(lr)
+            self.device_state.set_rates([group["lr"] for group in self.param_groups])
 
     def clip_grad_norm_(self, max_norm: float) -> float | Tensor:
         """Scale the gradients so that their joint norm is at most `max_norm`.
@@ -313,7 +148,7 @@ class Adam(Optimizer):
         """
         if self.device_state is None:
             return super().clip_grad_norm_(max_norm)
-        _check("max_norm", max_norm, 0.0)
+        check_range("max_norm", max_norm, 0.0)
         return self.device_state.clip(max_norm)
 
     def step(self) -> None:
@@ -321,8 +156,9 @@ class Adam(Optimizer):
         if self.device_state is None:
             super().step()
             return
-        decay = self.weight_decay if self.decoupled else 0.0
-        self.device_state.step(self.beta1, self.beta2, self.eps, decay)
+        self.device_state.step(
+            [(*group["betas"], group["eps"], group["weight_decay"]) for group in self.param_groups]
+        )
 
     def state_dict(self) -> dict[str, Array]:
         """See `Optimizer.state_dict`; the same for an optimiser that is capturable."""
@@ -340,25 +176,28 @@ class Adam(Optimizer):
             super()._load_kept(arrays)
             return
         self.device_state.load_steps(max(self._steps))
-        for number in range(len(self.parameters)):
-            for slot in self.slots:
-                self.device_state.load(slot, number, arrays[f"{slot}.{number}"])
+        for slot, number in self._kept_names():
+            self.device_state.load(slot, number, arrays[f"{slot}.{number}"])
 
-    def _update(self, number: int, value: Tensor, grad: Tensor) -> Tensor:
+    def _slots(self, group: ParamGroup) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def _update(self, number: int, group: ParamGroup, value: Tensor, grad: Tensor) -> Tensor:
         kept = self._slots_of(number, value)
-        if self.weight_decay and not self.decoupled:
-            grad = grad + value * self.weight_decay
+        weight_decay = group["weight_decay"]
+        if weight_decay and not self.decoupled:
+            grad = grad + value * weight_decay
         new = value.f.id_map(value)  # a contiguous copy, which the fused step changes in place
         value.f.adamw_step(
             new,
             grad.contiguous(),
             kept["exp_avg"],
             kept["exp_avg_sq"],
-            lr=self.lr,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay if self.decoupled else 0.0,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            eps=group["eps"],
+            weight_decay=weight_decay if self.decoupled else 0.0,
             step=self._steps[number],
         )
         return new
@@ -374,7 +213,7 @@ class AdamW(Adam):
 
     def __init__(
         self,
-        parameters: Sequence[Parameter],
+        parameters: Parameters,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -391,63 +230,12 @@ class AdamW(Adam):
         )
 
 
-# ----- beside the optimiser -----
-
-
-def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float | Tensor:
-    """Scale all gradients together so that their joint norm is at most `max_norm`.
-
-    A gradient that is scaled is replaced, not written into. Formula as in PyTorch: scale =
-    max_norm / (norm + 1e-6), if that is below 1. On the GPU nothing is read back.
-
-    Args:
-        parameters: those without a gradient are passed over.
-        max_norm: the largest norm allowed.
-
-    Returns:
-        The joint norm before scaling; a Tensor of one element if gradients are on the GPU.
-
-    Raises:
-        ValueError: `max_norm` is negative.
-
-    """
-    _check("max_norm", max_norm, 0.0)
-    with_gradient = [p for p in parameters if _gradient(p) is not None]
-    tensors = [p.value for p in with_gradient if isinstance(p.value, Tensor)]
-    if any(value.grad is not None and value.grad._tensor.on_device for value in tensors):
-        with no_grad():
-            return _clip_on_device(tensors, max_norm)
-    squares = 0.0
-    for parameter in with_gradient:
-        array = np.asarray(_gradient(parameter))
-        squares += float(np.vdot(array, array))
-    norm = math.sqrt(squares)
-    scale = max_norm / (norm + 1e-6)
-    if scale < 1:
-        with no_grad():
-            for parameter in with_gradient:
-                attribute = "derivative" if isinstance(parameter.value, Scalar) else "grad"
-                setattr(parameter.value, attribute, _gradient(parameter) * scale)
-    return norm
-
-
-def _clip_on_device(values: Sequence[Tensor], max_norm: float) -> Tensor:
-    found = [value.grad for value in values if value.grad is not None]
-    gradients = [g.to(np.float32) if g.dtype.itemsize == 2 else g for g in found]
-    norm = sum(((g * g).sum() for g in gradients[1:]), (gradients[0] * gradients[0]).sum()) ** 0.5
-    scale = max_norm / (norm + 1e-6)
-    scale = scale * (scale < 1.0) + (scale >= 1.0)
-    for value in values:
-        if value.grad is not None:
-            value.grad = value.grad * scale.to(value.grad.dtype)
-    return norm
-
-
 class CosineSchedule:
     """A learning rate that rises linearly, then falls along half a cosine.
 
-    Source: Loshchilov & Hutter 2017 (SGDR), equation 5, without restarts. Sets the optimiser's `lr`
-    at once and after each `step()`; the highest rate is the one the optimiser had.
+    Source: Loshchilov & Hutter 2017 (SGDR), equation 5, without restarts. Sets the `lr` of each of
+    the optimiser's groups at once and after each `step()`; the highest rate of a group is the one
+    that it had.
 
     Args:
         optimizer: whose learning rate to set.
@@ -467,33 +255,38 @@ class CosineSchedule:
             raise ValueError(
                 f"warmup_steps must be in [0, total_steps={total_steps}], got {warmup_steps}"
             )
-        _check("min_lr", min_lr, 0.0)
+        check_range("min_lr", min_lr, 0.0)
         self.optimizer = optimizer
-        self.max_lr = optimizer.lr
+        self.max_lrs: list[float] = [group["lr"] for group in optimizer.param_groups]
         self.min_lr = min_lr
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.steps = 0
-        optimizer.lr = self.lr_at(0)
+        self._set_rates()
 
-    def lr_at(self, step: int) -> float:
-        """The learning rate of step number `step`, counted from 0."""
+    def lr_at(self, step: int, group: int = 0) -> float:
+        """The learning rate of a group in step number `step`, counted from 0."""
+        max_lr = self.max_lrs[group]
         if step < self.warmup_steps:
-            return self.max_lr * (step + 1) / self.warmup_steps
+            return max_lr * (step + 1) / self.warmup_steps
         if step >= self.total_steps:
             return self.min_lr
         progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
-        return self.min_lr + (self.max_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_lr + (max_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
     @property
     def lr(self) -> float:
-        """The present learning rate."""
+        """The present learning rate, of the first group."""
         return self.lr_at(self.steps)
+
+    def _set_rates(self) -> None:
+        for number, group in enumerate(self.optimizer.param_groups):
+            group["lr"] = self.lr_at(self.steps, number)
 
     def step(self) -> None:
         """Go to the next step; call it after the optimiser's."""
         self.steps += 1
-        self.optimizer.lr = self.lr
+        self._set_rates()
 
     def state_dict(self) -> dict[str, Array]:
         """The number of steps taken."""
@@ -503,10 +296,20 @@ class CosineSchedule:
         """Take back what `state_dict` gave, and set the learning rate of that step.
 
         Raises:
-            ValueError: `state` has other names.
+            ValueError: `state` has other names, or `steps` is no whole number.
 
         """
         if set(state) != {"steps"}:
             raise ValueError(f"state of a schedule must have the name steps, got {sorted(state)}")
-        self.steps = int(np.asarray(state["steps"]).item())
-        self.optimizer.lr = self.lr
+        steps = np.asarray(state["steps"])
+        if (
+            steps.shape != ()
+            or steps.dtype.kind not in "fiu"
+            or not (steps >= 0 and steps % 1 == 0)
+        ):
+            raise ValueError(f"steps of a schedule must be a whole number from 0, got {steps}")
+        self.steps = int(steps)
+        self._set_rates()
+
+
+__all__ = ["SGD", "Adam", "AdamW", "CosineSchedule", "Optimizer", "clip_grad_norm_"]

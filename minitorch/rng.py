@@ -1,21 +1,30 @@
 """Random numbers: one call seeds them all, and their state can be saved for a run that is resumed.
 
-Three generators are in use, because MiniTorch's API fixes two of them: `random` (factory `rand`),
-numpy's global one (`Dropout`, `Embedding`), and one of our own that gives each call of fused
-attention, and of dropout on the GPU, its seed.
+Three generators are in use, because MiniTorch's API fixes two of them: `random` (factory `rand` and
+`dropout`), numpy's global one (`Dropout`, `Embedding`), and one of our own that gives each call of
+fused attention its seed, and each dropout of a step that a CUDA graph can repeat.
 """
 
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from .allocator import is_capturing
 from .device_array import DeviceArray, permanent
 
 _attention_seeds = np.random.Generator(np.random.PCG64(0))
+
+FEW = 1 << 10  # numbers that cost less than a generator's state
+CHUNK = 1 << 18  # numbers drawn at once, in float64
+_drawing = threading.Lock()
 
 
 def manual_seed(seed: int) -> None:
@@ -37,18 +46,72 @@ def manual_seed(seed: int) -> None:
 
 
 def next_seed() -> int:
-    """Draw the 64-bit seed of the next dropout mask inside attention, or on the GPU."""
+    """Draw the 64-bit seed of the next dropout mask that a kernel makes."""
     return int(_attention_seeds.integers(0, 2**64, dtype=np.uint64))
 
 
-def restart_seeds(seed: int) -> None:
-    """Let `next_seed` begin anew, as `manual_seed` does, and leave the other generators alone.
+class _Steps(threading.local):
+    """How many `repeatable_step` blocks this thread is in."""
 
-    A training step that a CUDA graph repeats draws the same seeds each time: call this at its
-    beginning, and let `device_offset` tell the steps apart.
+    depth = 0
+
+
+_steps = _Steps()
+
+
+@contextmanager
+def repeatable_step(seed: int) -> Iterator[None]:
+    """A block that a CUDA graph can repeat: what it computes on the GPU draws nothing on the host.
+
+    `next_seed` begins anew, as after `manual_seed`, so that each step draws the same seeds as the
+    one that was recorded; the other generators are left alone. `Dropout` and `dropout` on the GPU
+    make their masks from these seeds, there, which also is faster than numpy's generator. Let
+    `device_offset` tell the steps apart.
     """
     global _attention_seeds
     _attention_seeds = np.random.Generator(np.random.PCG64(int(seed)))
+    _steps.depth += 1
+    try:
+        yield
+    finally:
+        _steps.depth -= 1
+
+
+def masks_come_from_seeds() -> bool:
+    """Whether dropout on the GPU makes its masks there: in `repeatable_step`.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured outside of it: each replay would repeat one mask.
+
+    """
+    if _steps.depth == 0 and is_capturing():
+        raise RuntimeError(
+            "dropout in a CUDA graph takes masks that a kernel makes: put the step, also where it "
+            "runs before the capture, into `with minitorch.rng.repeatable_step(seed):`"
+        )
+    return _steps.depth > 0
+
+
+def uniform(size: int, dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
+    """`size` uniform numbers in [0, 1): those that as many calls of `random.random` would give.
+
+    Python's generator is the one that numpy calls `RandomState` (MT19937, 53 bits a number), so
+    numpy draws them, 20 times as fast, and Python's goes on where it stopped.
+    """
+    if size < FEW:
+        return np.array([random.random() for _ in range(size)], dtype)
+    out = np.empty(size, dtype)
+    with _drawing:
+        version, internal, gauss = random.getstate()
+        *keys, position = internal
+        twin = np.random.RandomState(0)
+        twin.set_state(("MT19937", np.array(keys, np.uint32), position, 0, 0.0))
+        for start in range(0, size, CHUNK):
+            part = out[start : start + CHUNK]
+            part[...] = twin.random_sample(part.size)
+        _, keys, position, *_ = twin.get_state(legacy=True)
+        random.setstate((version, (*np.asarray(keys).tolist(), position), gauss))
+    return out
 
 
 @cache
@@ -61,16 +124,40 @@ def device_offset() -> DeviceArray:
     return permanent(np.uint64)
 
 
+def _states() -> tuple[Any, Any, Any]:
+    """The states of the three generators, as they give them."""
+    numpys = np.random.get_state(legacy=True)
+    return random.getstate(), numpys, dict(_attention_seeds.bit_generator.state)
+
+
+def fingerprint() -> tuple[Any, ...]:
+    """What differs after any number has been drawn."""
+    python, (_, keys, *rest), ours = _states()
+    return python, np.asarray(keys).tobytes(), rest, ours
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave all three generators afterwards as they are before."""
+    python, numpys, ours = _states()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)
+        _attention_seeds.bit_generator.state = ours
+
+
 def get_rng_state() -> dict[str, Any]:
     """The state of all three generators, as values that JSON can hold; `set_rng_state` takes it
     back.
     """
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    (version, internal, gauss), numpys, ours = _states()
+    name, keys, position, has_gauss, cached = numpys
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-        "attention": _attention_seeds.bit_generator.state,
+        "attention": ours,
     }
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
-from itertools import count
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from .autodiff import Variable, backpropagate, central_difference, no_grad
+from .arguments import as_number
+from .autodiff import (
+    Variable,
+    backpropagate,
+    central_difference,
+    new_id,
+    no_grad,
+    topological_sort,
+)
+from .copies import another_history, become_another, check_deepcopy
 from .scalar_functions import (
     EQ,
     LT,
@@ -25,7 +34,6 @@ from .scalar_functions import (
     wrap_tuple,
 )
 
-_ids = count(1)
 _LEAF = ScalarHistory()
 
 
@@ -37,6 +45,9 @@ class Scalar:
         back: how it was made; the default makes it a leaf, whose derivative is kept; None makes it
             a constant.
         name: shown by tools that draw the graph; a number if not given.
+
+    Raises:
+        TypeError: the value is no real number.
 
     Example:
         >>> from minitorch import Scalar
@@ -56,14 +67,35 @@ class Scalar:
     def __init__(
         self, v: float, back: ScalarHistory | None = _LEAF, name: str | None = None
     ) -> None:
-        self.unique_id = next(_ids)
-        self.data = float(v)
+        self.unique_id = new_id()
+        self.data = as_number(v, "v")
         self.derivative = None
         self.history = back
         self.name = str(self.unique_id) if name is None else name
 
     def __repr__(self) -> str:
         return f"Scalar({self.data})"
+
+    # ----- copies: see copies.py -----
+
+    def __copy__(self) -> Scalar:
+        out = Scalar.__new__(type(self))
+        history = another_history(self.history)
+        become_another(out, {**self.__dict__, "history": history, "derivative": None})
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scalar:
+        check_deepcopy(self, "Scalar(x.data)")
+        out = memo[id(self)] = Scalar.__new__(type(self))
+        become_another(out, copy.deepcopy(self.__dict__, memo))
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        history = None if self.history is None else _LEAF
+        return {**self.__dict__, "history": history, "derivative": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        become_another(self, state)
 
     # ----- arithmetic -----
 
@@ -199,7 +231,8 @@ class Scalar:
             RuntimeError: the graph has been released by an earlier call.
 
         """
-        backpropagate(self, 1.0 if d_output is None else d_output, retain_graph)
+        d_output = 1.0 if d_output is None else as_number(d_output, "d_output")
+        backpropagate(self, d_output, retain_graph)
 
 
 ScalarLike: TypeAlias = float | int | Scalar
@@ -207,22 +240,26 @@ ScalarFunction.variable = Scalar
 
 
 def derivative_check(f: Callable[..., Scalar], *scalars: Scalar) -> None:
-    """Check the derivatives that autodiff gives for `f` against finite differences, to 1e-2.
+    """Check the derivatives that autodiff gives for `f` against finite differences, to 1e-3.
 
     At a kink (relu at 0) or a jump (`<` where both sides meet) the derivative is that of one side,
     so a match with the forward, the backward or the central difference will do.
 
     Args:
         f: a function of `len(scalars)` Scalars that returns one.
-        scalars: where the derivatives are taken; their own `derivative` is left alone.
+        scalars: where the derivatives are taken. Their own `derivative`, and those of other Scalars
+            that `f` uses, are left alone.
 
     Raises:
         AssertionError: no difference matches; the message names the argument and the values.
+        TypeError: `scalars` are not Scalars, or `f` returns none.
+        ValueError: no Scalar, one that is NaN, or `f` gives two values for the same Scalars.
 
     """
+    _check_scalars(scalars)
     eps = 1e-6
     leaves = [Scalar(x.data) for x in scalars]
-    f(*leaves).backward()
+    value = _derivatives(f, leaves)
     for i, leaf in enumerate(leaves):
         derivative = 0.0 if leaf.derivative is None else leaf.derivative
         with no_grad():
@@ -230,9 +267,41 @@ def derivative_check(f: Callable[..., Scalar], *scalars: Scalar) -> None:
             above = f(*leaves[:i], leaf + eps, *leaves[i + 1 :]).data
             below = f(*leaves[:i], leaf - eps, *leaves[i + 1 :]).data
             central = central_difference(f, *leaves, arg=i, epsilon=eps).data
+        if not np.array_equal(here, value, equal_nan=True):
+            raise ValueError("f gives different values for the same Scalars: it has no derivative")
         differences = [central, (above - here) / eps, (here - below) / eps]
-        if not any(np.isclose(derivative, d, rtol=1e-2, atol=1e-2) for d in differences):
+        rounding = 64 * np.finfo(np.float64).eps * abs(here) / eps
+        atol = 1e-6 + (rounding if np.isfinite(rounding) else 0.0)
+        if not any(np.isclose(derivative, d, rtol=1e-3, atol=atol) for d in differences):
             raise AssertionError(
                 f"derivative check failed at {[x.data for x in leaves]}: in argument {i} autodiff "
                 f"gives {derivative}; central, forward and backward difference are {differences}"
             )
+
+
+def _check_scalars(scalars: tuple[Any, ...]) -> None:
+    """Raise unless there are Scalars, and numbers in them."""
+    if not scalars:
+        raise ValueError("derivative_check needs at least one Scalar beside the function, got none")
+    for i, x in enumerate(scalars):
+        if not isinstance(x, Scalar):
+            raise TypeError(
+                f"argument {i} must be a Scalar, got {type(x).__name__}: write Scalar(...)"
+            )
+        if np.isnan(x.data):
+            raise ValueError(f"argument {i} is NaN, where there is no derivative to check")
+
+
+def _derivatives(f: Callable[..., Scalar], leaves: list[Scalar]) -> float:
+    """The value of f; the leaves get their derivatives, and no other Scalar does."""
+    result = f(*leaves)
+    if not isinstance(result, Scalar):
+        raise TypeError(f"f must return a Scalar, got {type(result).__name__}")
+    graph: list[Any] = list(topological_sort(result))
+    others = [(x, x.derivative) for x in graph if x.is_leaf() and all(x is not y for y in leaves)]
+    try:
+        result.backward()
+    finally:
+        for other, derivative in others:
+            other.derivative = derivative
+    return result.data

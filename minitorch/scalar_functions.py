@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from . import operators
 from .autodiff import Context, is_grad_enabled
+from .ieee import ieee
 
 if TYPE_CHECKING:
     from .scalar import Scalar
+
+# Infinity and NaN where Python raises an error: a Scalar computes as a tensor of one element does.
+_inv, _inv_back = ieee(operators.inv), ieee(operators.inv_back)
+_log, _log_back = ieee(operators.log), ieee(operators.log_back)
+_exp = ieee(operators.exp)
 
 
 def wrap_tuple(x: Any) -> tuple[Any, ...]:
@@ -99,13 +105,13 @@ class Inv(ScalarFunction):
     def forward(ctx: Context, a: float) -> float:
         """1/a"""
         ctx.save_for_backward(a)
-        return operators.inv(a)
+        return _inv(a)
 
     @staticmethod
     def backward(ctx: Context, d_output: float) -> float:
         """-d/a^2"""
         (a,) = ctx.saved_values
-        return operators.inv_back(a, d_output)
+        return _inv_back(a, d_output)
 
 
 class Add(ScalarFunction):
@@ -145,13 +151,13 @@ class Log(ScalarFunction):
     def forward(ctx: Context, a: float) -> float:
         """log(a)"""
         ctx.save_for_backward(a)
-        return operators.log(a)
+        return _log(a)
 
     @staticmethod
     def backward(ctx: Context, d_output: float) -> float:
         """d/a"""
         (a,) = ctx.saved_values
-        return operators.log_back(a, d_output)
+        return _log_back(a, d_output)
 
 
 class Exp(ScalarFunction):
@@ -160,7 +166,7 @@ class Exp(ScalarFunction):
     @staticmethod
     def forward(ctx: Context, a: float) -> float:
         """y = exp(a)"""
-        y = operators.exp(a)
+        y = _exp(a)
         ctx.save_for_backward(y)
         return y
 

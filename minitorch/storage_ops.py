@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .dtypes import HALF_DTYPES, rounded
+from .fused_checks import guard
+from .ieee import quiet
 from .kernels.philox import vector_dropout_mask
 from .tensor_data import TensorData, strides_from_shape
 
@@ -39,6 +42,16 @@ class StorageOps:
         return TensorData.from_array(array)
 
     @staticmethod
+    def placed(data: TensorData) -> TensorData:
+        """Elements that are elsewhere, copied to where this backend computes. To the CPU float16
+        and bfloat16 come as float32.
+        """
+        array = data.to_numpy()
+        return TensorData.from_array(
+            array.astype(np.float32) if array.dtype in HALF_DTYPES else array
+        )
+
+    @staticmethod
     def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> TensorData:
         """Contiguous elements that are not set."""
         return TensorData._of(np.empty(prod(shape), dtype), shape, strides_from_shape(shape))
@@ -47,13 +60,13 @@ class StorageOps:
     def full(shape: tuple[int, ...], value: float, dtype: np.dtype[Any]) -> TensorData:
         """Contiguous elements that are all `value`."""
         size = prod(shape)
-        storage = np.full(size, value, dtype) if value else np.zeros(size, dtype)
+        storage = np.full(size, rounded(value, dtype), dtype) if value else np.zeros(size, dtype)
         return TensorData._of(storage, shape, strides_from_shape(shape))
 
     @staticmethod
     def constant(value: float, dtype: np.dtype[Any]) -> TensorData:
         """A number as an operand, of shape (1,). It may be shared: nobody may write into it."""
-        return TensorData._of(np.array([value], dtype), (1,), (1,))
+        return TensorData._of(np.array([rounded(value, dtype)], dtype), (1,), (1,))
 
     # ----- views -----
 
@@ -82,6 +95,7 @@ class StorageOps:
         target._tensor.array[...] = source._tensor.array
 
     @staticmethod
+    @quiet
     def cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
         """A contiguous copy in a dtype, which may be the same, rounded to the nearest."""
         return a._new(TensorData.from_array(a._tensor.array.astype(dtype, order="C")))
@@ -135,6 +149,7 @@ class StorageOps:
     # ----- checks -----
 
     @staticmethod
+    @quiet
     def check_class_numbers(ids: Tensor, num_classes: int, name: str) -> None:
         """Check that a tensor holds whole numbers from 0 to num_classes - 1.
 
@@ -145,7 +160,8 @@ class StorageOps:
 
         """
         values = ids._tensor.array
-        whole = values.astype(np.int64)
+        with np.errstate(invalid="ignore"):  # NaN becomes some number, which is not equal to it
+            whole = values.astype(np.int64)
         wrong = (whole != values) | (whole < 0) | (whole >= num_classes)
         if wrong.any():
             raise ValueError(
@@ -153,5 +169,7 @@ class StorageOps:
                 f"got {values[wrong][0]:g}"
             )
 
+
+guard(StorageOps)
 
 __all__ = ["StorageOps"]

@@ -5,29 +5,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import count
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
 
-from . import dtypes
+from . import dtypes, numpy_protocol
+from .arguments import (
+    as_ints,
+    as_shape,
+    check_dim,
+    check_dims,
+    check_tensor,
+    set_tensor_class,
+    spread,
+)
 from .attention import flash_attention, standard_attention
-from .autodiff import Variable, backpropagate
-from .function import Function, History, check_dim
+from .autodiff import Variable, backpropagate, new_id
+from .copies import copy_tensor, deepcopy_tensor, set_tensor_state, tensor_state
+from .function import Function, History
 from .fused_functions import Attn_Softmax, LayerNorm
+from .indexing import get_item, set_item
 from .interop import cuda_array_interface, dlpack_device, to_dlpack
+from .movement_functions import BroadcastTo, Copy, Permute, View, expand
+from .numpy_protocol import plain_operand
 from .tensor_data import (
-    IndexingError,
     Shape,
     Storage,
     Strides,
     TensorData,
-    UserIndex,
     UserShape,
     UserStrides,
-    shape_broadcast,
 )
 from .tensor_functions import (
     EQ,
@@ -35,7 +44,6 @@ from .tensor_functions import (
     Add,
     All,
     Cast,
-    Copy,
     Exp,
     Inv,
     IsClose,
@@ -44,35 +52,35 @@ from .tensor_functions import (
     Move,
     Mul,
     Neg,
-    Permute,
     PowerScalar,
     ReLU,
     Sigmoid,
-    Slice,
     Sum,
     Tanh,
-    View,
 )
 from .tensor_ops import SimpleBackend, TensorBackend
 
 if TYPE_CHECKING:
     from .autodiff import Context
 
-TensorLike: TypeAlias = Union[float, int, "Tensor"]
+TensorLike: TypeAlias = Union[float, int, np.number[Any], npt.NDArray[Any], "Tensor"]
 
 # Aliases, because inside the class `tuple` is the method that MiniTorch has.
 Sizes: TypeAlias = tuple[int, ...]
 Arrays: TypeAlias = tuple[Storage, Shape, Strides]
 Derivative: TypeAlias = tuple[Variable, Any]
 
-_ids = count(1)
-
 
 class Tensor:
     """A multi-dimensional array with a gradient.
 
+    Operators take tensors, numbers and arrays, and keep the graph with an array on the left too.
+    Comparisons and truth values (`<`, `==`, `all`, `is_close`) have a gradient of 0. What `numpy`,
+    `to_numpy`, `item`, `detach`, `zeros`, `expand` and a full index, `x[0, 1]`, give has left the
+    graph; all other methods that return a tensor have a gradient.
+
     Args:
-        v: the elements.
+        v: the elements; copied to where the backend computes if they are elsewhere.
         back: how it was computed; an empty `History` for a leaf, None for a constant.
         name: for messages.
         backend: the operations to use; `SimpleBackend` if not given.
@@ -93,10 +101,10 @@ class Tensor:
                 f"v must be a TensorData, got {type(v).__name__}: "
                 "minitorch.tensor() takes lists and arrays"
             )
-        self.unique_id = next(_ids)
-        self._tensor = v
+        self.unique_id = new_id()
         self.history = back
-        self.backend = SimpleBackend if backend is None else backend
+        self.backend = backend = SimpleBackend if backend is None else backend
+        self._tensor = v if v.on_device == backend.cuda else backend.ops.placed(v)
         self.grad = None
         self.name = name if name is not None else str(self.unique_id)
 
@@ -129,6 +137,8 @@ class Tensor:
 
     def requires_grad_(self, x: bool) -> None:
         """Make this tensor a leaf that collects a gradient, or (False) a constant."""
+        if not isinstance(x, int | np.bool_):
+            raise TypeError(f"requires_grad_() takes True or False, got {type(x).__name__}")
         self.history = History() if x else None
 
     def requires_grad(self) -> bool:
@@ -156,14 +166,14 @@ class Tensor:
         """
         return self._tensor.to_numpy()
 
-    def __array__(
-        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
-    ) -> npt.NDArray[Any]:
-        if not self._tensor.on_device:
-            return np.array(self._tensor.array, dtype=dtype, copy=copy)
-        if copy is False:
-            raise ValueError("a tensor on the GPU becomes a numpy array by a copy only")
-        return np.asarray(self.to_numpy(), dtype)
+    # For numpy's functions, and operators with an array on the left: see numpy_protocol.py
+    __array__ = numpy_protocol.array
+    __array_ufunc__ = numpy_protocol.array_ufunc
+    __array_function__ = numpy_protocol.array_function
+
+    # For copies and pickle, which make other variables: see copies.py
+    __copy__, __deepcopy__ = copy_tensor, deepcopy_tensor
+    __getstate__, __setstate__ = tensor_state, set_tensor_state
 
     # For other libraries, which share the memory: see interop.py
     __cuda_array_interface__ = property(cuda_array_interface)
@@ -177,8 +187,6 @@ class Tensor:
             ValueError: there is not exactly one.
 
         """
-        if self.size != 1:
-            raise ValueError(f"item() needs a tensor of one element, got shape {self.shape}")
         return self._tensor.item()
 
     def __float__(self) -> float:
@@ -211,17 +219,6 @@ class Tensor:
         wanted = dtypes.check_dtype(target, self.backend.cuda)
         return self if wanted == self.dtype else Cast.apply(self, wanted)
 
-    def _moved(self, backend: TensorBackend) -> Tensor:
-        """A constant with the same values on another backend; shares them where it can."""
-        data = self._tensor
-        if data.on_device and not backend.cuda:
-            array = data.to_numpy()
-            half = array.dtype in dtypes.HALF_DTYPES
-            data = TensorData.from_array(array.astype(np.float32) if half else array)
-        elif backend.cuda and not data.on_device:
-            data = backend.ops.from_numpy(data.array)
-        return Tensor(data, backend=backend)
-
     def tuple(self) -> Arrays:
         """Storage, shape and strides."""
         return self._tensor.tuple()
@@ -240,12 +237,16 @@ class Tensor:
     # ----- elementwise -----
 
     def _ensure_tensor(self, b: TensorLike, dtype: np.dtype[Any] | None = None) -> Tensor:
-        """`b`, or a constant of shape (1,) in this tensor's or another dtype if it is a number."""
+        """`b`, or a constant: of a number, shape (1,) in this tensor's or another dtype; of an
+        array.
+        """
         if isinstance(b, Tensor):
             return b
-        if isinstance(b, int | float | np.number):
-            return self._new(self.backend.ops.constant(b, self.dtype if dtype is None else dtype))
-        raise TypeError(f"expected a number or a Tensor, got {type(b).__name__}")
+        dtype = self.dtype if dtype is None else dtype
+        value = plain_operand(b, dtype)
+        if isinstance(value, float):
+            return self._new(self.backend.ops.constant(value, dtype))
+        return self._from_numpy(value)
 
     def _operand(self, b: TensorLike) -> Tensor:
         """`b` for arithmetic: a number is not rounded to 16 bits, in which 1e-6 would be 0."""
@@ -255,14 +256,18 @@ class Tensor:
         return Add.apply(self, self._operand(b))
 
     def __sub__(self, b: TensorLike) -> Tensor:
+        if not isinstance(b, Tensor):  # negated as a float: uint8 has no -1
+            b = plain_operand(b, dtypes.arithmetic_dtype(self.dtype))
         return Add.apply(self, self._operand(-b))
 
     def __mul__(self, b: TensorLike) -> Tensor:
         return Mul.apply(self, self._operand(b))
 
     def __truediv__(self, b: TensorLike) -> Tensor:
-        if isinstance(b, int | float | np.number):
-            divisor = float(dtypes.arithmetic_dtype(self.dtype).type(b))
+        if not isinstance(b, Tensor):
+            b = plain_operand(b, dtypes.arithmetic_dtype(self.dtype))
+        if isinstance(b, float):
+            divisor = dtypes.rounded(b, dtypes.arithmetic_dtype(self.dtype))
             if divisor:
                 return self * (1.0 / divisor)  # what Inv would give
         return Mul.apply(self, Inv.apply(self._ensure_tensor(b)))
@@ -273,19 +278,25 @@ class Tensor:
     def __pow__(self, b: TensorLike) -> Tensor:
         return PowerScalar.apply(self, self._operand(b))
 
+    def __rpow__(self, b: TensorLike) -> Tensor:
+        return PowerScalar.apply(self._operand(b), self)
+
     def __matmul__(self, b: Tensor) -> Tensor:
         return MatMul.apply(self, b)
 
-    def __lt__(self, b: TensorLike) -> Tensor:
+    def __rmatmul__(self, b: Tensor) -> Tensor:
+        return MatMul.apply(b, self)
+
+    def __lt__(self, b: TensorLike) -> Tensor:  # type: ignore[misc]
         return LT.apply(self, self._ensure_tensor(b))
 
-    def __gt__(self, b: TensorLike) -> Tensor:
+    def __gt__(self, b: TensorLike) -> Tensor:  # type: ignore[misc]
         return LT.apply(self._ensure_tensor(b), self)
 
-    def __le__(self, b: TensorLike) -> Tensor:
+    def __le__(self, b: TensorLike) -> Tensor:  # type: ignore[misc]
         return (self < b) + (self == b)
 
-    def __ge__(self, b: TensorLike) -> Tensor:
+    def __ge__(self, b: TensorLike) -> Tensor:  # type: ignore[misc]
         return (self > b) + (self == b)
 
     def __eq__(self, b: TensorLike) -> Tensor:  # type: ignore[override]
@@ -332,32 +343,43 @@ class Tensor:
         """e ** x"""
         return Exp.apply(self)
 
-    # ----- reduction: the dimension is kept with size 1; without one, everything is reduced to
-    # shape (1,) -----
+    # ----- reduction: a dimension, or each of several, is kept with size 1; without any,
+    # everything is reduced to shape (1,) -----
 
-    def all(self, dim: int | None = None) -> Tensor:
+    def _reduced(self, function: type[Function], dim: int | Sequence[int] | None) -> Tensor:
+        """A reduction by one dimension after the other; an empty list means all, as in PyTorch."""
+        dims = () if dim is None else check_dims(dim, self.dims)
+        if not dims:
+            return function.apply(self._flat(), 0)
+        out = self
+        for d in dims:
+            out = function.apply(out, d)
+        return out
+
+    def all(self, dim: int | Sequence[int] | None = None) -> Tensor:
         """1.0 where every element along `dim` is true."""
-        return All.apply(self._flat(), 0) if dim is None else All.apply(self, dim)
+        return self._reduced(All, dim)
 
-    def sum(self, dim: int | None = None) -> Tensor:
+    def sum(self, dim: int | Sequence[int] | None = None) -> Tensor:
         """Sum along `dim`."""
-        return Sum.apply(self._flat(), 0) if dim is None else Sum.apply(self, dim)
+        return self._reduced(Sum, dim)
 
-    def mean(self, dim: int | None = None) -> Tensor:
+    def mean(self, dim: int | Sequence[int] | None = None) -> Tensor:
         """Mean along `dim`.
 
         Raises:
             ValueError: there is nothing to take the mean of.
 
         """
-        n = self.size if dim is None else self.shape[check_dim(dim, self.dims)]
+        dims = () if dim is None else check_dims(dim, self.dims)
+        n = prod([self.shape[d] for d in dims]) if dims else self.size
         if n == 0:
             raise ValueError(f"mean() needs at least one element, got shape {self.shape}")
         if self.dtype in dtypes.HALF_DTYPES:  # whose sum may be out of their range
             return self.to("float32").mean(dim).to(self.dtype)
         return self.sum(dim) / float(n)
 
-    def var(self, dim: int | None = None) -> Tensor:
+    def var(self, dim: int | Sequence[int] | None = None) -> Tensor:
         """Biased variance along `dim`: the mean of the squared distances to the mean."""
         distance = self - self.mean(dim)
         return (distance * distance).mean(dim)
@@ -367,72 +389,45 @@ class Tensor:
 
     # ----- movement -----
 
-    def permute(self, *order: int) -> Tensor:
-        """The dimensions in the given order."""
-        return Permute.apply(self, order)
+    def permute(self, *order: int | Sequence[int]) -> Tensor:
+        """The dimensions in the given order: `permute(1, 0)` or `permute((1, 0))`."""
+        return Permute.apply(self, spread(order))
 
     def transpose(self, dim0: int, dim1: int) -> Tensor:
         """Two dimensions exchanged."""
         order = list(range(self.dims))
-        a, b = check_dim(dim0, self.dims), check_dim(dim1, self.dims)
+        a, b = check_dim(dim0, self.dims, "dim0"), check_dim(dim1, self.dims, "dim1")
         order[a], order[b] = order[b], order[a]
         return Permute.apply(self, order)
 
-    def view(self, *shape: int) -> Tensor:
-        """The same elements in another shape; one size may be -1, to be worked out.
+    def view(self, *shape: int | Sequence[int]) -> Tensor:
+        """The same elements in another shape, `view(2, 3)` or `view((2, 3))`; one size may be -1,
+        to be worked out.
 
         Raises:
             AssertionError: the tensor is not contiguous.
             ValueError: the shape has another number of elements.
 
         """
-        known = prod(n for n in shape if n != -1)
-        given = shape
-        if shape.count(-1) == 1 and known and self.size % known == 0:
-            shape = tuple(self.size // known if n == -1 else n for n in shape)
-        if min(shape, default=0) < 0 or prod(shape) != self.size:
-            raise ValueError(
-                f"view: shape {given} does not hold the {self.size} elements of {self.shape}"
-            )
-        return View.apply(self, shape)
+        return View.apply(self, spread(shape))
 
     def contiguous(self) -> Tensor:
         """This tensor if its elements lie in row-major order, else a copy in which they do."""
         return self if self._tensor.is_contiguous() else Copy.apply(self)
 
-    def __getitem__(self, key: Any) -> Any:
-        """A number for a full index of whole numbers; a tensor (differentiable, no copy) for slices
-        and partial indices.
+    # See indexing.py
+    __getitem__ = get_item
+    __setitem__ = set_item
+
+    def broadcast_to(self, *shape: int | Sequence[int]) -> Tensor:
+        """This tensor repeated to `shape`, without a copy: `broadcast_to((2, 3))` or
+        `broadcast_to(2, 3)`.
+
+        Raises:
+            ValueError: the shape does not broadcast to that.
+
         """
-        full = key if isinstance(key, tuple) else (key,)
-        if len(full) == self.dims and all(isinstance(i, int | np.integer) for i in full):
-            return self._tensor.get(self._count_from_start(full))
-        for i in full:
-            if not (i is None or i is Ellipsis or isinstance(i, int | np.integer | slice)):
-                raise TypeError(
-                    f"an index may hold whole numbers, slices, None and ..., got {type(i).__name__}"
-                )
-        try:
-            return Slice.apply(self, key)
-        except IndexError as error:
-            raise IndexingError(f"index {key} does not fit shape {self.shape}: {error}") from None
-
-    def __setitem__(self, key: int | UserIndex, val: float) -> None:
-        """Change one element in place; a graph knows nothing of it."""
-        full = tuple(key) if isinstance(key, Sequence) else (key,)
-        self._tensor.set(self._count_from_start(full), val)
-
-    def _count_from_start(self, index: Sequence[Any]) -> Sizes:
-        """An index in which negative numbers, which count from the end, have been replaced."""
-        if len(index) != self.dims:
-            return tuple(index)
-        return tuple(
-            int(i) + n if -n <= i < 0 else int(i) for i, n in zip(index, self.shape, strict=True)
-        )
-
-    def broadcast_to(self, shape: UserShape) -> Tensor:
-        """A constant view of this tensor repeated to `shape`, without a copy."""
-        return self.backend.ops.broadcast_to(self, Sizes(shape))
+        return BroadcastTo.apply(self, as_shape(spread(shape)))
 
     # ----- fused -----
 
@@ -474,30 +469,15 @@ class Tensor:
         backend: TensorBackend | None = None,
     ) -> Tensor:
         """A constant tensor from storage, shape and strides."""
-        out = Tensor(TensorData(storage, shape, strides), backend=backend)
-        out._type_(out.backend)
-        return out
+        strides = None if strides is None else as_ints(strides, "strides")
+        return Tensor(TensorData(storage, as_shape(shape), strides), backend=backend)
 
     def zeros(self, shape: UserShape | None = None) -> Tensor:
         """Zeros of `shape` (of this one if not given), with this tensor's dtype and backend."""
-        wanted = self.shape if shape is None else tuple(shape)
+        wanted = self.shape if shape is None else as_shape(shape)
         return self._new(self.backend.ops.full(wanted, 0.0, self.dtype))
 
-    def expand(self, other: Tensor | float) -> Tensor:
-        """`other`, a gradient, brought to this tensor's shape: repeated where it is smaller, summed
-        where it is larger.
-        """
-        other = self._ensure_tensor(other)
-        if other.shape == self.shape:
-            return other
-        shape = shape_broadcast(self.shape, other.shape)
-        out = other if other.shape == shape else other.broadcast_to(shape)
-        added = len(shape) - self.dims
-        for dim in range(len(shape)):
-            if shape[dim] != 1 and (dim < added or self.shape[dim - added] == 1):
-                out = self.f.add_reduce(out, dim)
-        contiguous = out.detach().contiguous()
-        return self._new(TensorData(contiguous._tensor._storage[: self.size], self.shape))
+    expand = expand
 
     def detach(self) -> Tensor:
         """A constant that shares this tensor's elements."""
@@ -505,8 +485,7 @@ class Tensor:
 
     def _type_(self, backend: TensorBackend) -> None:
         """Move this tensor to another backend, in place."""
-        if backend.cuda != self._tensor.on_device:
-            self._tensor = self._moved(backend)._tensor
+        self._tensor = Tensor(self._tensor, backend=backend)._tensor
         self.backend = backend
 
     # ----- the variable of the autodiff engine -----
@@ -573,7 +552,8 @@ class Tensor:
 
         Raises:
             RuntimeError: no gradient is recorded, or an earlier call has released the graph.
-            ValueError: `grad_output` is missing for more than one element, or has another shape.
+            TypeError: `grad_output` is no Tensor.
+            ValueError: it is missing for more than one element, or has another shape.
 
         """
         if self.history is None:
@@ -585,7 +565,8 @@ class Tensor:
                     "give one, or sum() first"
                 )
             grad_output = self._new(self.backend.ops.full(self.shape, 1.0, self.dtype))
-        elif grad_output.shape != self.shape:
+        check_tensor(grad_output, "grad_output")
+        if grad_output.shape != self.shape:
             raise ValueError(f"grad_output must have shape {self.shape}, got {grad_output.shape}")
         backpropagate(self, grad_output.detach(), retain_graph)
 
@@ -593,5 +574,7 @@ class Tensor:
         """Forget the gradient."""
         self.grad = None
 
+
+set_tensor_class(Tensor)
 
 __all__ = ["Function", "History", "Tensor", "TensorLike"]

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import as_array, as_ints, as_number, as_shape, check_key
 from .device_array import DeviceArray
-from .dtypes import get_default_dtype, storage_dtype
+from .dtypes import FLOAT_DTYPES, get_default_dtype, storage_dtype
 
 MAX_DIMS = 32
 
@@ -85,9 +86,9 @@ def shape_broadcast(shape1: UserShape, shape2: UserShape) -> tuple[int, ...]:
         IndexingError: two sizes differ and neither is 1.
 
     """
-    a, b = tuple(shape1), tuple(shape2)
-    if a == b:
-        return a
+    if type(shape1) is type(shape2) is tuple and shape1 == shape2:
+        return shape1
+    a, b = as_ints(shape1, "shape1"), as_ints(shape2, "shape2")
     dims = max(len(a), len(b))
     padded_a = (1,) * (dims - len(a)) + a
     padded_b = (1,) * (dims - len(b)) + b
@@ -101,10 +102,11 @@ def shape_broadcast(shape1: UserShape, shape2: UserShape) -> tuple[int, ...]:
 
 def strides_from_shape(shape: UserShape) -> tuple[int, ...]:
     """The strides of a contiguous (row-major) tensor, in elements."""
+    sizes = as_ints(shape, "shape")
     strides = [1]
-    for size in reversed(shape[1:]):
+    for size in reversed(sizes[1:]):
         strides.append(strides[-1] * size)
-    return tuple(reversed(strides))[: len(shape)]
+    return tuple(reversed(strides))[: len(sizes)]
 
 
 class TensorData:
@@ -119,6 +121,7 @@ class TensorData:
 
     Raises:
         IndexingError: `strides` has another length than `shape`.
+        TypeError: shape or strides are no tuples of whole numbers, or the storage holds no numbers.
         ValueError: shape and strides do not fit the storage.
 
     """
@@ -153,8 +156,8 @@ class TensorData:
             raise TypeError(f"strides must be a tuple, got {type(strides).__name__}")
         if strides is not None and len(strides) != len(shape):
             raise IndexingError(f"strides {strides} and shape {shape} must have the same length")
-        if any(size < 0 for size in shape):
-            raise ValueError(f"shape must have no negative size, got {shape}")
+        shape = as_shape(shape)
+        strides = None if strides is None else as_ints(strides, "strides")
         storage = _as_storage(storage)
         size = prod(shape)
         fits = len(storage) == size
@@ -189,14 +192,24 @@ class TensorData:
         data._set(storage, shape, strides, prod(shape))
         return data
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickle: `slot` and `number` belong to this one alone."""
+        return TensorData._of, (self._storage, self.shape, self.strides)
+
     @staticmethod
     def from_array(array: npt.NDArray[Any]) -> TensorData:
-        """The same elements as `array`, which is not copied unless a stride is negative or its
-        dtype is not a float of ours.
+        """The same elements as `array`, which is not copied unless it is read-only, a stride is
+        negative or its dtype is not a float of ours.
+
+        Raises:
+            TypeError: its elements are no real numbers.
+
         """
         dtype = storage_dtype(array.dtype)
         if array.dtype != dtype:
-            array = array.astype(dtype)
+            array = as_array(array, "array").astype(dtype)
+        if not array.flags.writeable:  # for which numba would compile every loop again
+            array = array.copy(order="K")
         data = TensorData.__new__(TensorData)
         shape = array.shape
         if not array.flags.c_contiguous and any(
@@ -267,7 +280,14 @@ class TensorData:
             self._storage = DeviceArray.from_host(self._storage)
 
     def item(self) -> float:
-        """The only element."""
+        """The only element.
+
+        Raises:
+            ValueError: there is not exactly one.
+
+        """
+        if self.size != 1:
+            raise ValueError(f"item() needs a tensor of one element, got shape {self.shape}")
         if not self.on_device:
             return self.array.item()  # type: ignore[no-any-return]
         return float(self.to_numpy().reshape(())) if self.number is None else self.number
@@ -304,9 +324,10 @@ class TensorData:
 
         Raises:
             IndexingError: wrong number of dimensions, or outside the shape (negative numbers too).
+            TypeError: no whole numbers.
 
         """
-        given = (index,) if isinstance(index, int) else tuple(index)
+        given = as_ints(index, "index")
         if len(given) != len(self.shape):
             raise IndexingError(
                 f"index {given} must have {len(self.shape)} numbers: shape {self.shape}"
@@ -321,7 +342,14 @@ class TensorData:
         return np.ndindex(*self.shape)
 
     def sample(self) -> tuple[int, ...]:
-        """A random valid index."""
+        """A random valid index.
+
+        Raises:
+            ValueError: there are no elements.
+
+        """
+        if self.size == 0:
+            raise ValueError(f"sample() needs at least one element, got shape {self.shape}")
         return tuple(random.randint(0, size - 1) for size in self.shape)
 
     def get(self, key: UserIndex) -> float:
@@ -329,8 +357,15 @@ class TensorData:
         return float(self._storage[self.index(key)])
 
     def set(self, key: UserIndex, val: float) -> None:
-        """Change the element at a full index."""
-        self._storage[self.index(key)] = val
+        """Change the element at a full index.
+
+        Raises:
+            TypeError: `val` is no number.
+
+        """
+        position, number = self.index(key), as_number(val, "val")
+        with np.errstate(over="ignore"):  # a number too large for the dtype is infinite
+            self._storage[position] = number
         self.number = None
         if self.slot is not None:
             self.slot.changed()
@@ -347,13 +382,19 @@ class TensorData:
         a step is negative.
 
         Raises:
-            IndexError: the key does not fit the shape.
+            TypeError: the key holds something else.
+            IndexingError: it does not fit the shape.
 
         """
+        key = check_key(key)
+        # On the GPU numpy works it out on an array of this shape with no elements to speak of.
+        layout = _Layout(self.shape, self.strides) if self.on_device else self.array
+        try:
+            view = np.asarray(layout)[key]
+        except IndexError as error:
+            raise IndexingError(f"index {key} does not fit shape {self.shape}: {error}") from None
         if not self.on_device:
-            return TensorData.from_array(self.array[key])
-        # numpy works it out on an array of this shape that has no elements to speak of.
-        view = np.asarray(_Layout(self.shape, self.strides))[key]
+            return TensorData.from_array(view)
         offset = view.__array_interface__["data"][0] - _NO_ELEMENTS.ctypes.data
         if min(view.strides, default=0) < 0:
             host = DeviceArray.from_host(self.to_numpy()[key])
@@ -369,7 +410,7 @@ class TensorData:
             ValueError: the shape does not broadcast to that.
 
         """
-        wanted = tuple(shape)
+        wanted = as_shape(shape)
         added = len(wanted) - len(self.shape)
         fits = added >= 0 and all(
             n in (1, want) for n, want in zip(self.shape, wanted[added:], strict=True)
@@ -387,6 +428,7 @@ class TensorData:
             IndexingError: `order` is not a permutation of the dimensions.
 
         """
+        order = as_ints(order, "order")
         if sorted(order) != list(range(len(self.shape))):
             raise IndexingError(f"order {order} must name each of the {self.dims} dimensions once")
         data = TensorData.__new__(TensorData)
@@ -417,8 +459,13 @@ class _Layout:
 
 def _as_storage(storage: Any) -> Any:
     """A one-dimensional array of a dtype that we have."""
-    if isinstance(storage, np.ndarray):
-        return np.ascontiguousarray(storage, dtype=storage_dtype(storage.dtype)).reshape(-1)
     if isinstance(storage, DeviceArray):
         return storage
-    return np.array(storage, dtype=get_default_dtype()).reshape(-1)
+    if type(storage) is np.ndarray and storage.dtype in FLOAT_DTYPES and storage.flags.carray:
+        return storage.reshape(-1)
+    array = as_array(storage, "storage")
+    if not isinstance(storage, np.ndarray):
+        return array.astype(get_default_dtype()).reshape(-1)
+    if not array.flags.writeable:
+        array = array.copy()
+    return np.ascontiguousarray(array, dtype=storage_dtype(array.dtype)).reshape(-1)

@@ -1,20 +1,20 @@
-"""Every differentiable operation on tensors: a small class with its forward pass beside its
+"""The differentiable operations on tensors: a small class each, its forward pass beside its
 backward pass.
 
-In order: elementwise, comparison, reduction, movement, matrix product, fused operations, attention.
-Functions never ask where a tensor lives: its backend (`t.f`) has the operation.
+In order: elementwise, comparison, reduction, filling, dtype and device, matrix product, attention.
+Those that move elements are in `movement_functions`, the fused ones in `fused_functions`. Functions
+never ask where a tensor lives: its backend (`t.f`) has the operation.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arguments import check_dim
 from .autodiff import Context
-from .function import Function, as_ints, check_dim
-from .tensor_data import TensorData
+from .function import Function
 
 if TYPE_CHECKING:
     from .kernels.flash_attention.problem import AttentionProblem
@@ -79,21 +79,32 @@ class Mul(Function):
 
 
 class PowerScalar(Function):
-    """a ** scalar, where scalar is a number or a tensor of one element without a derivative."""
+    """a ** exponent, where the exponent is a number, as the name says, or any tensor that
+    broadcasts with a.
+    """
 
     @staticmethod
-    def forward(ctx: Context, a: Tensor, scalar: Tensor) -> Tensor:
-        ctx.save_for_backward(a, scalar)
-        return a.f.pow_scalar_zip(a, scalar)
+    def forward(ctx: Context, a: Tensor, exponent: Tensor) -> Tensor:
+        ctx.save_for_backward(a, exponent)
+        return a.f.pow_scalar_zip(a, exponent)
 
     @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        a, scalar = ctx.saved_values
-        exponent = scalar.item()
-        if exponent == 0:  # 0 * a**-1 is not 0 at a = 0
-            return grad_output.zeros(), 0.0
-        power = a.f.pow_scalar_zip(a, scalar._ensure_tensor(exponent - 1.0))
-        return grad_output.f.mul_zip(grad_output, power * exponent), 0.0
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        a, exponent = ctx.saved_values
+        f = grad_output.f
+        of_a, of_exponent = ctx.needs_input_grad or (True, True)
+        grad_a: Tensor | float = 0.0
+        if of_a and exponent.size == 1 and not of_exponent:
+            number = exponent.item()
+            if number:  # 0 * a**-1 is not 0 at a = 0
+                power = f.pow_scalar_zip(a, exponent._ensure_tensor(number - 1.0))
+                grad_a = f.mul_zip(grad_output, power * number)
+        elif of_a:  # at exponent 0 the power is 1 in place of a**-1, for the same reason
+            lower = f.add_zip(exponent - 1.0, f.eq_zip(exponent, exponent._ensure_tensor(0.0)))
+            grad_a = f.mul_zip(grad_output, f.mul_zip(f.pow_scalar_zip(a, lower), exponent))
+        if not of_exponent:
+            return grad_a, 0.0
+        return grad_a, f.mul_zip(grad_output, f.pow_back_zip(a, exponent))
 
 
 class Sigmoid(Function):
@@ -228,7 +239,7 @@ class Sum(Function):
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         (shape,) = ctx.saved_values
-        return grad_output.broadcast_to(shape), 0.0
+        return grad_output.f.ops.broadcast_to(grad_output, shape), 0.0
 
 
 class All(Function):
@@ -261,87 +272,7 @@ class Max(Function):
         return f.mul_zip(f.eq_zip(input, out), grad_output), 0.0
 
 
-# ----- movement -----
-
-
-class Permute(Function):
-    """The same elements with the dimensions in another order."""
-
-    @staticmethod
-    def forward(ctx: Context, a: Tensor, order: Any) -> Tensor:
-        given = as_ints(order)
-        ctx.save_for_backward(given)
-        return a._new(a._tensor.permute(*given))
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        (order,) = ctx.saved_values
-        inverse = [order.index(i) for i in range(len(order))]
-        return grad_output._new(grad_output._tensor.permute(*inverse)), 0.0
-
-
-class View(Function):
-    """The same elements, contiguous, in another shape."""
-
-    @staticmethod
-    def forward(ctx: Context, a: Tensor, shape: Any) -> Tensor:
-        ctx.save_for_backward(a.shape)
-        if not a._tensor.is_contiguous():
-            raise AssertionError(
-                f"view needs a contiguous tensor, got strides {a._tensor.strides} for {a.shape}: "
-                "call contiguous() first"
-            )
-        return a._new(TensorData(a._tensor._storage[: a.size], as_ints(shape)))
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        (shape,) = ctx.saved_values
-        grad = grad_output.contiguous()
-        return grad._new(TensorData(grad._tensor._storage[: grad.size], shape)), 0.0
-
-
-class Copy(Function):
-    """A contiguous copy."""
-
-    @staticmethod
-    def forward(ctx: Context, a: Tensor) -> Tensor:
-        return a.f.id_map(a)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> Tensor:
-        return grad_output
-
-
-class Slice(Function):
-    """Basic indexing: a view of part of the tensor."""
-
-    @staticmethod
-    def forward(ctx: Context, a: Tensor, key: Any) -> Tensor:
-        ctx.save_for_backward(a.shape, key)
-        return a.f.ops.slice(a, key)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        shape, key = ctx.saved_values
-        return grad_output.f.ops.slice_backward(grad_output, key, shape), 0.0
-
-
-class Concatenate(Function):
-    """Tensors joined along a dimension."""
-
-    @staticmethod
-    def forward(ctx: Context, dim: int, *parts: Tensor) -> Tensor:
-        axis = check_dim(dim, parts[0].dims)
-        ctx.save_for_backward(axis, [part.shape[axis] for part in parts])
-        return parts[0].f.ops.concatenate(parts, axis)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
-        axis, sizes = ctx.saved_values
-        ends = list(accumulate(sizes))
-        before = (slice(None),) * axis
-        pieces = [(*before, slice(end - n, end)) for n, end in zip(sizes, ends, strict=True)]
-        return 0.0, *(grad_output.f.ops.slice(grad_output, piece) for piece in pieces)
+# ----- filling, dtype, device -----
 
 
 class MaskedFill(Function):
@@ -393,12 +324,12 @@ class Move(Function):
     @staticmethod
     def forward(ctx: Context, a: Tensor, backend: TensorBackend) -> Tensor:
         ctx.save_for_backward(a.backend)
-        return a._moved(backend)
+        return type(a)(a._tensor, backend=backend)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         (backend,) = ctx.saved_values
-        return grad_output._moved(backend), 0.0
+        return type(grad_output)(grad_output._tensor, backend=backend), 0.0
 
 
 # ----- matrix product -----
@@ -430,7 +361,7 @@ class MatMul(Function):
 class FlashAttention(Function):
     """softmax(query @ key^T * scale + mask) @ value in tiles (Dao 2023, algorithms 1 and 2).
 
-    The tile loops are in `kernels/flash_attention/`. Only the output and the logsumexp of each row
+    The tile loops are in `kernels/flash_attention/`. Only the output and two numbers of each row
     are kept; the backward pass computes the scores again, tile by tile.
     """
 
@@ -449,9 +380,9 @@ class FlashAttention(Function):
         16-bit output becomes float32 for it.
         """
         mask = query.f.ops.attention_mask(attn_mask)
-        out, logsumexp = query.f.flash_attention_forward(query, key, value, mask, problem)
+        out, logsumexp, rows = query.f.flash_attention_forward(query, key, value, mask, problem)
         ctx.save_for_backward(
-            query, key, value, mask, out, logsumexp, problem, needs_mask_grad, return_lse
+            query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse
         )
         if not return_lse:
             return out
@@ -463,9 +394,7 @@ class FlashAttention(Function):
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
         """Gradients of query, key, value, and of an additive mask that wants one."""
-        query, key, value, mask, out, logsumexp, problem, needs_mask_grad, return_lse = (
-            ctx.saved_values
-        )
+        query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse = ctx.saved_values
         grad_logsumexp = None
         if return_lse:
             ops = grad_output.f.ops
@@ -481,7 +410,7 @@ class FlashAttention(Function):
             value,
             mask,
             out,
-            logsumexp,
+            rows,
             problem,
             needs_mask_grad,
         )

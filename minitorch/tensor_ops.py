@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from . import operators
+from .fused_checks import broadcasts_to, check_axis
 from .fused_ops import FusedOps
+from .ieee import ieee, quiet
 from .storage_ops import StorageOps
 from .tensor_data import (
     IndexingError,
@@ -67,6 +70,32 @@ def check_matmul(a: Tensor, b: Tensor) -> tuple[int, ...]:
     return (*shape_broadcast(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
 
 
+def map_output(a: Tensor, out: Tensor | None) -> Tensor:
+    """Where a map of `a` writes: `out`, or a new tensor like `a` if that is None.
+
+    Raises:
+        ValueError: `a` does not broadcast to the shape of `out`.
+
+    """
+    if out is None:
+        return empty_output(a, a.shape)
+    if not broadcasts_to(a.shape, out.shape):
+        raise ValueError(f"out must have a shape to which {a.shape} broadcasts, got {out.shape}")
+    return out
+
+
+def folded_shape(a: Tensor, dim: int) -> tuple[int, tuple[int, ...]]:
+    """The dimension that is folded, counted from 0, and the shape that a fold leaves.
+
+    Raises:
+        IndexError: there is no such dimension.
+
+    """
+    check_axis(a, dim)
+    dim %= a.dims
+    return dim, (*a.shape[:dim], 1, *a.shape[dim + 1 :])
+
+
 def empty_output(
     like: Tensor, shape: tuple[int, ...], dtype: np.dtype[Any] | None = None
 ) -> Tensor:
@@ -111,7 +140,9 @@ class TensorOps(FusedOps, StorageOps):
 
 
 class SimpleOps(TensorOps):
-    """Loops in plain Python: slow, and the definition of what is right."""
+    """Loops in plain Python: slow, and the definition of what is right. Where Python would raise an
+    error for a number (1 / 0) there is IEEE's infinity or NaN, as on every backend.
+    """
 
     @staticmethod
     def map(fn: MapFn) -> MapProto:
@@ -119,7 +150,7 @@ class SimpleOps(TensorOps):
         kernel = tensor_map(fn)
 
         def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
-            target = empty_output(a, a.shape) if out is None else out
+            target = map_output(a, out)
             kernel(*target.tuple(), *a.tuple())
             return target
 
@@ -149,9 +180,8 @@ class SimpleOps(TensorOps):
         kernel = tensor_reduce(fn)
 
         def apply(a: Tensor, dim: int) -> Tensor:
-            shape = list(a.shape)
-            shape[dim] = 1
-            out = empty_output(a, tuple(shape))
+            dim, shape = folded_shape(a, dim)
+            out = empty_output(a, shape)
             out._tensor._storage[:] = start
             kernel(*out.tuple(), *a.tuple(), dim)
             return out
@@ -159,6 +189,7 @@ class SimpleOps(TensorOps):
         return apply
 
     @staticmethod
+    @quiet
     def matrix_multiply(a: Tensor, b: Tensor) -> Tensor:
         """The definition: each element is a sum of products."""
         shape = check_matmul(a, b)
@@ -175,7 +206,9 @@ class SimpleOps(TensorOps):
 
 def tensor_map(fn: MapFn) -> MapKernel:
     """The loop of `SimpleOps.map`: out[i] = fn(in[i]), where `in` broadcasts to `out`."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,
@@ -197,7 +230,9 @@ def tensor_map(fn: MapFn) -> MapKernel:
 
 def tensor_zip(fn: ZipFn) -> ZipKernel:
     """The loop of `SimpleOps.zip`: out[i] = fn(a[i], b[i]), where both broadcast to `out`."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,
@@ -225,7 +260,9 @@ def tensor_zip(fn: ZipFn) -> ZipKernel:
 
 def tensor_reduce(fn: ZipFn) -> ReduceKernel:
     """The loop of `SimpleOps.reduce`: out[i] = fn(out[i], a[i with each j along reduce_dim])."""
+    fn = ieee(fn)
 
+    @quiet
     def kernel(
         out: Storage,
         out_shape: Shape,
@@ -288,6 +325,7 @@ class TensorBackend:
         self.log_back_zip = ops.zip(operators.log_back)
         self.inv_back_zip = ops.zip(operators.inv_back)
         self.pow_scalar_zip = ops.zip(operators.pow)
+        self.pow_back_zip = ops.zip(operators.pow_back)
 
         self.add_reduce = ops.reduce(operators.add, 0.0)
         self.mul_reduce = ops.reduce(operators.mul, 1.0)
@@ -313,11 +351,32 @@ class TensorBackend:
         self.adamw_step = ops.adamw_step
         self.flash_attention_forward = ops.flash_attention_forward
         self.flash_attention_backward = ops.flash_attention_backward
+        _first.setdefault((type(self), self._wanted), self)
+
+    # A backend has no state: it is its own copy, and pickle names its operations.
+
+    def __copy__(self) -> TensorBackend:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorBackend:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _backend_of, (type(self), self._wanted)
 
     def __repr__(self) -> str:
         if self.ops is self._wanted:
             return f"TensorBackend({self.ops.__name__})"
         return f"TensorBackend({self._wanted.__name__}, no GPU: {self.ops.__name__})"
+
+
+# The first backend of each kind that this process made, for those that pickle brings.
+_first: WeakValueDictionary[tuple[type, type], TensorBackend] = WeakValueDictionary()
+
+
+def _backend_of(kind: type[TensorBackend], ops: type[TensorOps]) -> TensorBackend:
+    """The process's backend of these operations, made if there is none."""
+    return _first.get((kind, ops)) or kind(ops)
 
 
 SimpleBackend = TensorBackend(SimpleOps)

@@ -357,7 +357,6 @@ def tensors(
 
     def make(array: Array) -> Tensor:
         out = Tensor(TensorData.from_array(array), backend=backend)
-        out._type_(out.backend)
         out.requires_grad_(requires_grad)
         return out
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import as_size, check_tensor
 from .dtypes import check_dtype, get_default_dtype
 from .factories import tensor_from_numpy, zeros
 from .module import Module
@@ -96,6 +97,7 @@ class MultiHeadAttention(Module):
         use_flash_attention: bool = False,
     ) -> None:
         super().__init__()
+        n_embd, n_head = as_size(n_embd, "n_embd"), as_size(n_head, "n_head")
         if n_head < 1 or n_embd % n_head:
             raise ValueError(f"n_head must divide n_embd = {n_embd}, got {n_head}")
         backend = SimpleBackend if backend is None else backend
@@ -169,6 +171,9 @@ class MultiHeadAttention(Module):
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """(B, T, E) -> (B, T, E); with a cache, x continues the positions that the cache holds."""
+        check_tensor(x, "x")
+        if x.dims != 3:
+            raise ValueError(f"x must be (batch, seq_len, {self.n_embd}), got {x.shape}")
         q, kT, v = self.project_to_query_key_value(x)
         if cache is not None:
             k, v = cache.append(kT.permute(0, 1, 3, 2), v)
@@ -297,15 +302,15 @@ class DecoderLM(Module):
         self.compute_dtype = (
             None if compute_dtype is None else check_dtype(compute_dtype, backend.cuda)
         )
-        self.n_vocab = n_vocab
-        self.n_embd = n_embd
-        self.n_head = n_head
-        self.n_positions = n_positions
-        self.n_layer = n_layer
+        self.n_vocab = as_size(n_vocab, "n_vocab")
+        self.n_embd = as_size(n_embd, "n_embd")
+        self.n_head = as_size(n_head, "n_head")
+        self.n_positions = as_size(n_positions, "n_positions")
+        self.n_layer = as_size(n_layer, "n_layer")
         self._positions: Tensor | None = None
         self.token_embeddings = Embedding(n_vocab, n_embd, backend)
         self.position_embeddings = Embedding(n_positions, n_embd, backend)
-        for number in range(1, n_layer + 1):
+        for number in range(1, self.n_layer + 1):
             layer = TransformerLayer(
                 n_embd,
                 n_head,
@@ -355,6 +360,7 @@ class DecoderLM(Module):
             ValueError: more than n_positions tokens, or a token outside the vocabulary.
 
         """
+        check_tensor(idx, "idx")
         if idx.dims != 2:
             raise ValueError(f"idx must have shape (batch, seq_len), got {idx.shape}")
         start = 0 if cache is None else cache[0].length

@@ -33,9 +33,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `project` is found
+
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results" / "attention_cpu.json"
+from project.arguments import COUNT, POSITIVE, THREADS, read_results, real, refuse_too_large, whole
+
+RESULTS = Path(__file__).resolve().parent / "results" / "attention_cpu.json"
 LENGTHS = [255, 256, 512, 1000, 1024, 2048, 3001, 4096]
 SINGLE_HEAD_LENGTHS = [256, 1000, 4096]
 AVX2 = {
@@ -58,15 +62,20 @@ def parse_arguments() -> argparse.Namespace:
     )
     what = parser.add_argument_group("what is measured")
     what.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    what.add_argument("--batch", type=int, default=2, help="default: %(default)s")
-    what.add_argument("--heads", type=int, default=8, help="default: %(default)s")
-    what.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], metavar="D")
-    what.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
+    count = whole(COUNT)
+    what.add_argument("--batch", type=count, default=2, help="default: %(default)s")
+    what.add_argument("--heads", type=count, default=8, help="default: %(default)s")
+    what.add_argument("--head-dims", type=count, nargs="+", default=[64, 128], metavar="D")
+    what.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, metavar="N")
     what.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     what.add_argument("--skip-memory", action="store_true", help="no memory and start-up figures")
     how = parser.add_argument_group("how")
-    how.add_argument("--threads", type=int, default=2, help="of each; default: %(default)s")
-    how.add_argument("--seconds", type=float, default=2.0, help="a cell; default: %(default)s")
+    how.add_argument(
+        "--threads", type=whole(THREADS), default=2, help="of each; default: %(default)s"
+    )
+    how.add_argument(
+        "--seconds", type=real(POSITIVE), default=2.0, help="a cell; default: %(default)s"
+    )
     how.add_argument(
         "--prefix", default="", help="command before each measuring process (taskset -c 0,1, say)"
     )
@@ -75,7 +84,15 @@ def parse_arguments() -> argparse.Namespace:
     )
     how.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    length, head_dim = max(arguments.lengths), max(arguments.head_dims)
+    # Four inputs, four outputs, and as much again for PyTorch; float32.
+    needed = 4 * 12 * arguments.batch * arguments.heads * length * head_dim
+    sizes = {"batch": arguments.batch, "heads": arguments.heads, "lengths": length}
+    sizes["head-dims"] = head_dim
+    largest = max(sizes, key=lambda name: sizes[name])
+    refuse_too_large(parser, f"--{largest} {sizes[largest]}", needed)
+    return arguments
 
 
 # --------------------------------------------------------------------------- in the child process
@@ -88,7 +105,7 @@ def make_inputs(batch: int, heads: int, length: int, head_dim: int) -> list[np.n
 
 
 def ours(q: Any, k: Any, v: Any, causal: bool) -> Any:
-    """A forward pass, description of the problem included: (problem, out, logsumexp)."""
+    """A forward pass, description of the problem included: (problem, out, logsumexp, rows)."""
     from minitorch.kernels.flash_attention import cpu
     from minitorch.kernels.flash_attention.problem import AttentionProblem
 
@@ -100,8 +117,8 @@ def ours_both(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Any:
     """Forward and backward: (dq, dk, dv)."""
     from minitorch.kernels.flash_attention import cpu
 
-    problem, out, logsumexp = ours(q, k, v, causal)
-    return cpu.backward(problem, q, k, v, None, out, logsumexp, do)[:3]
+    problem, out, _, rows = ours(q, k, v, causal)
+    return cpu.backward(problem, q, k, v, None, out, rows, do)[:3]
 
 
 def standard_both(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Any:
@@ -113,8 +130,8 @@ def standard_both(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Any:
     )
 
     problem = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype, is_causal=causal)
-    out, logsumexp = standard_attention(problem, q, k, v)
-    return standard_attention_backward(problem, q, k, v, None, out, logsumexp, do)[:3]
+    out, _, rows = standard_attention(problem, q, k, v)
+    return standard_attention_backward(problem, q, k, v, None, out, rows, do)[:3]
 
 
 def torch_functions(arrays: list[np.ndarray], causal: bool) -> tuple[Any, Any]:
@@ -411,7 +428,6 @@ def main() -> None:
     device.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     chosen, others = device.parse_known_args()
     if chosen.device == "cuda":
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
         from project import bench_attention_cuda
 
         bench_attention_cuda.main(others)
@@ -428,7 +444,7 @@ def main() -> None:
         "modes": {},
     }
     if arguments.add and arguments.out.exists():
-        kept = json.loads(arguments.out.read_text())
+        kept = read_results(arguments.out)
         result |= {name: kept[name] for name in ("modes", "memory", "start") if name in kept}
     if not arguments.skip_memory:
         result["memory"], result["start"] = measure_memory_and_start(arguments)

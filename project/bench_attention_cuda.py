@@ -42,10 +42,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
 
 from project import attention_report
+from project.arguments import COUNT, SEED, Range, whole
 from project.attention_contestants import OURS
-from project.attention_parts import PARTS, first_call, measure_ceilings
+from project.attention_parts import HIDDEN, PARTS, first_call, measure_ceilings
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384]
 HEAD_DIMS = [64, 128, 256]
 CELL = ("head_dim", "seqlen_k", "causal", "dtype")  # what tells a part's cells apart
@@ -58,12 +59,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, metavar="N")
-    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS, metavar="D")
+    parser.add_argument("--lengths", type=whole(COUNT), nargs="+", default=LENGTHS, metavar="N")
+    parser.add_argument(
+        "--head-dims", type=whole(Range(1, HIDDEN + 1)), nargs="+", default=HEAD_DIMS, metavar="D"
+    )
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
-    parser.add_argument("--ours", nargs="+", default=list(OURS), help="our kernels")
-    parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs; default: %(default)s")
+    parser.add_argument(
+        "--ours", nargs="+", choices=list(OURS), default=list(OURS), help="our kernels"
+    )
+    parser.add_argument("--rounds", type=whole(COUNT), default=30, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=whole(SEED), default=0, help="of the inputs; default: %(default)s"
+    )
     parser.add_argument("--add", action="store_true", help="keep other parts and cells of the file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
     parser.add_argument("--draw", action="store_true", help="measure nothing")
@@ -113,7 +120,7 @@ def measured(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise SystemExit(f"{path} is not there: measure first, without --draw")
     try:
-        result: dict[str, Any] = json.loads(path.read_text())
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         attention_report.markdown(result)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise SystemExit(f"{path} has another format: measure anew, without --draw") from None

@@ -35,10 +35,12 @@ import numpy as np
 import minitorch
 from minitorch import Tensor
 from minitorch.kernels.runtime import cuda, current_stream
-from project.gpu_timing import require_gpu
+from project.arguments import COUNT, SEED, too_large, whole
+from project.gpu_timing import gpu_memory, require_gpu
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = 1024
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
 CALLS = 5  # between two events
 HEAD_START = 1 << 30  # bytes copied while the calls are launched
 MIB = 1 << 20
@@ -48,10 +50,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 256, 1024], metavar="MiB")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs; default: %(default)s")
+    count = whole(COUNT)
+    parser.add_argument("--sizes", type=count, nargs="+", default=[64, 256, 1024], metavar="MiB")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=count, default=20, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=whole(SEED), default=0, help="of the inputs; default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
     return parser.parse_args()
 
@@ -202,6 +207,11 @@ def main() -> int:
     """Measure and write; returns the exit code."""
     arguments = parse_arguments()
     require_gpu()
+    # Three tensors at a time at least, and what the GPU is kept busy with.
+    largest = max(arguments.sizes)
+    problem = too_large(3 * largest * MIB + 2 * HEAD_START, gpu_memory(), "the GPU")
+    if problem:
+        raise SystemExit(f"--sizes {largest}: {problem}")
     rows = []
     for dtype in arguments.dtypes:
         for size in arguments.sizes:

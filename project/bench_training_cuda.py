@@ -38,14 +38,17 @@ import numpy as np
 
 from minitorch.cuda_driver import stream_handle
 from minitorch.kernels import runtime
+from project.arguments import COUNT, COUNT_OR_NONE, SEED, read_results, whole
 from project.gpu_timing import require_gpu
 from project.transformer import data
 from project.transformer.options import RunOptions
 from project.transformer.training import Trainer
+from project.weight_decay import decay_groups
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 VOCABULARY = 96
-ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+WEIGHT_DECAY = 0.1  # of matrices
 WARM_UP, CHECKED = 2, 5  # steps before the graph is captured; losses that are compared
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
@@ -115,7 +118,8 @@ def ours(row: Row, model: Any, seed: int) -> Contestant:
     ids = token_batch(row, seed)
     inputs, targets = (models.as_tensor(np.ascontiguousarray(a), model.backend) for a in ids)
     on_gpu = model.backend.cuda
-    optimizer = minitorch.AdamW(model.parameters(), capturable=on_gpu, **ADAMW)
+    groups = decay_groups(model.parameters(), WEIGHT_DECAY)
+    optimizer = minitorch.AdamW(groups, capturable=on_gpu, **ADAMW)
     kept: dict[str, Any] = {}
 
     def compute() -> None:
@@ -209,7 +213,8 @@ def torchs(row: Row, model: Any, seed: int) -> Contestant:
         torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in token_batch(row, seed)
     )
     on_gpu = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), fused=on_gpu, **ADAMW)
+    groups = decay_groups(model.parameters(), WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, fused=on_gpu, **ADAMW)
     kept: dict[str, Any] = {}
 
     def autocast() -> AbstractContextManager[Any]:
@@ -421,8 +426,10 @@ def kept_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     path = arguments.out / "training_cuda.json"
     if not path.is_file():
         return []
-    report = json.loads(path.read_text(encoding="utf-8"))
-    return [row for row in report["rows"] if row["name"] not in arguments.rows]
+    rows = read_results(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SystemExit(f"{path} has another format: measure anew, without --add")
+    return [row for row in rows if row.get("name") not in arguments.rows]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -432,12 +439,16 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--add", action="store_true", help="keep other rows measured before")
-    parser.add_argument("--rounds", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=10, help="of a round; default: %(default)s")
+    count = whole(COUNT)
+    parser.add_argument("--rounds", type=count, default=10, help="default: %(default)s")
+    parser.add_argument("--steps", type=count, default=10, help="of a round; default: %(default)s")
     parser.add_argument(
-        "--curve-steps", type=int, default=30, help="0 leaves the curves out; default: %(default)s"
+        "--curve-steps",
+        type=whole(COUNT_OR_NONE),
+        default=30,
+        help="0 leaves the curves out; default: %(default)s",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=whole(SEED), default=0, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
     return parser.parse_args()
 

@@ -33,11 +33,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `project` is found
+
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results" / "transformer_cpu.json"
+from project.arguments import COUNT, POSITIVE, THREADS, real, refuse_too_large, whole
+from project.weight_decay import decay_groups
+
+RESULTS = Path(__file__).resolve().parent / "results" / "transformer_cpu.json"
 LAYERS, D_MODEL, HEADS, CONTEXT, BATCH, VOCABULARY = 4, 128, 4, 128, 16, 96
-ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+ADAMW = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+WEIGHT_DECAY = 0.1  # of matrices
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
@@ -60,17 +66,25 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--middle", type=int, nargs="+", default=[256, 512], metavar="D",
+    parser.add_argument("--middle", type=whole(COUNT), nargs="+", default=[256, 512], metavar="D",
                         help="size of the feed-forward layers; default: %(default)s")  # fmt: skip
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--threads", type=int, default=2, help="of each; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each; default: %(default)s")
+    parser.add_argument(
+        "--threads", type=whole(THREADS), default=2, help="of each; default: %(default)s"
+    )
+    parser.add_argument(
+        "--seconds", type=real(POSITIVE), default=8.0, help="of each; default: %(default)s"
+    )
     parser.add_argument(
         "--prefix", default="", help="command before each measuring process (taskset -c 0,1, say)"
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    middle = max(arguments.middle)
+    needed = LAYERS * 4 * middle * (2 * D_MODEL * 4 + 3 * BATCH * CONTEXT)
+    refuse_too_large(parser, f"--middle {middle}", needed)
+    return arguments
 
 
 # ----- in the child process -----
@@ -104,7 +118,8 @@ def our_step(model: Any) -> Step:
         minitorch.tensor_from_numpy(a.astype(np.float32), backend) for a in token_batch()
     )
     flat_targets = targets.view(targets.size)
-    optimizer = minitorch.AdamW(model.parameters(), **ADAMW)  # type: ignore[arg-type]
+    groups = decay_groups(model.parameters(), WEIGHT_DECAY)
+    optimizer = minitorch.AdamW(groups, **ADAMW)  # type: ignore[arg-type]
 
     def step() -> float:
         optimizer.zero_grad()
@@ -190,7 +205,8 @@ def torch_step(model: Any, fused: bool) -> Step:
     import torch
 
     inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)) for a in token_batch())
-    optimizer = torch.optim.AdamW(model.parameters(), fused=fused, **ADAMW)
+    groups = decay_groups(model.parameters(), WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, fused=fused, **ADAMW)
 
     def step() -> float:
         optimizer.zero_grad()

@@ -35,6 +35,13 @@ def require_gpu() -> None:
         raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
 
 
+def gpu_memory() -> int:
+    """Bytes of memory of the GPU."""
+    from minitorch.kernels import runtime
+
+    return int(runtime.cuda.current_context().get_memory_info().total)
+
+
 @dataclass
 class Work:
     """What a graph repeats.

@@ -6,7 +6,11 @@ python project/parallel_check.py --level 3
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
 
 import minitorch
 from minitorch import fast_ops, operators

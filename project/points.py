@@ -7,7 +7,9 @@ import random
 from collections.abc import Callable, Sequence
 
 from minitorch.datasets import Graph, datasets
+from project.arguments import COUNT, POSITIVE, SEED, real, refuse_too_large, whole
 
+POINT_BYTES = 150  # a tuple of two numbers and a label, in lists
 LogFn = Callable[[int, float, int, list[float]], None]
 
 
@@ -19,8 +21,10 @@ def make_parser(description: str | None, points: int) -> argparse.ArgumentParser
     add = parser.add_argument
     names = [name.lower() for name in datasets]
     add("--dataset", "--DATASET", type=str.lower, choices=names, default="simple")
-    add("--points", "--PTS", type=_positive, default=points, help=f"default {points}")
-    add("--seed", type=int, default=0, help="of the points and the first weights, default 0")
+    add("--points", "--PTS", type=whole(COUNT), default=points, help=f"default {points}")
+    add(
+        "--seed", type=whole(SEED), default=0, help="of the points and the first weights, default 0"
+    )
     add("--plot", "--PLOT", action="store_true", help="draw the answer in characters")
     return parser
 
@@ -30,16 +34,34 @@ def add_training_options(
 ) -> None:
     """The options of scripts that train, with their defaults."""
     add = parser.add_argument_group("training").add_argument
-    add("--hidden", "--HIDDEN", type=_positive, default=hidden, help=f"units, default {hidden}")
-    add("--rate", "--RATE", type=float, default=rate, help=f"learning rate, default {rate}")
-    add("--epochs", type=_positive, default=epochs, help=f"default {epochs}")
+    hidden_help = f"units, default {hidden}"
+    add("--hidden", "--HIDDEN", type=whole(COUNT), default=hidden, help=hidden_help)
+    add(
+        "--rate", "--RATE", type=real(POSITIVE), default=rate, help=f"learning rate, default {rate}"
+    )
+    add("--epochs", type=whole(COUNT), default=epochs, help=f"default {epochs}")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, weight_bytes: int = 0
+) -> argparse.Namespace:
+    """The command line, if the machine has room for what it asks for.
+
+    Args:
+        parser: from `make_parser`.
+        argv: the words; those of the program if None.
+        weight_bytes: what a weight takes, of the `hidden` x `hidden` in the middle layer.
+
+    Raises:
+        SystemExit: a word makes no sense, or asks for too much.
+
+    """
+    args = parser.parse_args(argv)
+    refuse_too_large(parser, f"--points {args.points}", args.points * POINT_BYTES)
+    if weight_bytes:
+        needed = args.hidden * (args.hidden * weight_bytes + args.points * weight_bytes)
+        refuse_too_large(parser, f"--hidden {args.hidden}", needed)
+    return args
 
 
 def make_points(args: argparse.Namespace) -> Graph:

@@ -25,11 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
 
-from project.attention_contestants import Case, ours, pytorchs
+from project.arguments import SHARE, Range, real, whole
+from project.attention_contestants import OURS, PYTORCH, Case, ours, pytorchs
 from project.bench_attention_cuda import own_arguments
 from project.gpu_timing import require_gpu
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = "attention_profile.md"
 HIDDEN, TOKENS = 2048, 16384
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats")
@@ -57,12 +58,23 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--seqlen", type=int, default=8192, help="default: %(default)s")
+    parser.add_argument(
+        "--head-dim", type=whole(Range(1, HIDDEN + 1)), default=128, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--seqlen", type=whole(Range(1, TOKENS + 1)), default=8192, help="default: %(default)s"
+    )
     parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--dropout-p", type=float, default=0.0)
-    parser.add_argument("--ours", default="hopper", help="our kernels; default: %(default)s")
-    parser.add_argument("--theirs", default="cudnn", help="PyTorch's; default: %(default)s")
+    parser.add_argument("--dropout-p", type=real(SHARE), default=0.0)
+    parser.add_argument(
+        "--ours",
+        choices=["ours", *OURS],
+        default="hopper",
+        help="our kernels; default: %(default)s",
+    )
+    parser.add_argument(
+        "--theirs", choices=list(PYTORCH), default="cudnn", help="PyTorch's; default: %(default)s"
+    )
     parser.add_argument("--backward", action="store_true", help="the backward pass as well")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
     parser.add_argument("--add", action="store_true", help="after what the page has")

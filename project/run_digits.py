@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `project` is found
 
 import numpy as np
 import numpy.typing as npt
 
 import minitorch
 from minitorch import Tensor, TensorBackend
+from project.arguments import COUNT, POSITIVE, SEED, real, refuse_too_large, whole
 
 Array = npt.NDArray[Any]
 CLASSES = 10
@@ -125,11 +130,21 @@ def main(argv: Sequence[str] | None = None) -> float:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--epochs", type=int, default=8, help="passes over the images (default %(default)s)")
-    add("--channels", type=int, default=8, help="of the first convolution (default %(default)s)")
-    add("--rate", type=float, default=0.003, help="learning rate of Adam (default %(default)s)")
-    add("--seed", type=int, default=0, help="of split and weights (default %(default)s)")
+    add(
+        "--epochs",
+        type=whole(COUNT),
+        default=8,
+        help="passes over the images (default %(default)s)",
+    )
+    channels_help = "of the first convolution (default %(default)s)"
+    add("--channels", type=whole(COUNT), default=8, help=channels_help)
+    rate_help = "learning rate of Adam (default %(default)s)"
+    add("--rate", type=real(POSITIVE), default=0.003, help=rate_help)
+    add("--seed", type=whole(SEED), default=0, help="of split and weights (default %(default)s)")
     args = parser.parse_args(argv)
+    # The held-out images go through both convolutions at once; Adam keeps four times the weights.
+    needed = 4 * args.channels * (4 * 18 * args.channels + 360 * 3 * 64)
+    refuse_too_large(parser, f"--channels {args.channels}", needed)
     minitorch.set_default_dtype(np.float32)
     random.seed(args.seed)
     images, labels, test_images, test_labels = load_digits(args.seed)

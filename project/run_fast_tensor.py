@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `project
 import minitorch
 from minitorch import TensorBackend
 from minitorch.kernels import runtime
-from project.points import add_training_options, make_parser, make_points, picture
+from project.points import add_training_options, make_parser, make_points, parse, picture
 from project.run_tensor import TensorTrain
 
 FastTensorBackend = TensorBackend(minitorch.FastOps)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser = make_parser(__doc__, points=50)
     add_training_options(parser, hidden=10, rate=0.5, epochs=500)
     parser.add_argument("--backend", "--BACKEND", choices=["cpu", "gpu"], default="cpu")
-    args = parser.parse_args(argv)
+    args = parse(parser, argv, weight_bytes=3 * 8)
     backend = choose_backend(args.backend)
     graph = make_points(args)
     trainer = FastTrain(args.hidden, backend)

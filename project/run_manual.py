@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `project
 
 import minitorch
 from minitorch import operators
-from project.points import make_parser, make_points, picture
+from project.arguments import FINITE, real
+from project.points import make_parser, make_points, parse, picture
 
 
 class Network(minitorch.Module):
@@ -45,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> float:
     """Run from the command line; returns the share of points that are right."""
     parser = make_parser(__doc__, points=100)
     add = parser.add_argument_group("the line w1 x1 + w2 x2 + bias = 0").add_argument
-    add("--weights", type=float, nargs=2, default=(-20.0, 0.0), metavar=("W1", "W2"))
-    add("--bias", type=float, default=10.0)
-    args = parser.parse_args(argv)
+    add("--weights", type=real(FINITE), nargs=2, default=(-20.0, 0.0), metavar=("W1", "W2"))
+    add("--bias", type=real(FINITE), default=10.0)
+    args = parse(parser, argv)
     graph = make_points(args)
     model = Network(args.weights, args.bias)
     guesses = [model(x) > 0.5 for x in graph.X]

@@ -21,6 +21,7 @@ from project.points import (
     default_log_fn,
     make_parser,
     make_points,
+    parse,
     picture,
 )
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     """Run from the command line; returns the losses."""
     parser = make_parser(__doc__, points=50)
     add_training_options(parser, hidden=2, rate=0.5, epochs=300)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv, weight_bytes=400)
     graph = make_points(args)
     trainer = ScalarTrain(args.hidden)
     losses = trainer.train(graph, args.rate, args.epochs)

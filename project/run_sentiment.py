@@ -24,6 +24,7 @@ import numpy.typing as npt
 import minitorch
 from minitorch import Tensor, TensorBackend
 from project import text_data
+from project.arguments import COUNT, POSITIVE, SEED, Range, real, refuse_too_large, whole
 
 Array = npt.NDArray[Any]
 BACKEND = TensorBackend(minitorch.FastOps)
@@ -164,14 +165,15 @@ def main(argv: Sequence[str] | None = None) -> float:
     )
     add = parser.add_argument
     add("--data", metavar="FILE", help=".tsv or .csv with two columns: label (0 or 1) and text")
-    add("--epochs", type=int, default=5, help="default %(default)s")
-    add("--rate", type=float, default=0.003, help="learning rate, default %(default)s")
-    add("--embedding", type=int, default=50, help="length of word vectors, default %(default)s")
-    add("--hidden", type=int, default=32, help="hidden units, default %(default)s")
-    add("--words", type=int, default=5000, help="size of the vocabulary, default %(default)s")
-    add("--length", type=int, default=40, help="words kept of a text, default %(default)s")
-    add("--examples", type=int, metavar="N", help="use N texts; all by default")
-    add("--seed", type=int, default=0, help="default %(default)s")
+    count = whole(COUNT)
+    add("--epochs", type=count, default=5, help="default %(default)s")
+    add("--rate", type=real(POSITIVE), default=0.003, help="learning rate, default %(default)s")
+    add("--embedding", type=count, default=50, help="length of word vectors, default %(default)s")
+    add("--hidden", type=count, default=32, help="hidden units, default %(default)s")
+    add("--words", type=count, default=5000, help="size of the vocabulary, default %(default)s")
+    add("--length", type=count, default=40, help="words kept of a text, default %(default)s")
+    add("--examples", type=whole(Range(2, 2**31)), metavar="N", help="use N texts; all by default")
+    add("--seed", type=whole(SEED), default=0, help="default %(default)s")
     args = parser.parse_args(argv)
     try:
         examples = text_data.read_examples(args.data) if args.data else None
@@ -181,6 +183,13 @@ def main(argv: Sequence[str] | None = None) -> float:
     random.Random(args.seed).shuffle(examples)
     learn, held_out = text_data.split(examples[: args.examples], 0.2, args.seed)
     words = text_data.vocabulary(learn, args.words)
+    # Adam keeps four times the weights; the held-out texts become vectors all at once.
+    texts = len(held_out) * args.length
+    needed = 4 * args.embedding * (4 * (len(words) + args.hidden) + texts)
+    refuse_too_large(parser, f"--embedding {args.embedding}", needed)
+    needed = 4 * args.hidden * (4 * args.embedding + len(held_out))
+    refuse_too_large(parser, f"--hidden {args.hidden}", needed)
+    refuse_too_large(parser, f"--length {args.length}", 4 * len(examples) * args.length)
     print(f"{len(learn)} texts to learn, {len(held_out)} held out, {len(words)} words")
 
     minitorch.manual_seed(args.seed)

@@ -12,11 +12,14 @@ import random
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from project.text_files import read_text
 
 Example = tuple[list[str], int]  # words, label
 PADDING, UNKNOWN = 0, 1
@@ -77,31 +80,90 @@ def read_examples(path: str | Path) -> list[Example]:
     """Labelled texts from a file with two columns, label and text in either order.
 
     Args:
-        path: tab-separated (`.tsv`) or comma-separated; labels are 0 and 1. A first line whose
-            label is neither is taken as a header.
+        path: UTF-8, tab-separated (`.tsv`) or comma-separated; labels are 0 and 1. A first line
+            whose label is neither is taken as a header; blank lines are passed over. A text may be
+            in quotes and then go on over several lines; a quote that nothing closes is a character
+            like others.
 
     Raises:
-        ValueError: a line that does not fit, or too few lines.
+        ValueError: a line that does not fit, too few lines, or a file that is not UTF-8.
         OSError: the file cannot be read.
 
     """
     delimiter = "\t" if Path(path).suffix == ".tsv" else ","
     examples: list[Example] = []
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file, delimiter=delimiter), 1):
-            cells = [cell.strip() for cell in row]
-            labels = [cell for cell in cells if cell in ("0", "1")]
-            if len(cells) == 2 and len(labels) == 1:
-                label = labels[0]
-                text = cells[1] if cells[0] == label else cells[0]
-                examples.append((words_of(text), int(label)))
-            elif number > 1:
-                raise ValueError(
-                    f"{path}, line {number}: want a label (0 or 1) and a text, got {row}"
-                )
+    first = True
+    for number, row in _rows(read_text(path).split("\n"), delimiter):
+        example = _example(row)
+        if example is not None:
+            examples.append(example)
+        elif not first:
+            raise ValueError(f"{path}, line {number}: want a label (0 or 1) and a text, got {row}")
+        first = False
     if len({label for _, label in examples}) < 2:
         raise ValueError(f"{path} must hold texts of both labels, got {len(examples)} lines")
     return examples
+
+
+def _rows(lines: list[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a file, each with the number of its first line."""
+    start = 0
+    while start < len(lines):
+        end = start + 1
+        if lines[start].strip():
+            end = _end_of_row(lines, start, delimiter)
+            text = "\n".join(lines[start:end])
+            yield start + 1, _cells(text, delimiter) or _literal(text, delimiter)
+        start = end
+
+
+def _end_of_row(lines: list[str], start: int, delimiter: str) -> int:
+    """The line after a row: the next one, or that after the line in which a quoted text ends.
+
+    Until that line none may be a row of its own: else the quote is a lone one.
+    """
+    if _cells(lines[start], delimiter) is not None:
+        return start + 1
+    for last in range(start + 1, len(lines)):
+        whole = "\n".join(lines[start : last + 1])
+        if lines[last].count('"') % 2 and _example(_cells(whole, delimiter) or []):
+            return last + 1
+        if _example(_cells(lines[last], delimiter) or _literal(lines[last], delimiter)):
+            break
+    return start + 1
+
+
+def _cells(text: str, delimiter: str) -> list[str] | None:
+    """The cells of a row, without spaces around them; None if its quotes do not fit together."""
+    reader = csv.reader([text], delimiter=delimiter, strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error:
+        return None
+    return [cell.strip() for row in rows for cell in row]
+
+
+def _literal(text: str, delimiter: str) -> list[str]:
+    """The cells of a row whose quotes are characters like others: a label, and all the rest."""
+    first, _, rest = text.partition(delimiter)
+    before, _, last = text.rpartition(delimiter)
+    cells = [before, last] if _label(first) is None else [first, rest]
+    return [cell.strip() for cell in cells]
+
+
+def _example(row: list[str]) -> Example | None:
+    """The words and the label of a row; None if it is no label with a text."""
+    labels = [_label(cell) for cell in row]
+    if len(row) != 2 or labels.count(None) != 1:
+        return None
+    place = 0 if labels[1] is None else 1
+    label = labels[place]
+    assert label is not None
+    return words_of(row[1 - place]), label
+
+
+def _label(cell: str) -> int | None:
+    return {"0": 0, "1": 1}.get(cell.strip().strip('"'))
 
 
 def split(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

@@ -21,11 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
+
+from project.arguments import COUNT, POSITIVE, real, whole
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # so that `minitorch` is found
 
 TABLE_FILE = ROOT / "kernels" / "flash_attention" / "tuning.py"
 BEGIN, END = "# ----- written by project/tune_attention.py -----\n", "# ----- end -----\n"
+KERNELS = ["forward", "key_value", "query"]
 HIDDEN, TOKENS = 2048, 16384
 LENGTHS = {True: 1024, False: 8192}  # short, and long
 
@@ -35,10 +39,14 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--modules", nargs="+", help="default: all that have candidates")
-    parser.add_argument("--kernels", nargs="+", default=["forward", "key_value", "query"])
-    parser.add_argument("--head-dims", type=int, nargs="+", help="default: all with candidates")
-    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which nothing is begun")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument(
+        "--head-dims", type=whole(COUNT), nargs="+", help="default: all with candidates"
+    )
+    parser.add_argument("--rounds", type=whole(COUNT), default=7, help="default: %(default)s")
+    parser.add_argument(
+        "--seconds", type=real(POSITIVE), default=1e9, help="after which nothing is begun"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only print")
     return parser.parse_args()
 
@@ -160,7 +168,8 @@ def main() -> None:
         print(f"{entry}: { ({n: round(ms, 3) for n, ms in times.items()}) }", flush=True)
         if times and not arguments.dry_run:
             tuning.TABLE[entry] = min(times, key=lambda numbers: times[numbers])
-            TABLE_FILE.write_text(written(tuning.TABLE, TABLE_FILE.read_text()))
+            text = written(tuning.TABLE, TABLE_FILE.read_text(encoding="utf-8"))
+            TABLE_FILE.write_text(text, encoding="utf-8")
     print(f"{time.monotonic() - begun:.1f} s", flush=True)
 
 

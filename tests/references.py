@@ -66,8 +66,11 @@ def attention(
     scale: float | None = None,
     window: tuple[int | None, int | None] | None = None,
     enable_gqa: bool = False,
+    scores: Any = np.float64,
 ) -> AttentionReference:
-    """Standard attention and its gradients; `kept` is the dropout mask, (batch * heads, Nq, Nk)."""
+    """Standard attention and its gradients; `kept` is the dropout mask, (batch * heads, Nq, Nk).
+    Scores and an additive mask are added in the dtype `scores`: a small one is lost in a large one.
+    """
     scale = 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     q, k, v = (x.astype(np.float64) for x in (query, key, value))
     if enable_gqa:
@@ -80,11 +83,12 @@ def attention(
     if attn_mask is not None and attn_mask.dtype == bool:
         s = np.where(attn_mask, s, -np.inf)
     elif attn_mask is not None:
-        s = s + attn_mask.astype(np.float64)
+        s = (s.astype(scores) + attn_mask.astype(scores)).astype(np.float64)
 
     m = s.max(axis=-1, keepdims=True, initial=-np.inf)
     m = np.where(np.isneginf(m), 0.0, m)
-    e = np.exp(s - m)
+    with np.errstate(over="ignore"):  # the difference of numbers as large as they get
+        e = np.exp(s - m)
     l = e.sum(axis=-1, keepdims=True)  # noqa: E741
     with np.errstate(divide="ignore", invalid="ignore"):
         p = np.where(l == 0, 0.0, e / l)

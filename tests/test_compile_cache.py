@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import subprocess
@@ -252,6 +253,19 @@ def test_a_folder_that_others_fill_is_read(folder: Path, monkeypatch: pytest.Mon
     assert compile_cache.read("a") == b"1"
 
 
+def test_a_full_disk_is_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_bytes
+
+    def write_half(path: Path, code: bytes) -> None:
+        write(path, code[: len(code) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    compile_cache.write("a", b"machine code")
+    assert compile_cache.read("a") is None
+    assert not list(folder.iterdir())
+
+
 def test_a_user_without_a_home_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (compile_cache.FOLDER_VARIABLE, "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
@@ -290,3 +304,17 @@ def test_a_folder_that_cannot_be_made_is_no_error(
         assert compile_cache.read("a") is None
     finally:
         compile_cache.folder.cache_clear()
+
+
+def test_numba_cuda_is_lent_a_name_that_numpy_took_away() -> None:
+    """As with numpy 2.5: the module that wants the name loads, and numpy is as it was."""
+    code = (
+        "import numpy\n"
+        "vars(numpy).pop('row_stack', None)\n"
+        "from minitorch.kernels import runtime\n"
+        "assert runtime.ROW_STACK_LENT and not hasattr(numpy, 'row_stack')\n"
+        "import numba.cuda.np.arrayobj\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr

@@ -202,8 +202,39 @@ def test_dropout_module() -> None:
     np.testing.assert_allclose(out, expected)
     layer.eval()
     assert layer(x) is x
-    with pytest.raises(ValueError, match="p_dropout"):
-        minitorch.Dropout(1.5)
+
+
+@pytest.mark.parametrize("rate", [2.0, -0.1, np.nan, np.inf, -np.inf, "0.5", None, 0.5j])
+def test_what_is_no_probability(rate: Any) -> None:
+    """One rule for every kind of dropout, and nothing is drawn or changed before it speaks."""
+    x = minitorch.ones((1, 2, 2), FAST)
+    layer = minitorch.Dropout(0.5)
+    layer.p_dropout = rate
+    before = minitorch.get_rng_state()
+    calls: dict[str, Any] = {
+        "rate": lambda: minitorch.dropout(x, rate),
+        "rate is": lambda: minitorch.dropout(x, rate, ignore=True),
+        "p_dropout": lambda: minitorch.Dropout(rate),
+        "p_dropout is": lambda: layer(x),
+        "p_dropout is ": lambda: minitorch.MultiHeadAttention(2, 1, p_dropout=rate),
+        "dropout_p": lambda: x.flash_attention(x, x, dropout_p=rate),
+        "dropout_p is": lambda: minitorch.attention_dropout_mask((2, 2), rate),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=name):
+            call()
+    after = minitorch.get_rng_state()
+    before.pop("python"), after.pop("python")  # the projections' weights are drawn first
+    assert before == after
+
+
+def test_rates_that_are_probabilities() -> None:
+    x = minitorch.ones((200,), FAST)
+    rates: tuple[Any, ...] = (0, 1, 0.0, 1.0, np.float32(0.5), np.float64(0.5), np.int64(1))
+    for rate in rates:
+        share = float(minitorch.dropout(x, rate).mean().item())
+        assert share == pytest.approx(1 - float(rate), abs=0.2)
+        assert minitorch.Dropout(rate)(x).mean().item() == pytest.approx(float(rate < 1), abs=0.4)
 
 
 def give_attention(ours: minitorch.MultiHeadAttention, theirs: Any) -> None:

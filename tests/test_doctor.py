@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from minitorch import cublas, doctor
+from minitorch.kernels import runtime
 from minitorch.threads import SETTINGS
 
 
@@ -93,10 +95,34 @@ def test_a_loop_that_does_not_run_is_fatal(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_cache_that_cannot_be_written_is_found(tmp_path: Path) -> None:
     assert not doctor.examine_cache({}, tmp_path).problems
+    assert not doctor.examine_cache(
+        {"NUMBA_CACHE_DIR": str(tmp_path)}, tmp_path / "kernels"
+    ).problems
     blocked = tmp_path / "a file"
     blocked.touch()
-    (problem,) = doctor.examine_cache({"NUMBA_CACHE_DIR": str(blocked)}, tmp_path).problems
-    assert "set NUMBA_CACHE_DIR" in str(problem)
+    for environment, folder in (
+        ({}, None),
+        ({}, blocked),
+        ({"NUMBA_CACHE_DIR": str(blocked)}, tmp_path),  # numba took the next place
+    ):
+        (problem,) = doctor.examine_cache(environment, folder).problems
+        assert "set NUMBA_CACHE_DIR" in str(problem) and not problem.fatal
+
+
+def test_a_cache_of_gpu_kernels_that_cannot_be_written_is_found(tmp_path: Path) -> None:
+    assert not doctor.examine_gpu_cache({}, tmp_path).problems
+    assert not doctor.examine_gpu_cache({"MINITORCH_CUDA_CACHE": ""}, None).problems
+    (tmp_path / "a file").touch()
+    for folder in (None, tmp_path / "a file"):
+        (problem,) = doctor.examine_gpu_cache({}, folder).problems
+        assert "set MINITORCH_CUDA_CACHE" in str(problem)
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="only Linux has a full device")
+def test_a_full_disk_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+    (problem,) = doctor.examine_cache({}, tmp_path).problems
+    assert "its disk is full" in str(problem)
 
 
 def test_a_lost_link_is_found(tmp_path: Path) -> None:
@@ -135,14 +161,13 @@ def test_the_simulator_is_found() -> None:
     assert "unset NUMBA_ENABLE_CUDASIM" in str(problem)
 
 
-@pytest.mark.parametrize(
-    ("numba_cuda", "numpy", "wrong"),
-    [("0.30.4", "2.5.0", True), ("0.30.4", "2.4.6", False), ("0.31.0", "2.5.1rc1", False)],
-)
-def test_a_numpy_that_numba_cuda_cannot_use_is_found(
-    numba_cuda: str, numpy: str, wrong: bool
-) -> None:
-    assert doctor.numpy_too_new(numba_cuda, numpy) is wrong
+def test_a_name_lent_to_numba_cuda_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda: None)
+    for lent in (True, False):
+        monkeypatch.setattr(runtime, "ROW_STACK_LENT", lent)
+        finding = doctor.examine_gpu({})
+        assert ("numpy.row_stack" in finding.facts["numba-cuda"]) == lent
+        assert not finding.problems
 
 
 def test_the_cores_of_this_process_are_counted() -> None:

@@ -221,3 +221,34 @@ def test_only_functions_that_can_be_told_apart_are_kept() -> None:
 
 
 TABLE = (1.0,)
+
+
+def test_storages_that_do_not_hold_their_shapes() -> None:
+    """MiniTorch's kernels take storage, shape and strides: nothing is read beyond the ends."""
+
+    def of(size: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+        return np.ones(size), np.array(shape), np.array(strides)
+
+    out, row, short = of(6, (2, 3), (3, 1)), of(3, (3,), (1,)), of(5, (2, 3), (3, 1))
+    wrong = [short, of(6, (2, 3), (3, 2)), of(9, (3, 3), (3, 1)), of(2, (2,), (1,))]
+    double = tensor_map(operators.neg)
+    double(*out, *row)
+    assert (out[0] == -1).all()
+    add = tensor_zip(operators.add)
+    for bad in wrong:
+        with pytest.raises(ValueError):
+            double(*out, *bad)
+        for operands in ((bad, row), (row, bad)):
+            with pytest.raises(ValueError):
+                add(*out, *operands[0], *operands[1])
+    total = tensor_reduce(operators.add)
+    for target, source, dim in (
+        (of(3, (1, 3), (3, 1)), out, 1),
+        (of(3, (1, 3), (3, 1)), out, -2),
+        (of(3, (1, 3), (3, 1)), short, 0),
+        (of(2, (1, 3), (3, 1)), out, 0),
+        (of(3, (3,), (1,)), out, 0),
+    ):
+        with pytest.raises(ValueError):
+            total(*target, *source, dim)
+    assert (out[0] == -1).all()

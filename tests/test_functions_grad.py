@@ -43,14 +43,18 @@ def draw_inputs(data: st.DataObject, op: Op, backend: TensorBackend) -> list[Ten
 def test_value_and_gradient(op: Op, backend: str, data: st.DataObject) -> None:
     inputs = draw_inputs(data, op, BACKENDS[backend])
     out = op.function(*inputs)
-    expected = op.reference(*(x.to_numpy().astype(np.float64) for x in inputs))
+    exact = [x.to_numpy().astype(np.float64) for x in inputs]
+    expected = op.reference(*exact)
     tolerance = TOLERANCE[min((x.dtype for x in inputs), key=lambda dtype: dtype.itemsize)]
     assert out.shape == expected.shape
     assert out.dtype == np.result_type(*(x.dtype for x in inputs))
     np.testing.assert_allclose(out.to_numpy(), expected, rtol=tolerance, atol=tolerance)
     assert op.shares or out._tensor.is_contiguous()
 
-    grad_check(op.function, *inputs)
+    if out.dtype == np.float64 or op.posed(*exact):
+        grad_check(op.function, *inputs)
+    assert all(x.grad is None for x in inputs)
+    out.backward(out.zeros())
     for x in inputs:
         assert x.grad is not None and x.grad._tensor.is_contiguous()
         assert (x.grad.shape, x.grad.dtype) == (x.shape, x.dtype)

@@ -89,7 +89,7 @@ def test_exp_is_accurate_to_a_few_units_in_the_last_place(dtype: Any) -> None:
     exp_of(x, out)
     exact = np.exp(x.astype(np.longdouble))
     error = np.abs(out - exact) / exact
-    assert error.max() < 2 * np.finfo(dtype).eps
+    assert np.max(error) < 2 * np.finfo(dtype).eps
     special = np.array([0, -np.inf, np.nan, lowest * 2], dtype)
     out = np.empty_like(special)
     exp_of(special, out)
@@ -147,7 +147,7 @@ def test_layernorm(data: st.DataObject) -> None:
     gamma, beta = rng.normal(size=(2, x.shape[-1])).astype(x.dtype)
     dy = rng.normal(size=x.shape).astype(x.dtype)
     x64, g64 = x.astype(np.float64), gamma.astype(np.float64)
-    if x64.var(-1).min() < 1e-2:
+    if np.min(x64.var(-1)) < 1e-2:
         return  # nearly constant rows: the derivative is as large as the rounding errors
     y, var, mean = layernorm.forward(x, gamma, beta, EPS)
     close(y, ref_layernorm(x64, g64, beta), 10)

@@ -102,3 +102,19 @@ def test_capturable_needs_the_gpu() -> None:
         AdamW([Parameter(tensor([1.0]))], capturable=True)
     with pytest.raises(ValueError, match="at least one parameter"):
         AdamW([], capturable=True)
+
+
+def test_states_that_a_scaler_cannot_have() -> None:
+    scaler = GradScaler(init_scale=8.0)
+    good = scaler.state_dict()
+    for name, value in (
+        ("scale", 0.0), ("scale", -1.0), ("scale", np.nan), ("scale", np.inf), ("scale", [1.0]*2),
+        ("growth_tracker", -1), ("growth_tracker", 1.5), ("growth_tracker", "3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=name):
+            scaler.load_state_dict(good | {name: np.array(value)})
+    assert scaler.get_scale() == 8.0
+    for name in ("init_scale", "growth_factor"):
+        settings: dict[str, Any] = {name: np.inf}
+        with pytest.raises(ValueError, match=f"{name} .* finite"):
+            GradScaler(**settings)

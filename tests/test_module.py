@@ -1,7 +1,5 @@
 """Modules: filing, walking, names, saving and loading."""
 
-import copy
-import pickle
 from typing import Any
 
 import numpy as np
@@ -59,13 +57,57 @@ def test_a_name_stands_for_one_thing() -> None:
     assert leaf.modules() == []
 
 
-def test_unknown_names_are_none_but_protocols_are_missing() -> None:
+def test_unknown_names_are_missing() -> None:
     leaf = Leaf()
-    assert leaf.nonsense is None
-    assert not hasattr(leaf, "__array__")
-    clone = copy.deepcopy(leaf)
-    assert clone.weight is not leaf.weight and clone.size == 3
-    pickle.loads(pickle.dumps(Module()))
+    assert leaf.bias is None and not hasattr(leaf, "__array__") and not hasattr(leaf, "nonsense")
+    with pytest.raises(AttributeError, match="Leaf has no attribute wieght: did you mean weight"):
+        _ = leaf.wieght
+    with pytest.raises(AttributeError, match="Leaf has no attribute siz: did you mean size"):
+        _ = leaf.siz
+    with pytest.raises(AttributeError, match=r"Leaf has no attribute x$"):
+        _ = leaf.x
+    assert getattr(leaf, "nonsense", 5) == 5
+
+
+def test_a_plain_list_of_layers_is_refused() -> None:
+    """It would not be trained, saved or moved."""
+    for container, kind in (
+        ([Leaf()], "list of modules"),
+        ((1, (Leaf(),)), "tuple of modules"),
+        ({"a": {"b": Parameter(1.0)}}, "dict of parameters"),
+        ({Leaf()}, "set of modules"),
+    ):
+        tree = Tree()
+        with pytest.raises(TypeError, match=f"Tree.layers is a {kind}, which would not be trained"):
+            tree.layers = container
+        assert not hasattr(tree, "layers")
+
+
+def test_a_list_that_grows_is_noticed() -> None:
+    tree = Tree()
+    tree.layers = []
+    assert len(tree.parameters()) == 4
+    tree.layers.append(Leaf())
+    for call in (
+        tree.parameters,
+        tree.state_dict,
+        tree.zero_grad,
+        lambda: tree.load_state_dict({}),
+    ):
+        with pytest.raises(TypeError, match=r"Tree.layers is a list of modules.*ModuleList"):
+            call()
+
+
+def test_lists_that_may_be_kept() -> None:
+    tree = Tree()
+    tree.weights = [[tree.add_parameter(f"w_{i}", Scalar(float(i)))] for i in range(3)]
+    tree.leaves = (tree.left, tree.right)
+    tree.deeper = {"weight": tree.left.weight}
+    tree.data = [[0.0] * 10] * 1000
+    around: list[Any] = []
+    around.append(around)
+    tree.around = around
+    assert len(tree.parameters()) == 7
 
 
 def test_super_init_must_come_first() -> None:

@@ -95,6 +95,117 @@ def test_like_pytorch(name: str, backend: str) -> None:
         np.testing.assert_allclose(mine, p.detach().numpy(), rtol=1e-12, atol=1e-14)
 
 
+# Options of the second group; the first has those of the optimiser.
+GROUPS: dict[str, tuple[Any, str, dict[str, Any], dict[str, Any]]] = {
+    "adamw": (AdamW, "AdamW", {"lr": 0.1, "weight_decay": 0.3}, {"weight_decay": 0.0}),
+    "adam": (
+        Adam,
+        "Adam",
+        {"lr": 0.1},
+        {"lr": 0.01, "betas": (0.5, 0.7), "eps": 1e-3, "weight_decay": 0.1},
+    ),
+    "sgd": (SGD, "SGD", {"lr": 0.1}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_parameter_groups_like_pytorch(name: str) -> None:
+    """Options differ from group to group, and change between steps; a saved state goes on."""
+    torch = pytest.importorskip("torch")
+    ours, class_name, options, others = GROUPS[name]
+
+    def make(parameters: list[Any], optimizer: Any) -> Any:
+        first, second = parameters
+        return optimizer([{"params": [first]}, {"params": second, **others}], **options)
+
+    parameters = make_parameters(BACKENDS["fast"])
+    theirs = [torch.nn.Parameter(torch.tensor(v)) for v in values(parameters)]
+    mine, reference = make(parameters, ours), make(theirs, getattr(torch.optim, class_name))
+    for step in range(6):
+        if step == 2:  # a schedule that sets each group's rate
+            for optimizer in (mine, reference):
+                for group in optimizer.param_groups:
+                    group["lr"] *= 0.5
+        if step == 4:
+            state, parameters = (
+                mine.state_dict(),
+                [Parameter(tensor(v)) for v in values(parameters)],
+            )
+            mine = make(parameters, ours)
+            mine.load_state_dict(state)
+        for p, array in zip(theirs, gradients_of(step), strict=True):
+            p.grad = torch.tensor(array)
+        reference.step()
+        run(mine, step, step + 1)
+    for a, b in zip(values(parameters), theirs, strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-12, atol=1e-14)
+    for a, b in zip(mine.param_groups, reference.param_groups, strict=True):
+        assert a["lr"] == pytest.approx(b["lr"])
+
+
+def test_a_schedule_keeps_the_ratio_of_the_groups() -> None:
+    first, second = make_parameters()
+    optimizer = SGD([{"params": [first]}, {"params": [second], "lr": 0.2}], lr=2.0)
+    schedule = CosineSchedule(optimizer, total_steps=8, warmup_steps=2)
+    for _ in range(8):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates[1] == pytest.approx(rates[0] / 10) and rates[0] == schedule.lr
+        schedule.step()
+    optimizer.lr = 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_parameter_groups_that_make_no_sense() -> None:
+    first, second = make_parameters()
+    for groups, message in (
+        ([{"params": [first]}, {"params": [first]}], "given twice"),
+        ([first, first], "given twice"),
+        ([{"params": [first], "weight_deacy": 0.0}], "weight_deacy"),
+        ([{"lr": 0.1}], "params"),
+        ([{"params": [first], "lr": math.nan}], "lr must be"),
+        ([{"params": [first], "betas": 0.9}], "betas must be"),
+        ([{"params": [first], "betas": (0.9, 1.0)}], "beta2 must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdamW(groups)
+    for wrong in (first, first.value, [first, {"params": [second]}], [first.value], "ab"):
+        with pytest.raises(TypeError, match="parameters must be"):
+            AdamW(wrong)  # type: ignore[arg-type]
+    group = AdamW([first]).param_groups[0]
+    for name, value in (("lr", -1.0), ("eps", math.inf), ("params", [second])):
+        with pytest.raises(ValueError, match=name):
+            group[name] = value
+    with pytest.raises(TypeError, match="lr must be a number"):
+        group.update(lr="0.1")
+    assert group["lr"] == 1e-3 and group["params"] == [first]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_and_moments_of_another_shape(name: str, backend: str) -> None:
+    """Neither read beyond their ends nor broadcast; nothing has been changed by then."""
+    for shape in ((3,), (1,), (5, 1), (6,)):
+        parameters = make_parameters(BACKENDS[backend])
+        optimizer = OPTIMIZERS[name][0](parameters)
+        run(optimizer, 0, 1)
+        state, before = optimizer.state_dict(), values(parameters)
+        give_gradients(parameters, 1)
+        parameters[1].value.grad = tensor(np.ones(shape), BACKENDS[backend])
+        with pytest.raises(ValueError, match=r"grad of parameter 1 .* must have its shape \(5,\)"):
+            optimizer.step()
+        assert all(map(np.array_equal, values(parameters), before))
+        for key, array in optimizer.state_dict().items():
+            np.testing.assert_array_equal(array, state[key])
+        parameters[1].value.grad = np.ones(5)
+        with pytest.raises(TypeError, match=r"grad of parameter 1 .* must be a Tensor"):
+            optimizer.step()
+        parameters[1].update(tensor(np.ones(shape), BACKENDS[backend]))
+        parameters[1].value.grad = tensor(np.ones(shape), BACKENDS[backend])
+        if any(key.endswith(".1") for key in state):
+            with pytest.raises(ValueError, match=r"(exp_avg|momentum) of parameter 1"):
+                optimizer.step()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_float32_stays_float32(backend: str) -> None:
     for make, _, _ in OPTIMIZERS.values():
@@ -141,6 +252,25 @@ def test_loading_a_state_that_does_not_fit() -> None:
         optimizer.load_state_dict(state)
     for part in ("missing: lr", "unexpected: momentum.0", "exp_avg.0 has shape (2, 2)"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "array"),
+    [
+        ("lr", np.array(math.nan)),
+        ("lr", np.array(-1.0)),
+        ("steps", np.array([1.5, 1.0])),
+        ("steps", np.array([1, -1])),
+        ("exp_avg.1", np.array(["a"] * 5)),
+        ("exp_avg.1", np.ones(5, complex)),
+    ],
+)
+def test_loading_numbers_that_are_none(name: str, array: Array) -> None:
+    optimizer = AdamW(make_parameters())
+    state = optimizer.state_dict() | {name: array, "exp_avg.0": np.ones((3, 4))}
+    with pytest.raises(ValueError, match=f"does not fit this AdamW: {name}"):
+        optimizer.load_state_dict(state)
+    assert not optimizer.state_dict()["exp_avg.0"].any()
 
 
 def test_a_step_does_not_write_into_old_values() -> None:
@@ -283,5 +413,7 @@ def test_a_schedule_resumes() -> None:
     second = CosineSchedule(optimizer, 10, 2)
     second.load_state_dict(first.state_dict())
     assert optimizer.lr == first.lr == second.lr
-    with pytest.raises(ValueError, match="steps"):
-        second.load_state_dict({"epoch": np.array(1)})
+    for wrong in ({"epoch": np.array(1)}, {"steps": np.array(-1)}, {"steps": np.array([1, 2])}):
+        with pytest.raises(ValueError, match="steps"):
+            second.load_state_dict(wrong)
+    assert second.steps == 6

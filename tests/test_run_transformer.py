@@ -422,16 +422,6 @@ def test_the_cache_changes_nothing(text: Path, attention: str) -> None:
     assert with_cache == without
 
 
-def test_choosing() -> None:
-    scores, draw = np.array([0.0, 3.0, 1.0, 2.0]), np.random.default_rng(0)
-    assert sampling.choose(scores, 0.0, 0, draw) == 1
-    assert {sampling.choose(scores, 5.0, 2, draw) for _ in range(100)} == {1, 3}
-    assert {sampling.choose(scores, 5.0, 0, draw) for _ in range(200)} == {0, 1, 2, 3}
-    chosen = [sampling.choose(scores, 1.0, 0, draw) for _ in range(2000)]
-    weights = np.exp(scores) / np.exp(scores).sum()
-    np.testing.assert_allclose(np.bincount(chosen) / 2000, weights, atol=0.04)
-
-
 # ----- beside PyTorch -----
 
 
@@ -445,7 +435,10 @@ def torch_losses(trainer: training.Trainer, steps: int) -> list[float]:
     }
     training_options = options.training
     adamw = torch.optim.AdamW(
-        weights.values(),
+        [
+            {"params": [w for w in weights.values() if w.dim() >= 2]},
+            {"params": [w for w in weights.values() if w.dim() < 2], "weight_decay": 0.0},
+        ],
         lr=training_options.lr,
         betas=(0.9, training_options.beta2),
         weight_decay=training_options.weight_decay,

@@ -11,7 +11,7 @@ import pytest
 from llvmlite import ir
 from numba import njit
 
-from minitorch.kernels import simd, simd_matrix, threads
+from minitorch.kernels import simd, simd_matrix, threads, vector_target
 from minitorch.kernels.flash_attention.cpu_tiles import (
     leading_dimension,
     load_tile,
@@ -51,7 +51,7 @@ def reduce_rows(x: Any) -> Any:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reductions(dtype: Any) -> None:
     x = np.random.default_rng(0).standard_normal(16).astype(dtype)
-    n = simd.TARGET.lanes(8 * x.itemsize)
+    n = vector_target.TARGET.lanes(8 * x.itemsize)
     total, largest = reduce_rows(x)
     assert total == pytest.approx(x[:n].sum(), rel=1e-5) and largest == x[:n].max()
     x[1] = np.nan
@@ -96,7 +96,7 @@ def test_matrix_product_and_transposition(m: int, n: int, k: int, dtype: Any) ->
 
 def assembly(triple: str, cpu: str, double: bool = False) -> str:
     """The micro-kernel, compiled for another machine."""
-    target = simd.probe_target(triple, cpu, "")
+    target = vector_target.probe_target(triple, cpu, "")
     element = ir.DoubleType() if double else ir.FloatType()
     vector = ir.VectorType(element, target.lanes(64 if double else 32))
     pointer, index = element.as_pointer(), ir.IntType(64)

@@ -21,8 +21,8 @@ from ..philox import dropout_threshold
 from ..threads import run_on_threads, thread_count
 from .cpu_backward import backward_worker, delta_worker, mask_gradient_worker
 from .cpu_forward import forward_worker
-from .cpu_tiles import ADDITIVE_MASK, BOOL_MASK, LOG2_E, NO_MASK, Sizes
-from .problem import AttentionProblem, Shape
+from .cpu_tiles import ADDITIVE_MASK, BOOL_MASK, NO_MASK, Sizes
+from .problem import AttentionProblem, Shape, mask_numbers
 
 Array = NDArray[Any]
 
@@ -53,10 +53,19 @@ def default_tiles(problem: AttentionProblem) -> TileSizes:
 
 
 class Result(NamedTuple):
-    """What a forward pass gives; tiles is the number of tiles of scores it computed."""
+    """What a forward pass gives.
+
+    Args:
+        out: (..., Nq, Dv).
+        logsumexp: (..., Nq), natural.
+        rows: (..., Nq, 2), each row's maximum m and sum l of exp(score - m), for `backward`.
+        tiles: the number of tiles of scores that were computed.
+
+    """
 
     out: Array
     logsumexp: Array
+    rows: Array
     tiles: int
 
 
@@ -129,7 +138,7 @@ def _mask_stack(attn_mask: Array | None, problem: AttentionProblem) -> tuple[Arr
     # One element stands for a dimension that was broadcast before it came here.
     attn_mask = attn_mask[tuple(slice(0, 1) if s == 0 else slice(None) for s in attn_mask.strides)]
     additive = problem.mask_kind == "additive"
-    typed = attn_mask.astype(problem.dtype, copy=False) if additive else attn_mask.view(np.uint8)
+    typed = mask_numbers(attn_mask, problem.dtype) if additive else attn_mask.view(np.uint8)
     data, strides = _flatten(typed)
     strides = tuple(0 if n == 1 else s for n, s in zip(attn_mask.shape, strides, strict=True))
     offset = _head_offsets(attn_mask.shape[:-2], strides[:-2], problem.leading, False)
@@ -173,10 +182,9 @@ def _sizes(problem: AttentionProblem, tile_q: int, tile_k: int, block_q: int) ->
 
 def forward(
     problem: AttentionProblem, q: Array, k: Array, v: Array, attn_mask: Array | None = None
-) -> tuple[Array, Array]:
-    """(out, logsumexp) of (..., Nq, Dv) and (..., Nq), contiguous; logsumexp in natural units."""
-    result = forward_with_count(problem, q, k, v, attn_mask)
-    return result.out, result.logsumexp
+) -> tuple[Array, Array, Array]:
+    """out, logsumexp and rows of a `Result`, contiguous."""
+    return forward_with_count(problem, q, k, v, attn_mask)[:3]
 
 
 def forward_with_count(
@@ -197,6 +205,7 @@ def forward_with_count(
     tiles = tiles or default_tiles(problem)
     out = np.empty(problem.out_shape, problem.dtype)
     logsumexp = np.empty(problem.logsumexp_shape, problem.dtype)
+    rows = np.empty((*problem.logsumexp_shape, 2), problem.dtype)
     q_stack, k_stack = _stack(q, problem), _stack(k, problem, problem.enable_gqa)
     v_stack = _stack(v, problem, problem.enable_gqa)
     bools, bias, mask = _mask_stack(attn_mask, problem)
@@ -208,14 +217,14 @@ def forward_with_count(
         run_on_threads(
             min(threads, tasks), forward_worker,
             q_stack.data, k_stack.data, v_stack.data, bools, bias,
-            out.reshape(-1), logsumexp.reshape(-1),
+            out.reshape(-1), logsumexp.reshape(-1), rows.reshape(-1),
             q_stack.offset, k_stack.offset, v_stack.offset, mask.offset,
             (*q_stack[2:], *k_stack[2:], *v_stack[2:], *mask[2:]), MASK_KINDS[problem.mask_kind],
             tuple(_sizes(problem, tiles.forward_q, tiles.forward_k, block_q)),
-            problem.dtype.type(problem.scale * LOG2_E), *_dropout_arguments(problem),
+            problem.dtype.type(problem.scale), *_dropout_arguments(problem),
             np.zeros(1, np.int64), tile_count,
         )  # fmt: skip
-    return Result(out, logsumexp, int(tile_count[0]))
+    return Result(out, logsumexp, rows, int(tile_count[0]))
 
 
 # --------------------------------------------------------------------------- backward
@@ -257,7 +266,7 @@ def backward(
     v: Array,
     attn_mask: Array | None,
     out: Array,
-    logsumexp: Array,
+    rows: Array,
     grad_out: Array,
     grad_logsumexp: Array | None = None,
     needs_mask_grad: bool = False,
@@ -266,8 +275,8 @@ def backward(
     """(dq, dk, dv, dmask) in the shapes of the inputs; dmask is None unless it is asked for.
 
     Args:
-        out, logsumexp: what `forward` gave for the same problem and inputs.
-        grad_out, grad_logsumexp: gradients with respect to them; the second may be None.
+        out, rows: what `forward` gave for the same problem and inputs.
+        grad_out, grad_logsumexp: gradients of out and logsumexp; the second may be None.
         needs_mask_grad: also give the gradient of an additive `attn_mask`.
         tiles: of one's choice.
     """
@@ -278,7 +287,7 @@ def backward(
     # Keys and values that are shared in the same way are the common case: dK and dV are summed in
     # the tile. Where they are not, the kernel gives them for each head.
     shared = k_index if np.array_equal(k_index, v_index) else np.arange(heads, dtype=np.int64)
-    slot_count = int(shared.max()) + 1 if heads else 0
+    slot_count = int(np.max(shared)) + 1 if heads else 0
     slots = _slots(shared, slot_count)
     slot_head = slots.heads[slots.start[:-1]] if heads else slots.heads
     dq = np.zeros((heads, problem.seqlen_q, problem.head_dim), dtype)
@@ -287,7 +296,7 @@ def backward(
     dmask = np.zeros(attn_mask.shape, dtype) if needs_mask_grad and attn_mask is not None else None
     if dq.shape[1] and dk.shape[1] and heads:
         common = _common_arguments(
-            problem, q, k, v, attn_mask, out, logsumexp, grad_out, grad_logsumexp, tiles
+            problem, q, k, v, attn_mask, out, rows, grad_out, grad_logsumexp, tiles
         )
         query_tiles = math.ceil(problem.seqlen_q / tiles.backward_q)
         tasks = slot_count * math.ceil(problem.seqlen_k / tiles.backward_k)
@@ -319,28 +328,29 @@ def _common_arguments(
     v: Array,
     attn_mask: Array | None,
     out: Array,
-    logsumexp: Array,
+    rows: Array,
     grad_out: Array,
     grad_logsumexp: Array | None,
     tiles: TileSizes,
 ) -> _Common:
-    """Prepare the inputs; compute delta and the logsumexp in units of log 2."""
+    """Prepare the inputs; compute delta, and what makes P of a score."""
     dtype = problem.dtype
     q_stack, k_stack = _stack(q, problem), _stack(k, problem, problem.enable_gqa)
     v_stack = _stack(v, problem, problem.enable_gqa)
     bools, bias, mask = _mask_stack(attn_mask, problem)
     grad_stack = _stack(np.broadcast_to(grad_out, problem.out_shape), problem)
-    lse, _ = _flatten(np.ascontiguousarray(logsumexp, dtype))
+    rows, _ = _flatten(np.ascontiguousarray(rows, dtype))
     grad_lse = np.empty(0, dtype)
     if grad_logsumexp is not None:
         grad_lse = (
             np.broadcast_to(grad_logsumexp, problem.logsumexp_shape).astype(dtype).reshape(-1)
         )
-    delta, logsumexp2 = np.empty_like(lse), np.empty_like(lse)
+    count = problem.batch_heads * problem.seqlen_q
+    delta, shift, inverse = (np.empty(count, dtype) for _ in range(3))
     run_on_threads(
         min(_threads(problem), problem.batch_heads), delta_worker,
         _flatten(np.ascontiguousarray(out, dtype))[0], grad_stack.data, *grad_stack[1:],
-        lse, grad_lse, problem.seqlen_q, problem.value_dim, delta, logsumexp2,
+        rows, grad_lse, problem.seqlen_q, problem.value_dim, delta, shift, inverse,
         np.zeros(1, np.int64),
     )  # fmt: skip
     settings = (
@@ -348,7 +358,7 @@ def _common_arguments(
         (*q_stack[2:], *k_stack[2:], *v_stack[2:], *mask[2:], *grad_stack[2:]),
         MASK_KINDS[problem.mask_kind],
         tuple(_sizes(problem, tiles.backward_q, tiles.backward_k, 0)),
-        dtype.type(problem.scale), *_dropout_arguments(problem), logsumexp2, delta,
+        dtype.type(problem.scale), *_dropout_arguments(problem), shift, inverse, delta,
     )  # fmt: skip
     matrices = (q_stack.data, k_stack.data, v_stack.data, bools, bias, grad_stack.data)
     return _Common(matrices, settings)

@@ -2,14 +2,17 @@
 
 Algorithm 2 of "FlashAttention-2" (Dao, 2023). A task is a tile of keys, with all heads of queries
 that share them; past it go the tiles of queries, for each of which P is computed anew from the
-logsumexp L:
+row's maximum m and sum l that the forward pass left:
 
-    S = Q K^T,  P = exp(S - L)                  (tile_q, tile_k)
+    S = Q K^T,  P = exp(S - m) / l              (tile_q, tile_k)
     dV += P^T dO                                (tile_k, value_dim)
     dP = dO V^T                                 (tile_q, tile_k)
     dS = P * (dP - delta)                       delta = rowsum(dO * O) - dL
     dK += dS^T Q                                (tile_k, head_dim)
     dQ += dS K                                  (tile_q, head_dim)
+
+Not from the logsumexp m + log(l): where scores are large it has no room for log(l), and P of a row
+with one key that counts would not be 1.
 
 dK and dV stay with the task. dQ is added up over tasks: each waits for its turn at a tile of dQ, so
 that the order of the sums, and every bit of the result, is the same however many threads there are.
@@ -21,9 +24,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from .. import philox, simd_matrix, threads
+from ..cpu_compiler import njit
 from ..simd import (
     block_rows,
     cache_key,
@@ -65,7 +68,7 @@ class Tiles(NamedTuple):
     """Where a task's tiles begin in its workspace, and their leading dimensions."""
 
     k: int  # (tile_k, head_dim)
-    kt: int  # (head_dim, tile_k), times the scale and log2(e)
+    kt: int  # (head_dim, tile_k), times the scale
     vt: int  # (value_dim, tile_k)
     dk: int  # (tile_k, head_dim)
     dv: int  # (tile_k, value_dim)
@@ -104,15 +107,15 @@ def new_tiles(like, sizes):
 
 @njit(nogil=True, cache=True)
 def delta_worker(
-    out, grad_out, grad_out_offset, row_stride, column_stride, logsumexp, grad_logsumexp,
-    seqlen_q, value_dim, delta, logsumexp2, next_task, key=BACKWARD_KEY,
+    out, grad_out, grad_out_offset, row_stride, column_stride, rows_of, grad_logsumexp,
+    seqlen_q, value_dim, delta, shift, inverse, next_task, key=BACKWARD_KEY,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dL, and the logsumexp in units of log 2, for heads until none is
-    left.
+    """delta = rowsum(dO * O) - dL, shift = m and inverse = 1 / l, for heads until none is left.
 
-    A row that saw no key gets +inf, with which all its P become 0, and delta 0.
+    A row that saw no key gets a shift of +inf, with which all its P become 0, and delta 0. One with
+    an infinite score has no P: NaN.
     """
-    log2_e, infinity, zero = out.dtype.type(LOG2_E), out.dtype.type(np.inf), out.dtype.type(0)
+    infinity, zero, one = out.dtype.type(np.inf), out.dtype.type(0), out.dtype.type(1)
     n = lanes(out)
     whole = value_dim // n * n if column_stride == 1 else 0
     while True:
@@ -121,8 +124,9 @@ def delta_worker(
             return
         for r in range(seqlen_q):
             row = i * seqlen_q + r
-            if logsumexp[row] == -infinity:
-                logsumexp2[row], delta[row] = infinity, zero
+            m, l = rows_of[2 * row], rows_of[2 * row + 1]
+            if l == zero:
+                shift[row], inverse[row], delta[row] = infinity, one, zero
                 continue
             x, y = row * value_dim, grad_out_offset[i] + r * row_stride
             total = splat(out, 0.0)
@@ -133,14 +137,16 @@ def delta_worker(
                 tail += out[x + c] * grad_out[y + c * column_stride]
             if len(grad_logsumexp):
                 tail -= grad_logsumexp[row]
-            delta[row], logsumexp2[row] = tail, logsumexp[row] * log2_e
+            delta[row], shift[row] = tail, m
+            inverse[row] = one / l if l < infinity else out.dtype.type(np.nan)
 
 
 @njit
-def gradient_row(w, p, ds, length, logsumexp2, delta, factor):
-    """One row: scores become P = 2**(S - L), and dP becomes dS = P * (dP - delta) * factor."""
+def gradient_row(w, p, ds, length, shift, inverse, delta, factor):
+    """One row: scores become P = exp(S - m) / l, and dP becomes dS = P * (dP - delta) * factor."""
+    log2_e = w.dtype.type(LOG2_E)
     for j in range(0, length, lanes(w)):
-        p_j = exp2(load(w, p + j) - logsumexp2)
+        p_j = exp2((load(w, p + j) - shift) * log2_e) * inverse
         store(w, p + j, p_j)
         store(w, ds + j, (load(w, ds + j) - delta) * factor * p_j)
 
@@ -148,7 +154,7 @@ def gradient_row(w, p, ds, length, logsumexp2, delta, factor):
 @njit
 def recompute_tile(
     w, t, mask, dropout, i, row0, n, key0, keys, start, stop, masked, sizes, factor,
-    logsumexp2, delta,
+    shift, inverse, delta,
 ):  # fmt: skip
     """From tiles q, do, kt, vt: P, with dropout, in tile s, and dS * factor in tile ds."""
     # S = scale Q K^T and dP = dO V^T
@@ -167,13 +173,15 @@ def recompute_tile(
         tile_multiply(w, t.ds, t.z, t.ld_s, n, start, stop)
     for r in range(n):
         row, line = i * sizes.seqlen_q + row0 + r, r * t.ld_s + start
-        gradient_row(w, t.s + line, t.ds + line, stop - start, logsumexp2[row], delta[row], factor)
+        gradient_row(
+            w, t.s + line, t.ds + line, stop - start, shift[row], inverse[row], delta[row], factor
+        )
     if dropout.threshold > 0:
         tile_multiply(w, t.s, t.z, t.ld_s, n, start, stop)
 
 
 @njit
-def load_queries(w, t, q, q_offset, do, do_offset, strides, i, row0, n, sizes, logsumexp2):
+def load_queries(w, t, q, q_offset, do, do_offset, strides, i, row0, n, sizes, shift):
     """Tiles q and do of n rows of head i; dO counts as 0 in rows that saw no key."""
     padded = round_up(n, block_rows())
     load_tile(
@@ -185,7 +193,7 @@ def load_queries(w, t, q, q_offset, do, do_offset, strides, i, row0, n, sizes, l
         n, sizes.value_dim,
     )  # fmt: skip
     for r in range(n):
-        if logsumexp2[i * sizes.seqlen_q + row0 + r] == np.inf:
+        if shift[i * sizes.seqlen_q + row0 + r] == np.inf:
             fill(w, t.do + r * t.ld_v, t.do + (r + 1) * t.ld_v, 0.0)
 
 
@@ -196,7 +204,7 @@ def load_keys(w, t, k, k_offset, v, v_offset, strides, i, key0, keys, sizes, sca
     load_tile(w, t.k, t.ld_q, sizes.tile_k, k, first, strides[2], strides[3], keys, sizes.head_dim)
     load_tile_transposed(
         w, t.kt, t.ld_s, k, first, strides[2], strides[3], keys, sizes.head_dim,
-        scale * w.dtype.type(LOG2_E),
+        scale,
     )  # fmt: skip
     load_tile_transposed(
         w, t.vt, t.ld_s, v, v_offset[i] + key0 * strides[4], strides[4], strides[5],
@@ -229,7 +237,7 @@ def backward_worker(
     q, k, v, bools, bias, grad_out, dq, dk, dv,  # flat arrays; the last three zero at first
     q_offset, k_offset, v_offset, mask_offset, grad_out_offset,  # (batch_heads,)
     strides, mask_kind, sizes, scale, dropout_threshold, seed, keep_scale,
-    logsumexp2, delta,  # (batch_heads * seqlen_q,)
+    shift, inverse, delta,  # (batch_heads * seqlen_q,)
     slot_start, slot_heads,  # dK, dV of slot s: heads slot_heads[slot_start[s]:slot_start[s + 1]]
     turn,  # (batch_heads * tiles of queries,): how many tasks have added to this tile of dQ
     next_task, key=BACKWARD_KEY,
@@ -270,11 +278,11 @@ def backward_worker(
                     continue
                 load_queries(
                     w, t, q, q_offset, grad_out, grad_out_offset, strides, i, row0, n, sizes,
-                    logsumexp2,
+                    shift,
                 )  # fmt: skip
                 recompute_tile(
                     w, t, mask, dropout, i, row0, n, key0, keys, start, stop, masked, sizes, scale,
-                    logsumexp2, delta,
+                    shift, inverse, delta,
                 )  # fmt: skip
                 # dV += P^T dO
                 matrix_product(
@@ -307,7 +315,7 @@ def mask_gradient_worker(
     q, k, v, bools, bias, grad_out, dmask,  # flat arrays; the last zero at first
     q_offset, k_offset, v_offset, mask_offset, grad_out_offset,  # (batch_heads,)
     strides, mask_kind, sizes, scale, dropout_threshold, seed, keep_scale,
-    logsumexp2, delta,  # (batch_heads * seqlen_q,)
+    shift, inverse, delta,  # (batch_heads * seqlen_q,)
     slot_start, slot_heads,  # as for `backward_worker`, of the mask's gradient
     slot_size, row_stride, column_stride,  # of dmask: elements of a slot; 0 where it is broadcast
     next_task, key=BACKWARD_KEY,
@@ -342,11 +350,11 @@ def mask_gradient_worker(
                         continue
                     load_queries(
                         w, t, q, q_offset, grad_out, grad_out_offset, strides, i, row0, n, sizes,
-                        logsumexp2,
+                        shift,
                     )  # fmt: skip
                     recompute_tile(
                         w, t, mask, dropout, i, row0, n, key0, keys, start, stop, masked, sizes,
-                        one, logsumexp2, delta,
+                        one, shift, inverse, delta,
                     )  # fmt: skip
                     for r in range(n):
                         line = t.ds + r * t.ld_s

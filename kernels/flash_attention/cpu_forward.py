@@ -10,19 +10,21 @@ tiles of keys and values pass by, and for each tile and each smaller tile of the
     O = diag(exp(m - m_new)) O + P V            (tile_q, value_dim)
 
 and in the end O = diag(1/l) O and logsumexp = m + log(l). Neither S nor P is ever larger than a
-tile. Exponentials are powers of two, with log2(e) folded into the scale of the scores.
+tile. Exponentials are powers of two, of log2(e) (S - m): the difference is exact where it matters,
+and no product is larger than a number can be.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from .. import philox, simd_matrix, threads
+from ..cpu_compiler import njit
 from ..simd import block_rows, cache_key, exp2
 from ..threads import fetch_add
 from . import cpu_tiles
 from .cpu_tiles import (
+    LOG2_E,
     Dropout,
     Mask,
     Sizes,
@@ -37,7 +39,7 @@ from .cpu_tiles import (
     matrix_product,
     new_workspace,
     round_up,
-    row_exp2_sum,
+    row_exp_sum,
     row_max,
     row_scale,
     tile_multiply,
@@ -45,12 +47,11 @@ from .cpu_tiles import (
 )
 
 FORWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__, simd_matrix.__file__, threads.__file__)
-LN_2 = np.log(2.0)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def forward_worker(
-    q_data, k_data, v_data, bools, bias, out, logsumexp,  # flat arrays
+    q_data, k_data, v_data, bools, bias, out, logsumexp, rows_of,  # flat arrays
     q_offset, k_offset, v_offset, mask_offset,  # (batch_heads,)
     strides, mask_kind, sizes, scale, dropout_threshold, seed, keep_scale,
     next_task, tile_count, key=FORWARD_KEY,
@@ -76,7 +77,7 @@ def forward_worker(
     v_tile = kt_tile + depth * ld_s  # (tile_k, value_dim)
     s_tile = v_tile + tile_k * ld_v  # (tile_q, tile_k): S, then P
     z_tile = s_tile + tile_q * ld_s  # (tile_q, tile_k): dropout
-    m = z_tile + tile_q * ld_s  # (block_q,), in units of log 2
+    m = z_tile + tile_q * ld_s  # (block_q,)
     l = m + sizes.block_q  # (block_q,)
 
     blocks = (sizes.seqlen_q + sizes.block_q - 1) // sizes.block_q
@@ -136,30 +137,40 @@ def forward_worker(
                     o_tile + r0 * ld_v, ld_v, n, value_dim, stop - start, True,
                 )  # fmt: skip
         write_rows(
-            w, o_tile, ld_v, m, l, i * sizes.seqlen_q + row0, rows, value_dim, out, logsumexp
-        )
+            w, o_tile, ld_v, m, l, i * sizes.seqlen_q + row0, rows, value_dim, out, logsumexp,
+            rows_of,
+        )  # fmt: skip
 
 
 @njit(error_model="numpy")
 def softmax_row(w, start, stop, m, l, o_start, o_stop):
     """One row's step of the online softmax: scores w[start:stop] become P; updates m, l, O."""
-    minus_infinity, zero = w.dtype.type(-np.inf), w.dtype.type(0)
+    infinity, zero = w.dtype.type(np.inf), w.dtype.type(0)
     m_old = w[m]
     m_new = row_max(w, start, stop, m_old)
-    m_safe = m_new if m_new != minus_infinity else zero  # no key yet: 2**(-inf - 0) = 0, not NaN
+    if m_new == infinity:  # no softmax: P is NaN. The sum is infinite, or NaN
+        w[m] = m_new
+        for j in range(start, stop):
+            w[l] += abs(w[j])
+        fill(w, start, stop, np.nan)
+        return
+    m_safe = m_new if m_new != -infinity else zero  # no key yet: exp(-inf - 0) = 0, not NaN
     if m_new > m_old:
-        alpha = exp2(m_old - m_safe)
+        alpha = exp2((m_old - m_safe) * w.dtype.type(LOG2_E))
         w[m], w[l] = m_new, w[l] * alpha
         row_scale(w, o_start, o_stop, alpha)
-    w[l] += row_exp2_sum(w, start, stop, m_safe)
+    w[l] += row_exp_sum(w, start, stop, m_safe)
 
 
 @njit(error_model="numpy")
-def write_rows(w, o_tile, ld_v, m, l, first_row, rows, value_dim, out, logsumexp):
-    """O = diag(1/l) O and logsumexp = m + log(l); 0 and -inf for a row that saw no key."""
+def write_rows(w, o_tile, ld_v, m, l, first_row, rows, value_dim, out, logsumexp, rows_of):
+    """O = diag(1/l) O and logsumexp = m + log(l); 0 and -inf for a row that saw no key. To rows_of
+    go m and l.
+    """
     one, zero = w.dtype.type(1), w.dtype.type(0)
     for r in range(rows):
         row, line = first_row + r, o_tile + r * ld_v
+        rows_of[2 * row], rows_of[2 * row + 1] = w[m + r], w[l + r]
         if w[l + r] == zero:
             logsumexp[row] = w.dtype.type(-np.inf)
             for c in range(value_dim):
@@ -168,6 +179,6 @@ def write_rows(w, o_tile, ld_v, m, l, first_row, rows, value_dim, out, logsumexp
             # m is -inf with l not 0 only where every score was NaN: then l is NaN, and so is the
             # sum.
             inverse = one / w[l + r]
-            logsumexp[row] = w[m + r] * w.dtype.type(LN_2) + np.log(w[l + r])
+            logsumexp[row] = w[m + r] + np.log(w[l + r])
             for c in range(value_dim):
                 out[row * value_dim + c] = w[line + c] * inverse

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
+from ..cpu_compiler import njit
 from ..philox import LOW_WORD, WORD_BITS, philox4x32_cpu
 from ..simd import (
     block_columns,
@@ -181,8 +181,8 @@ def mask_allows(mask, i, row0, rows, key0, start, stop):
 
 @njit
 def apply_mask(w, s, ld, mask, i, row0, rows, key0, start, stop):
-    """Masked scores become -inf; an additive mask is added, in units of log 2."""
-    minus_infinity, log2_e = w.dtype.type(-np.inf), w.dtype.type(LOG2_E)
+    """Masked scores become -inf; an additive mask is added."""
+    minus_infinity = w.dtype.type(-np.inf)
     vector, n = splat(w, -np.inf), lanes(w)
     whole = start + (stop - start) // n * n if mask.column == 1 else start
     for r in range(rows):
@@ -197,9 +197,9 @@ def apply_mask(w, s, ld, mask, i, row0, rows, key0, start, stop):
                     w[line + j] = minus_infinity
         else:
             for j in range(start, whole, n):
-                store(w, line + j, load(w, line + j) + load(mask.bias, source + j) * log2_e)
+                store(w, line + j, load(w, line + j) + load(mask.bias, source + j))
             for j in range(whole, stop):
-                w[line + j] += mask.bias[source + j * mask.column] * log2_e
+                w[line + j] += mask.bias[source + j * mask.column]
 
 
 @njit
@@ -281,11 +281,11 @@ def row_max(w, start, stop, initial):
 
 
 @njit
-def row_exp2_sum(w, start, stop, m):
-    """w[start:stop] = 2**(w - m); returns the sum."""
-    total = splat(w, 0.0)
+def row_exp_sum(w, start, stop, m):
+    """w[start:stop] = exp(w - m); returns the sum."""
+    total, log2_e = splat(w, 0.0), w.dtype.type(LOG2_E)
     for j in range(start, stop, lanes(w)):
-        p = exp2(load(w, j) - m)
+        p = exp2((load(w, j) - m) * log2_e)
         store(w, j, p)
         total = total + p
     return sum_of(total)

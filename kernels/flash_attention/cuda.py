@@ -260,10 +260,11 @@ def forward(
     inputs: Inputs,
     out: Matrices,
     logsumexp: Any,
+    rows: Any,
     architecture: Architecture,
     blocks: Blocks | None = None,
 ) -> None:
-    """Write the output (Nq, Dv) of each head, and the logsumexp.
+    """Write the output (Nq, Dv) of each head, the logsumexp, and what the backward pass wants.
 
     Args:
         problem: what is asked for.
@@ -271,6 +272,8 @@ def forward(
         inputs: what is read.
         out: rows are contiguous, in 16-byte pieces if Dv is a multiple of as many elements.
         logsumexp: contiguous (batch, heads, Nq), flat, float32 (float64 for float64).
+        rows: likewise (batch, heads, Nq, 2): each row's maximum m, in units of log 2 but with an
+            additive mask, and the sum l of exp(score - m).
         architecture: compute capability.
         blocks: of one's choice.
 
@@ -285,7 +288,7 @@ def forward(
     grid = ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads
     launch(
         forward_kernel(kind, blocks), grid, blocks.threads,
-        q.array, k.array, v.array, mask, inputs.offset, out.array, logsumexp,
+        q.array, k.array, v.array, mask, inputs.offset, out.array, logsumexp, rows,
         q.strides, k.strides, v.strides, mask_strides, out.strides, sizes, *numbers,
         shared_bytes=_shared_bytes(kind, forward_memory(kind, blocks)),
     )  # fmt: skip
@@ -300,7 +303,7 @@ class Gradients(NamedTuple):
         dv: (batch, heads // group, Nk, Dv).
         ds: of the scores, contiguous (batch, heads, Nq, Nk), flat, zero at first, float32 (float64
             for float64); None if it is not wanted.
-        workspace: two flat arrays like logsumexp.
+        workspace: three flat arrays, each longer than logsumexp by one.
 
     """
 
@@ -308,7 +311,7 @@ class Gradients(NamedTuple):
     dk: Matrices
     dv: Matrices
     ds: Any
-    workspace: tuple[Any, Any]
+    workspace: tuple[Any, Any, Any]
 
 
 def backward(
@@ -316,7 +319,7 @@ def backward(
     heads: Heads,
     inputs: Inputs,
     out: Matrices,
-    logsumexp: Any,
+    rows: Any,
     grad_out: Matrices,
     grad_logsumexp: Any,
     gradients: Gradients,
@@ -330,9 +333,9 @@ def backward(
         heads: how it is laid out.
         inputs: as in the forward pass.
         out: its output.
-        logsumexp: its logsumexp.
+        rows: what it left in them.
         grad_out: the gradient of `out`, any strides.
-        grad_logsumexp: of the logsumexp, likewise contiguous; None for 0.
+        grad_logsumexp: of the logsumexp, contiguous; None for 0.
         gradients: where to write.
         architecture: compute capability.
         blocks: of one's choice, for dK and dV, and for dQ.
@@ -345,17 +348,19 @@ def backward(
     mask, mask_strides = mask_of(inputs)
     sizes, numbers = arguments_of(problem, heads)
     q, k, v = inputs.q, inputs.k, inputs.v
-    delta, logsumexp2 = gradients.workspace
-    rows = problem.batch_heads * problem.seqlen_q
-    if rows:
+    delta, shift, inverse = gradients.workspace
+    count = problem.batch_heads * problem.seqlen_q
+    if count:
         launch(
             delta_kernel(problem.dtype.name, grad_logsumexp is not None),
-            ceil_div(rows, DELTA_ROWS), DELTA_THREADS,
-            out.array, grad_out.array, logsumexp,
-            logsumexp if grad_logsumexp is None else grad_logsumexp, delta, logsumexp2,
-            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, rows,
+            ceil_div(count, DELTA_ROWS), DELTA_THREADS,
+            out.array, grad_out.array, rows,
+            rows if grad_logsumexp is None else grad_logsumexp, delta, shift, inverse,
+            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, count,
         )  # fmt: skip
-    read = (q.array, k.array, v.array, mask, inputs.offset, grad_out.array, logsumexp2, delta)
+    read = (
+        q.array, k.array, v.array, mask, inputs.offset, grad_out.array, shift, inverse, delta,
+    )  # fmt: skip
     strides = (q.strides, k.strides, v.strides, mask_strides, grad_out.strides)
     if problem.seqlen_k:
         dk, dv = gradients.dk, gradients.dv
@@ -366,7 +371,7 @@ def backward(
             (*sizes, heads.group), *numbers,
             shared_bytes=_shared_bytes(kind, backward_memory(kind, for_keys, True)),
         )  # fmt: skip
-    if rows:
+    if count:
         dq, ds = gradients.dq, gradients.ds
         launch(
             query_kernel(kind, for_queries, ds is not None),
@@ -391,12 +396,12 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     scalars = (types.float64, types.uint64, types.int64, types.float64)
     read = (array, array, array, mask, word)
     return {
-        "forward": (*read, array, rows, *[strides] * 5, sizes, *scalars),
+        "forward": (*read, array, rows, rows, *[strides] * 5, sizes, *scalars),
         "key_value": (
-            *read, array, rows, rows, array, array, *[strides] * 7, sizes_and_group, *scalars,
+            *read, array, *[rows] * 3, array, array, *[strides] * 7, sizes_and_group, *scalars,
         ),
-        "query": (*read, array, rows, rows, array, rows, *[strides] * 6, sizes, *scalars),
-        "delta": (array, array, *[rows] * 4, strides, strides, *[types.int64] * 4),
+        "query": (*read, array, *[rows] * 3, array, rows, *[strides] * 6, sizes, *scalars),
+        "delta": (array, array, *[rows] * 5, strides, strides, *[types.int64] * 4),
     }  # fmt: skip
 
 

@@ -1,14 +1,17 @@
 """FlashAttention's backward pass on a GPU, with ordinary (SIMT) arithmetic.
 
-Algorithm 2 of "FlashAttention-2" (Dao, 2023), in three kernels. P is computed anew from the
-logsumexp L:
+Algorithm 2 of "FlashAttention-2" (Dao, 2023), in three kernels. P is computed anew from each row's
+maximum m and sum l, which the forward pass left:
 
     delta = rowsum(dO * O) - dL                 `delta_kernel`
-    S = Q K^T,  P = exp(S - L)                  (block_m, block_n)
+    S = Q K^T,  P = exp(S - m) / l              (block_m, block_n)
     dP = dO V^T
     dS = P * (dP - delta)
     dK += dS^T Q,  dV += P^T dO                 `key_value_kernel`: a block takes a tile of keys
     dQ += dS K                                  `query_kernel`: a block takes a tile of queries
+
+(Not from the logsumexp: where scores are large it has no room for log(l), and P of a row with one
+key that counts would not be 1. The scores are the forward pass's to the last bit.)
 
 S and dP are computed twice, once for each of the last two. In return every gradient is the sum of
 one block, in an order that never changes: no two blocks add to one number.
@@ -20,7 +23,6 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ..runtime import (
-    NEGATIVE_INFINITY,
     WARP,
     cuda,
     device_function,
@@ -31,10 +33,13 @@ from ..runtime import (
 )  # fmt: skip
 from ..vectors_cuda import vector_access
 from .cuda_dropout import keep_factor, keep_maker, keep_size
-from .cuda_registers import Factor, exp2_function, multiply
+from .cuda_forward import reciprocal_of
+from .cuda_registers import Factor, multiply
 from .cuda_tiles import (
+    LOG2_E,
     Blocks,
     Kind,
+    exponential,
     fill,
     is_whole,
     own_columns,
@@ -54,22 +59,23 @@ from .cuda_tiles import (
 
 DELTA_THREADS = 128
 DELTA_ROWS = DELTA_THREADS // WARP
-LN_2 = 0.6931471805599453
 
 
-# ----- delta, and L in units of log 2 -----
+# ----- delta, and m and 1 / l -----
 
 
 @cache
 def delta_kernel(precision_name: str, has_grad_logsumexp: bool) -> Any:
-    """One row to a warp. A row that saw no key gets L = +inf, with which all its P are 0."""
+    """One row to a warp: delta, shift = m, and inverse = 1 / l. A row that saw no key gets a shift
+    of +inf, with which all its P are 0.
+    """
     numbers = precision(precision_name)
     real, load = numbers.real, numbers.load
-    nothing, infinity, rows_of_block = NEGATIVE_INFINITY, float("inf"), DELTA_ROWS
+    reciprocal, infinity, rows_of_block = reciprocal_of(precision_name), float("inf"), DELTA_ROWS
 
     @kernel(DELTA_THREADS)
     def flash_delta(
-        out, grad_out, logsumexp, grad_logsumexp, delta, logsumexp2, out_steps, grad_steps, heads,
+        out, grad_out, rows_of, grad_logsumexp, delta, shift, inverse, out_steps, grad_steps, heads,
         seqlen_q, value_dim, count,
     ):  # fmt: skip
         number = types.int64(cuda.blockIdx.x) * rows_of_block + cuda.threadIdx.x // WARP
@@ -83,13 +89,14 @@ def delta_kernel(precision_name: str, has_grad_logsumexp: bool) -> Any:
             total += load(out[x + c]) * load(grad_out[y + c * grad_steps[3]])
         total = warp_sum(total)
         if number == row and cuda.threadIdx.x % WARP == 0:
-            if logsumexp[row] == nothing:
-                delta[row], logsumexp2[row] = real(0.0), real(infinity)
+            m, l = rows_of[2 * row], rows_of[2 * row + 1]
+            inverse[row] = reciprocal(l)
+            if l == real(0.0):
+                delta[row], shift[row] = real(0.0), real(infinity)
             else:
                 if has_grad_logsumexp:
                     total -= grad_logsumexp[row]
-                delta[row] = total
-                logsumexp2[row] = logsumexp[row] * real(1.4426950408889634)
+                delta[row], shift[row] = total, m
 
     return flash_delta
 
@@ -106,7 +113,8 @@ class BackwardMemory(NamedTuple):
     v: int
     p: int  # (block_m, block_n)
     ds: int  # (block_m, block_n); for dQ where P was
-    logsumexp: int  # (block_m,)
+    shift: int  # (block_m,)
+    inverse: int
     delta: int
     keep: int  # with dropout
     size: int
@@ -127,7 +135,7 @@ def backward_memory(kind: Kind, blocks: Blocks, needs_p: bool) -> BackwardMemory
     p_step = n + max(blocks.threads_n % 32, lanes)
     starts = [0]
     p, keep = m * p_step if needs_p else 0, keep_size(kind, blocks)
-    for size in (m * step, m * v_step, n * step, n * v_step, p, m * p_step, m, m, keep):
+    for size in (m * step, m * v_step, n * step, n * v_step, p, m * p_step, m, m, m, keep):
         starts.append(starts[-1] + size)
     return BackwardMemory(*starts, width, v_width, step, v_step, p_step)  # type: ignore[call-arg]
 
@@ -144,15 +152,20 @@ def tile_pair(kind: Kind, blocks: Blocks, plan: BackwardMemory, rows: int) -> An
 
 @cache
 def row_loader(precision_name: str, block_m: int, threads: int, plan: BackwardMemory) -> Any:
-    """Device function that copies a tile's L and delta to shared memory; L is +inf past the end."""
+    """Device function that copies a tile's numbers of rows to shared memory; the shift is +inf past
+    the end.
+    """
     real = precision(precision_name).real
-    to_logsumexp, to_delta, infinity = plan.logsumexp, plan.delta, float("inf")
+    to_shift, to_inverse, to_delta = plan.shift, plan.inverse, plan.delta
+    infinity = float("inf")
 
     @device_function
-    def load_rows(memory, logsumexp2, delta, first, count):
+    def load_rows(memory, rows, first, count):
+        shift, inverse, delta = rows
         for row in range(cuda.threadIdx.x, block_m, threads):
             inside = row < count
-            memory[to_logsumexp + row] = logsumexp2[first + row] if inside else real(infinity)
+            memory[to_shift + row] = shift[first + row] if inside else real(infinity)
+            memory[to_inverse + row] = inverse[first + row] if inside else real(0.0)
             memory[to_delta + row] = delta[first + row] if inside else real(0.0)
 
     return load_rows
@@ -170,13 +183,14 @@ def score_gradients(kind: Kind, blocks: Blocks, plan: BackwardMemory) -> Any:
         blocks.threads_m, blocks.threads_n, blocks.block_m, blocks.block_n,
     )  # fmt: skip
     q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
-    logsumexp_at, delta_at, to_ds = plan.logsumexp, plan.delta, plan.ds - plan.p
+    shift_at, inverse_at, delta_at = plan.shift, plan.inverse, plan.delta
+    to_ds = plan.ds - plan.p
     step, v_step, p_step = plan.step, plan.v_step, plan.p_step
     scores = multiply(own_rows(blocks, step), own_keys(blocks, step), kind.head_dim, lanes)
     products = multiply(own_rows(blocks, v_step), own_keys(blocks, v_step), kind.value_dim, lanes)
     apply_mask = score_masker(kind, blocks, p_tile, p_step)
     factor_of = keep_factor(kind, blocks, plan.keep)
-    exp2, place_of = exp2_function(real.name), own_place(threads_n)
+    exp_of, place_of = exponential(kind), own_place(threads_n)
     always_masked, dropout = kind.mask != "none", kind.dropout
 
     @device_function
@@ -184,15 +198,17 @@ def score_gradients(kind: Kind, blocks: Blocks, plan: BackwardMemory) -> Any:
         lower, upper, _, seqlen_k = band
         my_row, my_key = place_of()
         own = p_tile + my_row * p_step + my_key
-        # S = Q K^T, P = exp(S - L)
+        # S = Q K^T, P = exp(S - m) / l
         fill(sums, rows, keys, real(0.0))
         scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
         if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
             apply_mask(memory, sums, row0, key0, band, mask, mask_place)
         for i in range(rows):
-            shift = memory[logsumexp_at + my_row + i * threads_m]
+            shift = memory[shift_at + my_row + i * threads_m]
+            inverse = memory[inverse_at + my_row + i * threads_m]
             for j in range(keys):
-                memory[own + i * threads_m * p_step + j * threads_n] = exp2(sums[i, j] - shift)
+                place = own + i * threads_m * p_step + j * threads_n
+                memory[place] = exp_of(sums[i, j], shift) * inverse
         # dP = dO V^T
         fill(sums, rows, keys, real(0.0))
         products(memory, do_tile + my_row * v_step, v_tile + my_key * v_step, sums)
@@ -269,11 +285,11 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     add_dv = multiply(p_keys, own_columns(v_width, threads_d, lanes, v_step), block_m, lanes)
     write_dk = gradient_writer(kind, blocks, own, head_dim, width)
     write_dv = gradient_writer(kind, blocks, own, value_dim, v_width)
-    ln_2 = LN_2
+    unit, to_natural = kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_key_value(
-        q, k, v, mask, offset, grad_out, logsumexp2, delta, dk, dv, q_steps, k_steps, v_steps,
+        q, k, v, mask, offset, grad_out, shift, inverse, delta, dk, dv, q_steps, k_steps, v_steps,
         mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes
@@ -296,6 +312,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
         fill(dk_sums, own, count, real(0.0))
         fill(dv_sums, own, v_count, real(0.0))
         band = (lower, upper, seqlen_q, seqlen_k)
+        rows_of = shift, inverse, delta
         dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
         # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
         last_key = min(key0 + block_n, seqlen_k) - 1
@@ -317,9 +334,9 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
                         do_tile, grad_out, do_start + row0 * grad_steps[2], grad_steps[2],
                         grad_steps[3],
                     ),
-                    seqlen_q - row0, real(scale * 1.4426950408889634),
+                    seqlen_q - row0, real(scale * unit),
                 )  # fmt: skip
-                load_rows(memory, logsumexp2, delta, batch_head * seqlen_q + row0, seqlen_q - row0)
+                load_rows(memory, rows_of, batch_head * seqlen_q + row0, seqlen_q - row0)
                 if dropout:
                     make_keep(memory, row0, key0, batch_head, dropout_of)
                 cuda.syncthreads()
@@ -335,8 +352,8 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
             if row < seqlen_k:
                 dk_start = b * dk_steps[0] + slot % slots * dk_steps[1] + row * dk_steps[2]
                 dv_start = b * dv_steps[0] + slot % slots * dv_steps[1] + row * dv_steps[2]
-                # The queries were times scale * log2(e).
-                write_dk(dk, dk_start, dk_sums, i, real(ln_2))
+                # The queries were times scale * unit.
+                write_dk(dk, dk_start, dk_sums, i, real(to_natural))
                 write_dv(dv, dv_start, dv_sums, i, real(1.0))
 
     return flash_backward_key_value
@@ -359,14 +376,14 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
     load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
     to_ds, dropout = score_gradients(kind, blocks, plan), kind.dropout
     make_keep = keep_maker(kind, blocks, plan.keep)
-    count, place_of = width // threads_n, own_place(threads_n)
+    count, place_of, unit = width // threads_n, own_place(threads_n), kind.unit
     p_rows = Factor(rows, threads_m * p_step)
     add_dq = multiply(p_rows, own_columns(width, threads_n, lanes, step), block_n, lanes)
     write_dq = gradient_writer(kind, blocks, rows, head_dim, width)
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_query(
-        q, k, v, mask, offset, grad_out, logsumexp2, delta, dq, ds, q_steps, k_steps, v_steps,
+        q, k, v, mask, offset, grad_out, shift, inverse, delta, dq, ds, q_steps, k_steps, v_steps,
         mask_steps, grad_steps, dq_steps, sizes, scale, seed, threshold, keep,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
@@ -390,9 +407,10 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
                 do_tile, grad_out, b * grad_steps[0] + h * grad_steps[1] + row0 * grad_steps[2],
                 grad_steps[2], grad_steps[3],
             ),
-            seqlen_q - row0, real(scale * 1.4426950408889634),
+            seqlen_q - row0, real(scale * unit),
         )  # fmt: skip
-        load_rows(memory, logsumexp2, delta, batch_head * seqlen_q + row0, seqlen_q - row0)
+        rows_of = shift, inverse, delta
+        load_rows(memory, rows_of, batch_head * seqlen_q + row0, seqlen_q - row0)
         fill(dq_sums, rows, count, real(0.0))
         band = (lower, upper, seqlen_q, seqlen_k)
         mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])

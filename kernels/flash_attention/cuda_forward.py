@@ -9,10 +9,11 @@ keys and values pass by, and for each of them
     l = exp(m - m_new) l + rowsum(P)
     O = diag(exp(m - m_new)) O + P V            (block_m, value_dim)
 
-and in the end O = diag(1/l) O and logsumexp = m + log(l). S and O are in the threads' registers: of
+and in the end O = diag(1/l) O and logsumexp = m + log(l); m and l are kept for the backward pass,
+too. S and O are in the threads' registers: of
 a row of S each of `threads_n` neighbouring threads has every threads_n-th number. The product P V
 needs whole rows of P, so P goes through shared memory. Exponentials are powers of
-two, with log2(e) folded into the scale of the queries.
+two, with log2(e) folded into the scale of the queries (see `Kind.unit`).
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from ..runtime import (
 )  # fmt: skip
 from ..vectors_cuda import vector_access
 from .cuda_dropout import keep_factor, keep_maker, keep_size
-from .cuda_registers import Factor, exp2_function, multiply
+from .cuda_registers import Factor, multiply
 from .cuda_tiles import (
+    LOG2_E,
     Blocks,
     Kind,
+    exponential,
     fill,
     is_whole,
     own_columns,
@@ -54,8 +57,6 @@ from .cuda_tiles import (
     vector_lanes,
     warp_barrier,
 )  # fmt: skip
-
-LN_2 = math.log(2.0)
 
 
 class ForwardMemory(NamedTuple):
@@ -108,6 +109,20 @@ def row_reductions(real_name: str, threads: int) -> Any:
 
 
 @cache
+def reciprocal_of(precision_name: str) -> Any:
+    """Device function `(l)`: 1 / l; 0 for a row that saw no key, NaN for one with an infinite
+    score, which has no softmax.
+    """
+    real = precision(precision_name).real
+
+    @device_function
+    def reciprocal(l):
+        return real(0.0) if l == real(0.0) else real(1.0) / l + (l - l)
+
+    return reciprocal
+
+
+@cache
 def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     """A block computes block_m rows of the output."""
     numbers, lanes = precision(kind.precision), vector_lanes(kind.precision)
@@ -134,16 +149,19 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     apply_mask, (put, _) = score_masker(kind, blocks, p_tile, p_step), tile_access(blocks, p_step)
     make_keep, factor_of = keep_maker(kind, blocks, plan.keep), keep_factor(kind, blocks, plan.keep)
     row_max, row_sum = row_reductions(real.name, threads_n)
-    exp2, place_of = exp2_function(real.name), own_place(threads_n)
+    exp_of, place_of = exponential(kind), own_place(threads_n)
     at_once = lanes if value_dim % lanes == 0 else 1
     _, write = vector_access(at_once)
     always_masked, dropout = kind.mask != "none", kind.dropout
-    nothing, ln_2 = NEGATIVE_INFINITY, LN_2
+    reciprocal = reciprocal_of(kind.precision)
+    nothing, infinity, unit, to_natural = (
+        NEGATIVE_INFINITY, float("inf"), kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E,
+    )  # fmt: skip
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_forward(
-        q, k, v, mask, offset, out, logsumexp, q_steps, k_steps, v_steps, mask_steps, out_steps,
-        sizes, scale, seed, threshold, keep,
+        q, k, v, mask, offset, out, logsumexp, rows_of, q_steps, k_steps, v_steps, mask_steps,
+        out_steps, sizes, scale, seed, threshold, keep,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory = cuda.shared.array(0, real)
@@ -163,9 +181,9 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         v_start = b * v_steps[0] + h // v_group * v_steps[1]
         mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
         band = (lower, upper, seqlen_q, seqlen_k)
-        log2_scale, keep_scale = real(scale * 1.4426950408889634), real(keep)
+        own_scale, keep_scale = real(scale * unit), real(keep)
         dropout_of = (seed + offset[0], types.uint64(threshold), keep_scale)
-        load_q(memory, q_tile, q, q_start, q_steps[2], q_steps[3], seqlen_q - row0, log2_scale)
+        load_q(memory, q_tile, q, q_start, q_steps[2], q_steps[3], seqlen_q - row0, own_scale)
         for i in range(rows):
             m[i], l[i] = real(nothing), real(0.0)
         fill(o, rows, columns, real(0.0))
@@ -193,15 +211,15 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 for j in range(keys):
                     largest = max(largest, sums[i, j])
                 largest = row_max(largest)
-                # No key yet: 2**(-inf - 0) = 0, not NaN.
-                shift = real(0.0) if largest == nothing else largest
-                alpha = exp2(m[i] - shift)
+                # No key yet: 2**(-inf - 0) = 0, not NaN. With an infinite score l is infinite.
+                shift = real(0.0) if abs(largest) == infinity else largest
+                alpha = exp_of(m[i], shift)
                 m[i] = largest
                 l[i] *= alpha
                 for c in range(columns):
                     o[i, c] *= alpha
                 for j in range(keys):
-                    sums[i, j] = exp2(sums[i, j] - shift)
+                    sums[i, j] = exp_of(sums[i, j], shift)
                     l[i] += sums[i, j]
             if dropout:  # after l: the softmax is over all keys
                 for i in range(rows):
@@ -220,12 +238,14 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             total = row_sum(l[i])
             if row < seqlen_q:
                 if my_key == 0:
-                    logsumexp[batch_head * seqlen_q + row] = (
+                    place = batch_head * seqlen_q + row
+                    rows_of[2 * place], rows_of[2 * place + 1] = m[i], total
+                    logsumexp[place] = (
                         real(nothing)
                         if total == real(0.0)
-                        else m[i] * real(ln_2) + real(math.log(total))
+                        else m[i] * real(to_natural) + real(math.log(total))
                     )
-                inverse = real(0.0) if total == real(0.0) else real(1.0) / total
+                inverse = reciprocal(total)
                 start = b * out_steps[0] + h * out_steps[1] + row * out_steps[2]
                 for c in range(0, columns, at_once):
                     column = (c // lanes * threads_n + my_key) * lanes + c % lanes
@@ -237,4 +257,4 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     return flash_forward
 
 
-__all__ = ["forward_kernel", "forward_memory"]
+__all__ = ["forward_kernel", "forward_memory", "reciprocal_of"]

@@ -10,13 +10,18 @@ by `masked_score` alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..runtime import NEGATIVE_INFINITY, SIMULATED, cuda, device_function, precision, types
 from ..vectors_cuda import vector_access
-from .cuda_registers import BYTES, Factor
+from .cuda_registers import BYTES, Factor, exp2_function
+
+LOG2_E = math.log2(math.e)
 
 IN_FLIGHT = 8  # reads of a thread from global memory before it uses the first; half for float64
 
@@ -41,6 +46,18 @@ class Kind:
     mask: str
     dropout: bool
     vectors: bool
+
+    @property
+    def additive(self) -> bool:
+        """Whether the mask is added to the scores."""
+        return self.mask not in ("none", "bool")
+
+    @property
+    def unit(self) -> float:
+        """Factor of scores, log2(e): their exponentials are powers of two. With an additive mask it
+        is 1, as a number of the mask may be as large as numbers are.
+        """
+        return 1.0 if self.additive else LOG2_E
 
 
 @dataclass(frozen=True)
@@ -141,14 +158,13 @@ def is_whole(row0, rows, key0, keys, lower, upper, seqlen_k):
 
 @cache
 def masked_score(kind: Kind) -> Any:
-    """Device function: a score in units of log 2, given its row and column, as the mask leaves it.
+    """Device function: a score, given its row and column, as the mask leaves it.
 
     -inf where the query may not see the key. An additive mask is added.
     """
-    real = precision(kind.precision).real
-    nothing, log2_e = real(NEGATIVE_INFINITY), real(1.4426950408889634)
+    nothing = precision(kind.precision).real(NEGATIVE_INFINITY)
     no_mask, is_bool = kind.mask == "none", kind.mask == "bool"
-    load = precision("float32" if no_mask or is_bool else kind.mask).load
+    load = mask_number(kind.mask if kind.additive else "float32", kind.precision)
 
     @device_function
     def score_of(score, row, column, band, mask, mask_place):
@@ -162,9 +178,43 @@ def masked_score(kind: Kind) -> Any:
         number = mask[start + (place if visible & (row < seqlen_q) else types.int64(0))]
         if is_bool:
             return score if visible & (number != 0) else nothing
-        return score + real(load(number)) * log2_e if visible else nothing
+        return score + load(number) if visible else nothing
 
     return score_of
+
+
+@cache
+def mask_number(mask: str, precision_name: str) -> Any:
+    """Device function: an additive mask's number in the scores' type; a finite one that this type
+    has no room for becomes its largest.
+    """
+    load, real = precision(mask).load, precision(precision_name).real
+    infinity, largest = float("inf"), float(np.finfo(np.float32).max)
+    narrow = mask == "float64" and real == types.float32
+
+    @device_function
+    def number_of(number):
+        x = real(load(number))
+        if narrow and abs(x) == infinity and abs(number) != infinity:
+            return real(largest) if number > 0 else real(-largest)
+        return x
+
+    return number_of
+
+
+@cache
+def exponential(kind: Kind) -> Any:
+    """Device function `(score, shift)`: e to the score - shift, both in the kind's unit."""
+    real, additive = precision(kind.precision).real, kind.additive
+    exp2, log2_e = exp2_function(real.name), real(LOG2_E)
+
+    @device_function
+    def exp_of(score, shift):
+        if additive:
+            return exp2((score - shift) * log2_e)
+        return exp2(score - shift)
+
+    return exp_of
 
 
 @cache

@@ -4,11 +4,17 @@
 is one tile of queries, so FlashAttention would keep one multiprocessor busy. Here the keys are cut
 into splits, each computed by a block of its own:
 
-    L_s = logsumexp of the scores of split s
-    O_s = softmax(scores of split s) V_s
+    m_s = the largest score of split s
+    l_s = sum exp(scores of split s - m_s)
+    O_s = exp(scores of split s - m_s) V_s
 
-and a second kernel merges them: L = log(sum exp(L_s)), O = sum exp(L_s - L) O_s, always in the
-order of the splits, so that a second run gives the same bits.
+and a second kernel merges them
+
+    m = max(m_s)
+    l = sum exp(m_s - m) l_s
+    O = sum exp(m_s - m) O_s / l
+
+always in the order of the splits, so that a second run gives the same bits.
 
 Each key and value is read once, and that is what takes the time: the arithmetic is ordinary. All
 query heads that share a key head (GQA) are rows of one small matrix, `rows` of them to a block.
@@ -108,11 +114,11 @@ def kind_of(problem: AttentionProblem, heads: Heads, mask: str, vectors: bool) -
 
 
 def forward_workspace(problem: AttentionProblem, heads: Heads, architecture: Architecture) -> int:
-    """Bytes for the output (Nq, Dv) and the logsumexp of each split."""
+    """Bytes for the output (Nq, Dv) and two numbers of each row, of each split."""
     splits = cuts_of(problem, heads).splits
     itemsize = 8 if problem.dtype.name == "float64" else 4
     rows = problem.batch_heads * problem.seqlen_q
-    return splits * rows * (problem.value_dim + 1) * itemsize if splits > 1 else 0
+    return splits * rows * (problem.value_dim + 2) * itemsize if splits > 1 else 0
 
 
 def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:

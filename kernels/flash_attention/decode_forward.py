@@ -26,14 +26,15 @@ from ..runtime import (
     types,
 )  # fmt: skip
 from ..vectors_cuda import vector_access
+from .cuda_forward import reciprocal_of
 from .cuda_registers import exp2_function
+from .cuda_tiles import LOG2_E, mask_number
 
 WARPS = 2 if SIMULATED else 8
 UNROLLED = 2  # keys of a group that are on their way at once
 AT_ONCE = 4  # blocks that a multiprocessor's registers are to be enough for, of one row each
 MOST_SPLITS = 4 if SIMULATED else 128
 MERGE_THREADS = 128
-LN_2 = math.log(2.0)
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ def group_reduction(lanes: int) -> Any:
 
 @cache
 def visibility(kind: DecodeKind) -> Any:
-    """Device function `(score, key, end, row_of)`: a score in units of log 2 as the mask leaves it.
+    """Device function `(score, key, end, row_of)`: a score as the mask leaves it.
 
     row_of: first key that the row sees, one past the last, where its mask begins, its step.
     """
     real = precision(kind.precision).real
-    nothing, log2_e = real(NEGATIVE_INFINITY), real(1.4426950408889634)
+    nothing = real(NEGATIVE_INFINITY)
     masked, is_bool, banded = kind.mask != "none", kind.mask == "bool", kind.banded
-    load = precision("float32" if kind.mask in ("none", "bool") else kind.mask).load
+    load = mask_number("float32" if kind.mask in ("none", "bool") else kind.mask, kind.precision)
 
     @device_function
     def seen(score, key, end, mask, row_of):
@@ -131,10 +132,29 @@ def visibility(kind: DecodeKind) -> Any:
             if is_bool:
                 visible = visible & (number != 0)
             else:
-                score += real(load(number)) * log2_e
+                score += load(number)
         return score if visible else nothing
 
     return seen
+
+
+@cache
+def exponential(real_name: str) -> Any:
+    """Device functions: e to the x; and what to subtract from scores whose largest is x, 0 where
+    that is infinite: a row that has seen no key yet, or one whose sum is infinite.
+    """
+    real, exp2 = precision(real_name).real, exp2_function(real_name)
+    log2_e, infinity = real(LOG2_E), float("inf")
+
+    @device_function
+    def exp_of(x):
+        return exp2(x * log2_e)
+
+    @device_function
+    def shift_of(largest):
+        return real(0.0) if abs(largest) == infinity else largest
+
+    return exp_of, shift_of
 
 
 @cache
@@ -144,8 +164,8 @@ def group_merger(kind: DecodeKind) -> Any:
     """
     real = precision(kind.precision).real
     vectors, lanes, value_dim = kind.vectors, kind.lanes, kind.value_dim
-    own, exp2 = kind.pieces(value_dim) * vectors, exp2_function(real.name)
-    steps, nothing = (WARP // lanes).bit_length() - 1, NEGATIVE_INFINITY
+    own, (exp_of, shift_of) = kind.pieces(value_dim) * vectors, exponential(real.name)
+    steps = (WARP // lanes).bit_length() - 1
 
     @device_function
     def merge_groups(m, l, o, r, outputs, sums):
@@ -154,7 +174,7 @@ def group_merger(kind: DecodeKind) -> Any:
         largest = m
         for step in range(steps):
             largest = max(largest, shuffle_xor(largest, lanes << step))
-        alpha = exp2(m - (real(0.0) if largest == real(nothing) else largest))
+        alpha = exp_of(m - shift_of(largest))
         total = l * alpha
         for step in range(steps):
             total += shuffle_xor(total, lanes << step)
@@ -177,8 +197,9 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
 
     Args:
         kind: what it is compiled for.
-        whole: there is one split: write the output itself. Else `out` and `logsumexp` are those of
-            all splits, in numbers as they are computed with.
+        whole: there is one split: write the output and the logsumexp. Else `out` gets the sums of
+            each split, not yet divided by l, and `logsumexp` its m and l, in numbers as they are
+            computed with.
 
     """
     numbers = precision(kind.precision)
@@ -191,10 +212,13 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     fetched, fetched_v = unrolled * size, unrolled * size_v
     read_key, read_value = read_row(kind, head_dim), read_row(kind, value_dim)
     groups, merge_groups = WARPS * WARP // lanes, group_merger(kind)
-    group_sum, seen, exp2 = group_reduction(lanes), visibility(kind), exp2_function(real.name)
+    group_sum, seen, (exp_of, shift_of) = (
+        group_reduction(lanes), visibility(kind), exponential(real.name),
+    )  # fmt: skip
+    reciprocal = reciprocal_of(kind.precision)
     threads, warps, width = WARPS * WARP, WARPS, max(value_dim, 1)
     write = store if whole else precision(real.name).store
-    nothing, ln_2 = NEGATIVE_INFINITY, LN_2
+    nothing = NEGATIVE_INFINITY
 
     @kernel(threads, blocks=AT_ONCE if rows == 1 else 1)
     def flash_decode(
@@ -230,7 +254,7 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
                 column = (c // vectors * lanes + lane) * vectors + c % vectors
                 number = load(q[start + min(column, head_dim - 1) * q_steps[3]])
                 inside = column < head_dim
-                q_own[r, c] = number * real(scale * 1.4426950408889634) if inside else real(0.0)
+                q_own[r, c] = number * real(scale) if inside else real(0.0)
             for c in range(own_v):
                 o[r, c] = real(0.0)
             m[r], l[r] = real(nothing), real(0.0)
@@ -263,15 +287,14 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
                     key = key0 + u * groups + thread // lanes
                     scores[r, u] = seen(group_sum(scores[r, u]), key, last_key, mask, row_of)
                     largest = max(largest, scores[r, u])
-                # No key yet: 2**(-inf - 0) = 0, not NaN.
-                shift = real(0.0) if largest == real(nothing) else largest
-                alpha = exp2(m[r] - shift)
+                shift = shift_of(largest)
+                alpha = exp_of(m[r] - shift)
                 m[r] = largest
                 l[r] *= alpha
                 for c in range(own_v):
                     o[r, c] *= alpha
                 for u in range(unrolled):
-                    scores[r, u] = exp2(scores[r, u] - shift)
+                    scores[r, u] = exp_of(scores[r, u] - shift)
                     l[r] += scores[r, u]
             # o += p v
             for u in range(unrolled):
@@ -287,10 +310,10 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
             largest, total = sums[0, 0], real(0.0)
             for w in range(1, warps):
                 largest = max(largest, sums[w, 0])
-            shift = real(0.0) if largest == real(nothing) else largest
+            shift = shift_of(largest)
             for w in range(warps):
-                total += exp2(sums[w, 0] - shift) * sums[w, 1]
-            inverse = real(0.0) if total == real(0.0) else real(1.0) / total
+                total += exp_of(sums[w, 0] - shift) * sums[w, 1]
+            factor = reciprocal(total) if whole else real(1.0)
             if row0 + r < group * seqlen_q:
                 h, i = first_head + (row0 + r) // seqlen_q, (row0 + r) % seqlen_q
                 row = (b * heads + h) * seqlen_q + i + split * rows_of_all
@@ -300,14 +323,16 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
                 for column in range(thread, value_dim, threads):
                     number = real(0.0)
                     for w in range(warps):
-                        number += exp2(sums[w, 0] - shift) * outputs[w, column]
-                    out[to + column] = write(number * inverse)
+                        number += exp_of(sums[w, 0] - shift) * outputs[w, column]
+                    out[to + column] = write(number * factor)
                 if thread == 0:
-                    logsumexp[sums_start + row] = (
-                        real(nothing)
-                        if total == real(0.0)
-                        else shift * real(ln_2) + real(math.log(total))
-                    )
+                    if not whole:
+                        place = sums_start + 2 * row
+                        logsumexp[place], logsumexp[place + 1] = largest, total
+                    elif total == real(0.0):
+                        logsumexp[row] = real(nothing)
+                    else:
+                        logsumexp[row] = largest + real(math.log(total))
             cuda.syncthreads()
 
     return flash_decode
@@ -320,8 +345,9 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
 def merge_kernel(name: str) -> Any:
     """A block computes one row of the output from those of all splits."""
     numbers = precision(name)
-    real, store, exp2 = numbers.real, numbers.store, exp2_function(numbers.real.name)
-    nothing, log2_e, most, threads = NEGATIVE_INFINITY, 1.0 / LN_2, MOST_SPLITS, MERGE_THREADS
+    real, store, (exp_of, shift_of) = numbers.real, numbers.store, exponential(numbers.real.name)
+    reciprocal, nothing = reciprocal_of(name), NEGATIVE_INFINITY
+    most, threads = MOST_SPLITS, MERGE_THREADS
 
     @kernel(threads)
     def flash_decode_merge(partial, out, logsumexp, out_steps, sizes):
@@ -330,20 +356,20 @@ def merge_kernel(name: str) -> Any:
         row, thread = types.int64(cuda.blockIdx.x), cuda.threadIdx.x
         sums_start = splits * rows_of_all * value_dim
         for split in range(thread, splits, threads):
-            weights[split] = partial[sums_start + split * rows_of_all + row]
+            weights[split] = partial[sums_start + 2 * (split * rows_of_all + row)]
         cuda.syncthreads()
         largest = weights[0]
         for split in range(1, splits):
             largest = max(largest, weights[split])
-        shift = real(0.0) if largest == real(nothing) else largest
+        shift = shift_of(largest)
         cuda.syncthreads()
         for split in range(thread, splits, threads):
-            weights[split] = exp2((weights[split] - shift) * real(log2_e))
+            weights[split] = exp_of(weights[split] - shift)
         cuda.syncthreads()
         total = real(0.0)
         for split in range(splits):
-            total += weights[split]
-        inverse = real(0.0) if total == real(0.0) else real(1.0) / total
+            total += weights[split] * partial[sums_start + 2 * (split * rows_of_all + row) + 1]
+        inverse = reciprocal(total)
         batch_head = row // seqlen_q
         to = (
             batch_head // heads * out_steps[0]
@@ -356,7 +382,9 @@ def merge_kernel(name: str) -> Any:
                 number += weights[split] * partial[(split * rows_of_all + row) * value_dim + column]
             out[to + column] = store(number * inverse)
         if thread == 0:
-            logsumexp[row] = real(nothing) if total == real(0.0) else shift + real(math.log(total))
+            logsumexp[row] = (
+                real(nothing) if total == real(0.0) else largest + real(math.log(total))
+            )
 
     return flash_decode_merge
 

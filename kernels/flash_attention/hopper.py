@@ -129,7 +129,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
         value_dim=padded(problem.value_dim),
         mask=mask_kind,
         dropout=problem.dropout_p > 0,
-        scaled_first=mask_kind not in ("none", "bool") or problem.scale <= 0,
+        scaled_first=mask_kind not in ("none", "bool") or not problem.scale_in_exponent,
         banded=last + problem.lower > 0 or problem.upper < problem.seqlen_k,
         vectors=vectors,
     )
@@ -184,10 +184,11 @@ def forward(
     inputs: Inputs,
     out: Matrices,
     logsumexp: Any,
+    rows: Any,
     architecture: Architecture,
     blocks: Blocks | None = None,
 ) -> None:
-    """Write the output (Nq, Dv) of each head, and the logsumexp.
+    """Write the output (Nq, Dv) of each head, logsumexp and rows: see `cuda.forward`.
 
     Args:
         problem: what is asked for.
@@ -195,6 +196,7 @@ def forward(
         inputs: what is read: rows are contiguous and begin at multiples of ROW_ALIGNMENT bytes.
         out: rows are contiguous.
         logsumexp: contiguous (batch, heads, Nq), flat, float32.
+        rows: contiguous (batch, heads, Nq, 2), flat, float32.
         architecture: compute capability.
         blocks: of one's choice.
 
@@ -208,8 +210,8 @@ def forward(
     _, numbers = arguments_of(problem, heads)
     mask, mask_strides = mask_of(inputs)
     launch(
-        plan.kernel, plan.grid, plan.threads, plan.maps, plan.order, out.address, logsumexp, mask,
-        inputs.offset, out.strides, mask_strides, plan.sizes, plan.shares, *numbers,
+        plan.kernel, plan.grid, plan.threads, plan.maps, plan.order, out.address, logsumexp, rows,
+        mask, inputs.offset, out.strides, mask_strides, plan.sizes, plan.shares, *numbers,
         shared_bytes=plan.shared_bytes,
     )  # fmt: skip
 
@@ -275,7 +277,7 @@ def forward_signature(kind: Kind) -> tuple[Any, ...]:
     mask = masks.get(kind.mask) or precision(kind.mask).array
     whole, floats = types.int64, types.Array(types.float32, 1, "C")
     return (
-        whole, whole, whole, floats, mask, types.Array(types.uint64, 1, "C"),
+        whole, whole, whole, floats, floats, mask, types.Array(types.uint64, 1, "C"),
         types.UniTuple(whole, 4), types.UniTuple(whole, 4), types.UniTuple(whole, 11),
         types.UniTuple(whole, 12), types.float64, types.uint64, whole, types.float64,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Algorithm 2 of "FlashAttention-2" (Dao, 2023), in launches that each have their file:
 
-    hopper_backward_prepare.py    delta = rowsum(dO * O) - dL, and the list of work
+    hopper_backward_prepare.py    delta = rowsum(dO * O) - dL, L, rest, and the list of work
     hopper_backward_keys.py       dK, dV: a block owns keys
     hopper_backward_queries.py    dQ: a block owns queries
 
@@ -23,10 +23,11 @@ from ..runtime import Instance, ceil_div, cuda, launch, precision, types
 from ..tensor_map import matrices_map, on_device
 from .cuda import Architecture, Gradients, Heads, Inputs, Ints, Matrices, arguments_of, mask_of
 from .hopper_backward_keys import key_kernel
-from .hopper_backward_pipeline import COUNTER_BYTES, WORK_BYTES, Blocks, memory_plan
-from .hopper_backward_prepare import COUNTERS, THREADS, prepare_kernel, row_threads
+from .hopper_backward_pipeline import COUNTER_BYTES, ROW_BYTES, WORK_BYTES, Blocks, memory_plan
+from .hopper_backward_prepare import INCOMPLETE, THREADS, prepare_kernel, row_threads
 from .hopper_backward_queries import query_kernel
 from .hopper_tiles import ARCHITECTURE, NAME, ROWS, Kind, padded
+from .mma_delta import next_call
 from .problem import AttentionProblem
 from .tuning import SHORT, choice
 
@@ -102,7 +103,7 @@ class Workspace(NamedTuple):
     """Where things are in the workspace, in bytes from its beginning.
 
     Args:
-        rows: L in units of log 2, and delta, of all queries (see hopper_backward_prepare.py).
+        rows: L, delta and rest of all queries (see hopper_backward_prepare.py).
         tables: of `Work`, for dK and dV, and for dQ.
         counts: entries of these.
         size: of all.
@@ -123,11 +124,11 @@ def _workspace(problem: AttentionProblem, heads: Heads, both: tuple[Blocks, Bloc
         ceil_div(problem.seqlen_k, both[0].own) * (problem.batch_heads // heads.group),
         ceil_div(problem.seqlen_q, both[1].own) * problem.batch_heads,
     )
-    first = COUNTERS * COUNTER_BYTES
+    first = INCOMPLETE + COUNTER_BYTES
     tables = first, first + WORK_BYTES * counts[0]
     rows = tables[1] + WORK_BYTES * counts[1]
     rows = ceil_div(rows, 128) * 128
-    size = rows + 8 * problem.batch_heads * padded_q
+    size = rows + ROW_BYTES * problem.batch_heads * padded_q
     return Workspace(rows, tables, counts, size, padded_q)
 
 
@@ -145,6 +146,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
         value_dim=padded(problem.value_dim),
         mask=mask_kind,
         dropout=problem.dropout_p > 0,
+        scaled_first=mask_kind not in ("none", "bool") or not problem.scale_in_exponent,
         banded=last + problem.lower > 0 or problem.upper < problem.seqlen_k,
         vectors=vectors,
     )
@@ -208,7 +210,7 @@ def backward(
     heads: Heads,
     inputs: Inputs,
     out: Matrices,
-    logsumexp: Any,
+    rows: Any,
     grad_out: Matrices,
     grad_logsumexp: Any,
     gradients: Gradients,
@@ -223,9 +225,9 @@ def backward(
         heads: how it is laid out.
         inputs: as in the forward pass; rows begin at multiples of 16 bytes.
         out: its output.
-        logsumexp: its logsumexp.
+        rows: what it left in them.
         grad_out: the gradient of `out`; rows begin at multiples of 16 bytes.
-        grad_logsumexp: of the logsumexp, likewise contiguous; None for 0.
+        grad_logsumexp: of the logsumexp, contiguous; None for 0.
         gradients: where to write.
         architecture: compute capability.
         blocks: of one's choice, for dK and dV, and for dQ.
@@ -243,15 +245,16 @@ def backward(
     maps = _maps(problem, heads, inputs, grad_out)
     steps = {name: steps for name, (_, steps) in maps.items()}
     own_heads = steps["q"][1], steps["do"][1]
+    call = next_call()
     _prepare(
-        problem, heads, kind, both, space, workspace, steps, out, grad_out, logsumexp,
-        grad_logsumexp,
+        problem, heads, kind, both, space, workspace, steps, out, grad_out, rows,
+        grad_logsumexp, call,
     )  # fmt: skip
     mask, mask_strides = mask_of(inputs)
     sizes = (heads.heads, *lengths, heads.group, problem.head_dim, problem.value_dim)
     places = [
         (COUNTER_BYTES * n, space.tables[n > 1], space.counts[n > 1], space.rows,
-         8 * space.padded_q)
+         ROW_BYTES * space.padded_q, call)
         for n in (0, 1, 2)
     ]  # fmt: skip
     if problem.seqlen_k:
@@ -268,7 +271,7 @@ def backward(
         launch(
             query_kernel(kind, for_queries, ds is not None), min(space.counts[1], processors()),
             for_queries.threads, address, own_heads, mask, inputs.offset, workspace, places[2],
-            dq.array, logsumexp if ds is None else ds, mask_strides, dq.strides, sizes, *numbers,
+            dq.array, rows if ds is None else ds, mask_strides, dq.strides, sizes, *numbers,
             shared_bytes=memory_plan(kind, for_queries).size,
         )  # fmt: skip
 
@@ -276,9 +279,9 @@ def backward(
 def _prepare(
     problem: AttentionProblem, heads: Heads, kind: Kind, both: tuple[Blocks, Blocks],
     space: Workspace, workspace: Any, steps: dict[str, Ints], out: Matrices, grad_out: Matrices,
-    logsumexp: Any, grad_logsumexp: Any,
+    rows: Any, grad_logsumexp: Any, call: int,
 ) -> None:  # fmt: skip
-    """Launch what writes delta, L and the tables of work to the workspace."""
+    """Launch what writes numbers of rows and the tables of work to the workspace."""
     pieces = _has_pieces(problem.value_dim, out, grad_out)
     (_, *lengths, k_group, v_group), _ = arguments_of(problem, heads)
     columns = 2 * (problem.head_dim + problem.value_dim)
@@ -298,14 +301,14 @@ def _prepare(
     (key_table, query_table), (key_count, query_count) = space.tables, space.counts
     launch(
         prepare_kernel(
-            problem.dtype.name, kind.value_dim, pieces, grad_logsumexp is not None
+            problem.dtype.name, kind.value_dim, pieces, kind.additive, grad_logsumexp is not None
         ),
         ceil_div(threads, THREADS), THREADS,
-        out.array, grad_out.array, logsumexp,
-        logsumexp if grad_logsumexp is None else grad_logsumexp, out.strides, grad_out.strides,
+        out.array, grad_out.array, rows,
+        rows if grad_logsumexp is None else grad_logsumexp, out.strides, grad_out.strides,
         (heads.batch, heads.heads, *lengths, k_group, v_group, heads.group,
          *(steps[name][0] for name in ("k", "v", "q", "do"))), workspace, space.rows,
-        space.padded_q, problem.value_dim,
+        call, space.padded_q, problem.value_dim,
         (key_table, key_count, query_table, query_count),
         (both[0].own, both[0].passing, both[1].own, both[1].passing), together,
     )  # fmt: skip
@@ -325,12 +328,12 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
         return tuple(types.UniTuple(whole, count) for count in counts)
 
     numbers = (types.float64, types.uint64, whole, types.float64)
-    read = (types.uint64, *tuples(2), mask, words, rows, *tuples(5))
+    read = (types.uint64, *tuples(2), mask, words, rows, *tuples(6))
     return {
         "keys": (*read, array, array, *tuples(4, 4, 4, 8), *numbers),
         "queries": (*read, array, rows, *tuples(4, 4, 8), *numbers),
         "prepare": (
-            array, array, rows, rows, *tuples(4, 4, 13), rows, *[whole] * 3, *tuples(4, 4, 2),
+            array, array, rows, rows, *tuples(4, 4, 13), rows, *[whole] * 4, *tuples(4, 4, 2),
         ),
     }  # fmt: skip
 
@@ -361,7 +364,7 @@ def instances() -> Iterator[Instance]:
             )
     yield Instance(
         "hopper_backward_prepare[bfloat16]",
-        prepare_kernel("bfloat16", 128, True, True),
+        prepare_kernel("bfloat16", 128, True, False, True),
         _signatures(Kind("bfloat16", 128, 128))["prepare"],
         architectures=("sm_90a",),
     )

@@ -20,7 +20,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ..ptx import global_address, shared_address
+from ..ptx import global_address, ld_global_f32, shared_address
 from ..ptx_hopper import (
     mbarrier_arrive,
     mbarrier_wait_parity,
@@ -34,6 +34,7 @@ from ..runtime import cuda, device_function, kernel, types
 from .cuda_tiles import is_whole
 from .fragment_dropout import drop_by_bits, dropout_words, keep_bits_of_keys
 from .hopper_backward_pipeline import (
+    ROW_BYTES,
     Blocks,
     descriptor,
     gradient_product,
@@ -45,7 +46,8 @@ from .hopper_backward_pipeline import (
     pair_loader,
     score_product,
 )
-from .hopper_backward_tiles import score_gradients, weigher, write_rows
+from .hopper_backward_prepare import INCOMPLETE
+from .hopper_backward_tiles import complete, score_gradients, weigher, write_rows
 from .hopper_tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
@@ -115,6 +117,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     keep_bits, drop_from = keep_bits_of_keys(passing), drop_by_bits(passing)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
+    complete_p, unit, rows_bytes = complete(passing), kind.unit, ROW_BYTES * passing
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
 
     @kernel(blocks.threads, blocks=1)
@@ -126,10 +129,10 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, group, head_dim, value_dim = sizes
         thread, heads, group = whole(cuda.threadIdx.x), whole(heads), whole(group)
+        counter, table, count, rows, pitch, call = places
         if thread < WARPGROUP:
             give_registers()
             if thread == 0:
-                counter, table, count, rows, pitch = places
                 space = global_address(workspace)
                 bring_tiles(
                     base, maps, own_heads, space + u64(counter), space + u64(table), count, heads,
@@ -140,7 +143,10 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
-            scale2 = types.float32(scale * 1.4426950408889634)
+            own_scale = types.float32(scale * unit)
+            incomplete = ld_global_f32(
+                global_address(workspace) + u64(INCOMPLETE)
+            ) == types.float32(call)
             turn, number = types.uint32(0), types.uint32(0)
             left, work, own_stage = read_item(base, number)
             while left:
@@ -160,7 +166,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         stage, parity = place_of(turn)
                         q = of_passing(base + q_at + stage * q_bytes)
                         do = of_passing(base + do_at + stage * do_bytes)
-                        rows = types.uint32(base + rows_at + stage * (8 * passing) + 4 * my_column)
+                        numbers = types.uint32(base + rows_at + stage * rows_bytes + 4 * my_column)
                         # S^T = K Q^T,  dP^T = V dO^T
                         mbarrier_wait_parity(base + q_full + 8 * stage, parity)
                         fence()
@@ -172,17 +178,19 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                             wgmma_commit_group()
                         # P = exp(S - L),  dS = P * (Z dP - delta)
                         p = weigh(
-                            scores_done(scores), scale2, rows,
+                            scores_done(scores), own_scale, numbers,
                             is_whole(row0, passing, key0, keys, band[0], band[1], no_end),
                             key0 + my_row, row0 + my_column, band, mask, mask_place,
                         )  # fmt: skip
+                        if incomplete:
+                            p = complete_p(p, numbers + 128)
                         if dropout:
                             bits = keep_bits(row0 + my_column, key0 + my_row, words)
                         if wants_dk:
                             products = products_done(products)
                             if dropout:
                                 products = drop_from(products, bits)
-                            ds = to_factor(to_ds(p, products, keep, rows + 64))
+                            ds = to_factor(to_ds(p, products, keep, numbers + 64))
                         # dV += P^T dO,  dK += dS^T Q
                         if wants_dv:
                             if dropout:

@@ -44,6 +44,7 @@ from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Kind, parts, ring, row_bytes
 MAP_BYTES = 128  # of a tensor map
 BARRIER_BYTES = 8
 ITEM_BYTES = 32  # of shared memory: what the consumers are told of an item
+ROW_BYTES = 12  # of a query's three numbers
 COUNTER_BYTES = 64  # distance of the counters at the workspace's beginning
 
 
@@ -105,7 +106,7 @@ def memory_plan(kind: Kind, blocks: Blocks) -> Memory:
     widths, stages = (row_bytes(kind.head_dim), row_bytes(kind.value_dim)), blocks.stages
     sizes = [blocks.own_stages * blocks.own * width for width in widths]
     sizes += [stages * blocks.passing * width for width in widths]
-    sizes += [8 * stages * blocks.passing, ITEM_BYTES * blocks.own_stages]
+    sizes += [ROW_BYTES * stages * blocks.passing, ITEM_BYTES * blocks.own_stages]
     sizes += [BARRIER_BYTES * blocks.own_stages] * 2 + [BARRIER_BYTES * stages] * 3
     starts = list(accumulate(sizes, initial=0))
     own, passing, full = starts[0:2], starts[2:4], starts[8:10]
@@ -280,8 +281,8 @@ def pair_loader(kind: Kind, blocks: Blocks, with_rows: bool) -> Any:
     load_second = tile_loader(kind.value_dim, blocks.passing)
     first_bytes = blocks.passing * row_bytes(kind.head_dim)
     second_bytes = blocks.passing * row_bytes(kind.value_dim)
-    numbers, rows_bytes = plan.rows, 8 * blocks.passing
-    second_count = second_bytes + rows_bytes * with_rows
+    numbers, rows_bytes = plan.rows, ROW_BYTES * blocks.passing
+    second_count, row_bytes_of = second_bytes + rows_bytes * with_rows, ROW_BYTES
 
     @device_function
     def load(base, turn, maps, row, heads, batches, rows):
@@ -301,7 +302,7 @@ def pair_loader(kind: Kind, blocks: Blocks, with_rows: bool) -> Any:
         )  # fmt: skip
         if with_rows:
             target = base + numbers + stage * rows_bytes
-            cp_async_bulk(target, rows + types.uint64(8 * row), rows_bytes, full)
+            cp_async_bulk(target, rows + types.uint64(row_bytes_of * row), rows_bytes, full)
 
     return load
 
@@ -342,6 +343,7 @@ def gradient_product(kind: Kind, blocks: Blocks, columns: int) -> Any:
 
 __all__ = [
     "COUNTER_BYTES",
+    "ROW_BYTES",
     "WORK_BYTES",
     "Blocks",
     "Memory",

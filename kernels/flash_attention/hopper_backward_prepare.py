@@ -1,6 +1,8 @@
-"""What the Hopper backward pass does first: delta, and the list of work of the other kernels.
+"""What the Hopper backward pass does first: delta, what makes P of a score, and the list of work of
+the other kernels.
 
     delta = rowsum(dO * O) - dL
+    P = exp(S - m) / l = rest * exp(S - L)          L and rest: see mma_delta.py
 
 It reads the output and its gradient once, 16 bytes to a thread at a time, and is as fast as memory.
 """
@@ -12,7 +14,6 @@ from typing import Any
 
 from ..ptx import global_address, st_global_b32, st_global_f32, st_global_v4_b32
 from ..runtime import (
-    NEGATIVE_INFINITY,
     cuda,
     device_function,
     kernel,
@@ -22,10 +23,12 @@ from ..runtime import (
 )
 from ..vectors_cuda import vector_access
 from .cuda_tiles import tile_range
-from .hopper_backward_pipeline import COUNTER_BYTES, WORK_BYTES
+from .hopper_backward_pipeline import COUNTER_BYTES, ROW_BYTES, WORK_BYTES
+from .mma_delta import shift_and_rest
 
 THREADS = 256
-COUNTERS = 4  # of items taken, one for each launch
+COUNTERS = 3  # of items taken, one for each launch
+INCOMPLETE = COUNTERS * COUNTER_BYTES  # in the workspace: the number of the last call with a rest
 PIECE = 8  # 16-bit numbers in 16 bytes
 
 
@@ -74,25 +77,28 @@ def put_work(item, table, own, passing, sizes, together, keys_are_own):
 
 
 @cache
-def prepare_kernel(precision_name: str, value_dim: int, vectors: bool, has_grad: bool) -> Any:
+def prepare_kernel(
+    precision_name: str, value_dim: int, vectors: bool, additive: bool, has_grad: bool
+) -> Any:
     """Numbers of all queries, and the work of both other kernels.
 
-    The numbers lie in the workspace from `rows` on, for each head `padded_q` queries: 16 of L in
-    units of log 2, then 16 of delta, and so on. A query that saw no key, and those past the last,
-    get L = +inf, with which all their P are 0. `vectors`: rows come in whole pieces of 16 bytes.
+    The numbers lie in the workspace from `rows` on, for each head `padded_q` queries: 16 of L, 16
+    of delta, then 16 rests, and so on; at `INCOMPLETE` is the number of this call if a rest is not
+    1. A query that saw no key, and those past the last, get L = +inf, with which all their P are 0.
+    `vectors`: rows come in whole pieces of 16 bytes.
     """
     numbers, threads = precision(precision_name), row_threads(value_dim)
     storage, load = getattr(types, numbers.storage.name), numbers.load
     at_once = PIECE if vectors else 1
     read, _ = vector_access(at_once)
-    nothing, infinity, log2_e = NEGATIVE_INFINITY, float("inf"), 1.4426950408889634
+    of_row, infinity, row_bytes = shift_and_rest(additive, 2), float("inf"), ROW_BYTES
     f32, i64, u32, u64 = types.float32, types.int64, types.uint32, types.uint64
     own_step, own_rows, all_threads = at_once * threads, THREADS // threads, THREADS
 
     @kernel(THREADS)
     def flash_backward_prepare_hopper(
-        out, grad_out, logsumexp, grad_logsumexp, out_steps, grad_steps, sizes, workspace, rows,
-        padded_q, value_dim, tables, blocks, together,
+        out, grad_out, rows_of, grad_logsumexp, out_steps, grad_steps, sizes, workspace, rows,
+        call, padded_q, value_dim, tables, blocks, together,
     ):  # fmt: skip
         heads, seqlen_q = sizes[1], sizes[2]
         space = global_address(workspace)
@@ -119,17 +125,21 @@ def prepare_kernel(precision_name: str, value_dim: int, vectors: bool, has_grad:
             total += shuffle_xor(total, lane_mask)
             lane_mask //= 2
         if lane == 0:
-            shift, number = f32(infinity), i64(batch_head) * seqlen_q + row
-            if row < seqlen_q and logsumexp[number] != nothing:
+            shift, rest, number = f32(infinity), f32(1.0), i64(batch_head) * seqlen_q + row
+            if row < seqlen_q:
+                l = rows_of[2 * number + 1]
+                shift, rest = of_row(rows_of[2 * number], l)
                 if has_grad:
                     total -= grad_logsumexp[number]
-                shift = logsumexp[number] * f32(log2_e)
-            else:
-                total = f32(0.0)
-            of_head = space + u64(rows) + u64(batch_head) * u64(8 * padded_q)
-            target = of_head + u64(row // 16 * 128 + row % 16 * 4)
+                if l == f32(0.0):
+                    total = f32(0.0)
+            of_head = space + u64(rows) + u64(batch_head) * u64(row_bytes * padded_q)
+            target = of_head + u64(row // 16 * (16 * row_bytes) + row % 16 * 4)
             st_global_f32(target, f32(shift))
             st_global_f32(target + u64(64), f32(total))
+            st_global_f32(target + u64(128), f32(rest))
+            if rest != f32(1.0):
+                st_global_f32(space + u64(INCOMPLETE), f32(call))
 
         thread, count = (
             i64(cuda.blockIdx.x) * all_threads + cuda.threadIdx.x,
@@ -146,4 +156,4 @@ def prepare_kernel(precision_name: str, value_dim: int, vectors: bool, has_grad:
     return flash_backward_prepare_hopper
 
 
-__all__ = ["COUNTERS", "THREADS", "prepare_kernel", "row_threads"]
+__all__ = ["COUNTERS", "INCOMPLETE", "THREADS", "prepare_kernel", "row_threads"]

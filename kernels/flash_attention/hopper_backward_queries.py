@@ -4,7 +4,7 @@ For each tile of keys a warpgroup with 64 of the queries computes
 
     S = Q K^T                    (64, block_n), in registers; so are all the others of this size
     dP = dO V^T
-    P = exp2(S - L)
+    P = exp2(S - L)              but for a factor of its row, the rest, which dQ is times in the end
     dS = P * (dP - delta)
     dQ += dS K                   (64, D), in registers until the last tile
 
@@ -31,6 +31,7 @@ from ..runtime import cuda, device_function, kernel, types
 from .cuda_tiles import is_whole
 from .fragment_dropout import drop, dropout_words
 from .hopper_backward_pipeline import (
+    ROW_BYTES,
     Blocks,
     descriptor,
     gradient_product,
@@ -78,6 +79,14 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     return bring
 
 
+@device_function
+def numbers_of(space, of_head, row, which):
+    """L, delta or rest, whichever number 0, 1 or 2 is, of a lane's two rows."""
+    place = of_head + row // 16 * (16 * ROW_BYTES) + row % 16 * 4 + 64 * which
+    address = space + types.uint64(place)
+    return ld_global_f32(address), ld_global_f32(address + types.uint64(32))
+
+
 @cache
 def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     """A block computes `own` rows of dQ; with `keep_scores` it also writes dS, whole."""
@@ -103,7 +112,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     drop_from = drop(1, passing)
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_ds = write_scores(passing)
-    queries, whole, u64 = ROWS, types.int32, types.uint64
+    queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit
+    scale_dq, scale_ds = RegisterTile(kind.head_dim).scale_rows, RegisterTile(passing).scale_rows
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_queries_hopper(
@@ -113,7 +123,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, _, head_dim, _ = sizes
-        counter, table, count, rows, pitch = places
+        counter, table, count, rows, pitch, _ = places
         space = global_address(workspace)
         thread = whole(cuda.threadIdx.x)
         if thread < WARPGROUP:
@@ -126,7 +136,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
             key = seed + offset[0]
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
-            scale2 = types.float32(scale * 1.4426950408889634)
+            own_scale = types.float32(scale * unit)
             turn, number = types.uint32(0), types.uint32(0)
             left, work, own_stage = read_item(base, number)
             while left:
@@ -134,9 +144,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 row0 = whole(row0 + consumer * queries)
                 batch_head = b * types.int64(heads) + h
                 row = whole(row0 + my_row)
-                of_row = space + u64(rows + batch_head * pitch + row // 16 * 128 + row % 16 * 4)
-                logsumexp = (ld_global_f32(of_row), ld_global_f32(of_row + u64(32)))
-                delta = (ld_global_f32(of_row + u64(64)), ld_global_f32(of_row + u64(96)))
+                shifts = numbers_of(space, rows + batch_head * pitch, row, 0)
+                delta = numbers_of(space, rows + batch_head * pitch, row, 1)
                 q = of_own(base + q_at + own_stage * q_bytes + consumer * (queries * 128))
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
                 mask_place = (
@@ -158,7 +167,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     wgmma_commit_group()
                     # P = exp(S - L),  dS = P * (Z dP - delta)
                     p = weigh(
-                        scores_done(scores), scale2, logsumexp,
+                        scores_done(scores), own_scale, shifts,
                         is_whole(row0, queries, key0, passing, band[0], band[1], band[3]),
                         row, key0 + my_column, band, mask, mask_place,
                     )  # fmt: skip
@@ -169,9 +178,10 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     ds = to_ds(p, products, keep, delta)
                     if keep_scores:
                         place = (batch_head * seqlen_q + row) * seqlen_k + key0 + my_column
+                        rest = numbers_of(space, rows + batch_head * pitch, row, 2)
                         write_ds(
-                            ds, global_address(ds_out) + types.uint64(4 * place), 4 * seqlen_k,
-                            seqlen_q - row, seqlen_k - key0 - my_column,
+                            scale_ds(ds, rest), global_address(ds_out) + u64(4 * place),
+                            4 * seqlen_k, seqlen_q - row, seqlen_k - key0 - my_column,
                         )  # fmt: skip
                     # dQ += dS K
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)
@@ -180,6 +190,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     mbarrier_arrive(base + empty + 8 * stage)
                     turn += types.uint32(1)
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
+                rest = numbers_of(space, rows + batch_head * pitch, row, 2)
+                dq = scale_dq(dq, rest)
                 place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
                 write_dq(
                     dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps[2],

@@ -1,6 +1,7 @@
 """P and dS of one tile in registers: what both kernels of the Hopper backward pass do with it.
 
-    P  = exp2(scale S - L)             0 where the query may not see the key
+    P  = exp2(scale S - L)             0 where the query may not see the key; with an additive mask
+                                       exp(scale S + mask - L)
     dS = P * (Z dP - delta)            Z = 1 / (1 - p) where dropout keeps the weight, else 0
 
 How a warpgroup's tile of 64 rows lies in registers is told in register_tile.py. In the kernel for
@@ -8,7 +9,7 @@ dQ its rows are queries and its columns keys. In the kernel for dK and dV it is 
 there the tile is S^T, which makes P^T and dS^T, as they lie, first factors of P^T dO and dS^T Q.
 Functions take either, and `keys_are_rows` says which. The numbers of a query, its logsumexp L and
 delta = rowsum(dO * O), are two of a lane's registers if queries are rows; if they are columns, they
-are read from shared memory where they are needed: 16 numbers L, then 16 of delta, and so on.
+are read from shared memory where they are needed: 16 numbers L, 16 of delta, 16 rests, and so on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from ..ptx import (
     ld_shared_v2_f32,
     mov_b32_halves,
+    mul_rn_f32,
     pack_pair,
     st_global_b16_if,
     st_global_f32_if,
@@ -28,7 +30,9 @@ from ..ptx import (
 from ..register_tile import Place, RegisterTile
 from ..runtime import device_function, types
 from ..traced import exp2, fma, i64, select, traced, u32, u64
-from .hopper_scores import LOG2_E, loaded
+from .cuda_tiles import LOG2_E
+from .fragment_masks import mask_number
+from .hopper_backward_pipeline import ROW_BYTES
 from .hopper_store import transposed
 from .hopper_tiles import Kind
 
@@ -46,7 +50,7 @@ def _of_queries(keys_are_rows: bool, given: Any) -> Callable[[Place], Any]:
     def number(place: Place) -> Any:
         j, c = divmod(place.column, 8)
         if j not in pairs:
-            pairs[j] = ld_shared_v2_f32(given + (j // 2 * 128 + j % 2 * 32))
+            pairs[j] = ld_shared_v2_f32(given + (j // 2 * (16 * ROW_BYTES) + j % 2 * 32))
         return pairs[j][c]
 
     return number
@@ -60,13 +64,17 @@ def _given(keys_are_rows: bool) -> Any:
 
 
 @cache
-def probabilities(columns: int, keys_are_rows: bool) -> Any:
-    """Traced `(scores, scale, logsumexp)`: exp2(scale * scores - logsumexp)."""
+def probabilities(columns: int, keys_are_rows: bool, additive: bool) -> Any:
+    """Traced `(scores, scale, shifts)`: exp2(scale * scores - L); with an additive mask, where the
+    scores are scaled already, exp(scores - L).
+    """
     tile = RegisterTile(columns)
 
     @traced(tile.type, tile.type, types.float32, _given(keys_are_rows))
-    def run(scores, scale, logsumexp):
-        shift = _of_queries(keys_are_rows, logsumexp)
+    def run(scores, scale, shifts):
+        shift = _of_queries(keys_are_rows, shifts)
+        if additive:
+            return [exp2((scores[p.register] - shift(p)) * LOG2_E) for p in tile.places()]
         return [exp2(fma(scores[p.register], scale, -shift(p))) for p in tile.places()]
 
     return run
@@ -114,17 +122,13 @@ def hide(mask: str, columns: int, keys_are_rows: bool) -> Any:
 
 @cache
 def add_mask(mask: str, columns: int, keys_are_rows: bool) -> Any:
-    """Traced `(scores, scale, row, column, band, mask, mask_place)`: scale * scores plus a mask,
-    in units of log 2.
-    """
+    """Traced `(scores, scale, row, column, band, mask, mask_place)`: scale * scores plus a mask."""
     tile, kind = RegisterTile(columns), mask
 
     @traced(tile.type, tile.type, types.float32, WHOLE, WHOLE, BAND, None, FAR)
     def run(scores, scale, row, column, band, mask, mask_place):
         number = _mask_reader(keys_are_rows, row, column, band, mask, mask_place)
-        return [
-            fma(scores[p.register], scale, loaded(kind, number(p)) * LOG2_E) for p in tile.places()
-        ]
+        return [fma(scores[p.register], scale, mask_number(kind, number(p))) for p in tile.places()]
 
     return run
 
@@ -159,26 +163,45 @@ def _mask_reader(
 @cache
 def weigher(kind: Kind, columns: int, keys_are_rows: bool) -> Any:
     """Device function: P of a tile of scores; `whole` says that the band hides no key of it."""
-    additive, is_bool = kind.mask not in ("none", "bool"), kind.mask == "bool"
+    additive, is_bool = kind.additive, kind.mask == "bool"
     add = add_mask(kind.mask if additive else "float32", columns, keys_are_rows)
-    exponentials = probabilities(columns, keys_are_rows)
+    exponentials = probabilities(columns, keys_are_rows, additive)
+    tile, scaled_first = RegisterTile(columns), kind.scaled_first
+    scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
     hide_from = hide(kind.mask, columns, keys_are_rows)
     # What is computed for keys past the end is not written, where keys are rows.
     hides = is_bool or kind.banded or not keys_are_rows
 
     @device_function
-    def weigh(scores, scale, logsumexp, whole, row, column, band, mask, mask_place):
+    def weigh(scores, scale, shifts, whole, row, column, band, mask, mask_place):
         if additive:
             scores = add(scores, scale, row, column, band, mask, mask_place)
-            p = exponentials(scores, types.float32(1.0), logsumexp)
+            p = exponentials(scores, types.float32(1.0), shifts)
+        elif scaled_first:  # as in the forward pass, to the last bit
+            p = exponentials(scale_all(scores, scale), types.float32(1.0), shifts)
         else:
-            p = exponentials(scores, scale, logsumexp)
+            p = exponentials(scores, scale, shifts)
         if hides:
             if is_bool or not whole:
                 p = hide_from(p, row, column, band, mask, mask_place)
         return p
 
     return weigh
+
+
+@cache
+def complete(columns: int) -> Any:
+    """Traced `(p, rests)`: P times the rest of its query; keys are rows, and `rests` is the place
+    of that of the lane's first query.
+    """
+    tile = RegisterTile(columns)
+
+    @traced(tile.type, tile.type, WORD)
+    def run(weights, rests):
+        rest = _of_queries(True, rests)
+        return [weights[p.register] * rest(p) for p in tile.places()]
+
+    return run
 
 
 # ----- dS -----
@@ -265,6 +288,7 @@ def write_scores(columns: int) -> Any:
 
 
 __all__ = [
+    "complete",
     "score_gradients",
     "weigher",
     "write_rows",

@@ -30,7 +30,6 @@ and p are S_next and P_cur of Algorithm 2; the barriers own_turn and next_turn a
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -40,6 +39,7 @@ from ..ptx import (
     div_full_f32,
     ex2_approx_ftz_f32,
     lg2_approx_ftz_f32,
+    mul_rn_f32,
     shared_address,
     shfl_sync_idx_b32,
 )
@@ -61,14 +61,14 @@ from ..ptx_hopper import (
 from ..register_tile import RegisterTile
 from ..runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, types
 from ..shared_layout import panels_descriptor, steps_along, steps_down
-from .cuda_tiles import is_whole
+from ..traced import exp2 as power_of_two
+from .cuda_tiles import LOG2_E, is_whole
 from .fragment_dropout import drop, dropout_words
 from .hopper_schedule import quotient, tile_finder
 from .hopper_scores import end_scores, mask_scores
 from .hopper_store import store_rows
 from .hopper_tiles import COLUMNS, ROWS, WARPGROUP, Blocks, Kind, own_place, parts, ring, row_bytes
 
-LN_2, LOG2_E = math.log(2.0), math.log2(math.e)
 LOWEST = NEGATIVE_INFINITY
 WARPS = 4  # of a warpgroup
 # 128 threads of each warpgroup: together at most the 65,536 registers of a multiprocessor.
@@ -223,14 +223,17 @@ def softmax(kind: Kind, block_n: int) -> Any:
     """Device function: from a tile of scores S, and m of its rows so far, to m_new, the weights
     P = exp2(scale S - scale m_new), scale m_new and the lane's part of rowsum(P), in which weights
     count that are dropped from P. Of a row that has seen no key scale m_new is 0 here, so that
-    nothing is subtracted from -inf.
+    nothing is subtracted from -inf. With an additive mask S is scaled, and P = exp(S - m_new).
     """
     tile = RegisterTile(block_n)
     row_max, shift_of, exp2, own_row_sum = tile.row_max, tile.shift, tile.exp2, tile.own_row_sum
-    scale_all = tile.each(lambda x, factor: x * factor, tile.type, types.float32)
+    scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
+    exp_of = tile.each(
+        lambda x, shift: power_of_two((x - shift) * LOG2_E), tile.type, tile.rows_type
+    )
     masked, ended, drop_some = mask_scores(kind, block_n), end_scores(block_n), drop(1, block_n)
     always_masked, scaled_first, drops = kind.mask != "none", kind.scaled_first, kind.dropout
-    f32, i32 = types.float32, types.int32
+    additive, f32, i32 = kind.additive, types.float32, types.int32
 
     @device_function
     def softmax_of(s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout):
@@ -239,7 +242,7 @@ def softmax(kind: Kind, block_n: int) -> Any:
             return m, s, m, (f32(0.0), f32(0.0))
         own_row, own_key = own_place()
         own_row, own_key = i32(row0 + own_row), i32(key0 + own_key)
-        if scaled_first:
+        if scaled_first and not additive:
             s, scale = scale_all(s, scale), f32(1.0)
         if always_masked or not is_whole(row0, ROWS, key0, block_n, lower, upper, seqlen_k):
             if not always_masked and row0 + (ROWS - 1) + lower <= key0:  # as if causal
@@ -247,10 +250,15 @@ def softmax(kind: Kind, block_n: int) -> Any:
             else:
                 band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
                 start = batch * mask_steps[0] + head * mask_steps[1]
-                s = masked(s, own_row, own_key, band, mask, (start, mask_steps[2], mask_steps[3]))
+                place = start, mask_steps[2], mask_steps[3]
+                s = masked(s, own_row, own_key, band, mask, place, scale)
         m = row_max(s, m)
-        shift = shift_of(m, scale)
-        weights = exp2(s, scale, shift)
+        if additive:
+            shift = shift_of(m, f32(1.0))
+            weights = exp_of(s, shift)
+        else:
+            shift = shift_of(m, scale)
+            weights = exp2(s, scale, shift)
         sums = own_row_sum(weights, (f32(0.0), f32(0.0)))
         if drops:
             seed, threshold = dropout
@@ -263,24 +271,28 @@ def softmax(kind: Kind, block_n: int) -> Any:
 
 @cache
 def row_writer(kind: Kind, blocks: Blocks) -> Any:
-    """Device function: writes a warpgroup's tile O / l to rows of the output, and the logsumexp."""
+    """Device function: writes a warpgroup's tile O / l to rows of the output, the logsumexp, and m
+    and l.
+    """
     tile = RegisterTile(kind.value_dim)
     scale_rows, quad_sum, store = tile.scale_rows, tile.quad_sum, store_rows(kind)
     f32, i32, zero = types.float32, types.int32, types.float32(0.0)
     _, tile_of = tile_finder(kind, blocks)
+    of_m, of_log2 = (1.0 if kind.additive else 1.0 / LOG2_E), 1.0 / LOG2_E
 
     @device_function
-    def write(o, l, scaled_m, number, warpgroup, out, steps, logsumexp, sizes, keep):
+    def write(o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep):
         row0, batch, head, _, _ = tile_of(number, sizes)
         heads, seqlen_q = sizes[0], sizes[1]
         l = quad_sum(l)
         own_row, _ = own_place()
         row, lane = row0 + ROWS * warpgroup + own_row, i32(cuda.threadIdx.x) & i32(31)
         inside = (row < seqlen_q, row + 8 < seqlen_q)
-        # A row that sees no key: 0, and a logsumexp of -inf, which log2(0) is.
+        # A row that sees no key: 0, and a logsumexp of -inf, which log2(0) is. One with an infinite
+        # score: NaN, and a logsumexp of inf.
         factor = (
-            zero if l[0] == zero else div_full_f32(keep, l[0]),
-            zero if l[1] == zero else div_full_f32(keep, l[1]),
+            zero if l[0] == zero else div_full_f32(keep, l[0]) + (l[0] - l[0]),
+            zero if l[1] == zero else div_full_f32(keep, l[1]) + (l[1] - l[1]),
         )  # fmt: skip
         start = types.int64(out) + 2 * (batch * steps[0] + head * steps[1] + row * steps[2])
         addresses = (types.uint64(start), types.uint64(start + 16 * steps[2]))
@@ -289,7 +301,10 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
             place = (batch * heads + head) * seqlen_q + row
             for r in range(2):
                 if inside[r]:
-                    logsumexp[place + 8 * r] = (scaled_m[r] + lg2_approx_ftz_f32(l[r])) * f32(LN_2)
+                    own = place + 8 * r
+                    logarithm = lg2_approx_ftz_f32(l[r]) * f32(of_log2)
+                    logsumexp[own] = scaled_m[r] * f32(of_m) + logarithm
+                    rows_of[2 * own], rows_of[2 * own + 1] = scaled_m[r], l[r]
 
     return write
 
@@ -300,10 +315,10 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
 
     The kernel's arguments: `maps`, address of the tensor maps of Q, K and V; `order`, address of
     the order of the tiles (hopper_schedule.py), used with a band alone; `out`, address of the
-    output; `logsumexp`; `mask` (any array if there is none); `offset`, added to the seed;
-    `out_steps` and `mask_steps`, strides in elements; `sizes` (heads, seqlen_q, seqlen_k, lower,
-    upper, tiles of queries, columns of a value, reciprocals of a head's tiles of queries and of
-    heads); `shares`, see `loaders`; `scale`; `seed`;
+    output; `logsumexp`; `rows_of`, for m and l; `mask` (any array if there is none); `offset`,
+    added to the seed; `out_steps` and `mask_steps`, strides in elements; `sizes` (heads, seqlen_q,
+    seqlen_k, lower, upper, tiles of queries, columns of a value, reciprocals of a head's tiles of
+    queries and of heads); `shares`, see `loaders`; `scale`; `seed`;
     `threshold`, below which a random word drops its weight; `keep`, 1 / (1 - p).
 
     Where a tile of queries ends: m is of the next one from there on; l, scaled_m and O stay those
@@ -330,15 +345,15 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     output, as_operand = RegisterTile(value_dim), RegisterTile(block_n).to_operand(kind.precision)
     no_output, scale_rows, exp2 = output.zero, output.scale_rows, ex2_approx_ftz_f32
     softmax_of, write = softmax(kind, block_n), row_writer(kind, blocks)
-    scaled_first = kind.scaled_first
+    scaled_first, additive, unit, log2_e = kind.scaled_first, kind.additive, kind.unit, LOG2_E
     give_registers = setmaxnreg("dec", LOADERS_REGISTERS[warpgroups])
     take_registers = setmaxnreg("inc", REGISTERS[warpgroups])
     f32, i32, u32, u64 = types.float32, types.int32, types.uint32, types.uint64
 
     @kernel(blocks.threads, blocks=1)
     def hopper_forward(
-        maps, order, out, logsumexp, mask, offset, out_steps, mask_steps, sizes, shares, scale,
-        seed, threshold, keep,
+        maps, order, out, logsumexp, rows_of, mask, offset, out_steps, mask_steps, sizes, shares,
+        scale, seed, threshold, keep,
     ):  # fmt: skip
         memory = shared_address(cuda.shared.array(0, types.uint8))
         thread = i32(cuda.threadIdx.x)
@@ -361,7 +376,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             if ping_pong and me == warpgroups - 1:
                 bar_arrive(1, 2 * WARPGROUP)  # the first turn is warpgroup 0's
             q_full, q_free = memory + plan.q_full + 8 * me, memory + plan.q_free + 8 * me
-            tiles, scale = sizes[5], f32(scale * LOG2_E)
+            tiles, scale = sizes[5], f32(scale * unit)
             factor = f32(1.0) if scaled_first else scale  # of scores in the softmax
             dropout = seed + offset[0], threshold
             # The first tile of keys: S = Q K^T, P = softmax(S).
@@ -431,11 +446,17 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 if is_first_lane:
                     mbarrier_arrive(v_barrier + plan.v_free)
                 if is_last:
-                    write(o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, sizes, keep)
+                    write(
+                        o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes,
+                        keep,
+                    )  # fmt: skip
                     l, scaled_m = (f32(0.0), f32(0.0)), nothing
                 adds = u32(0) if is_last else u32(1)  # whether the next P V adds to O, or begins it
                 # l = alpha l + rowsum(P), O = diag(alpha) O, where alpha = exp(m - m_new)
-                alpha = exp2(scaled_m[0] - shift[0]), exp2(scaled_m[1] - shift[1])
+                change = scaled_m[0] - shift[0], scaled_m[1] - shift[1]
+                if additive:
+                    change = change[0] * f32(log2_e), change[1] * f32(log2_e)
+                alpha = exp2(change[0]), exp2(change[1])
                 l = l[0] * alpha[0] + sums[0], l[1] * alpha[1] + sums[1]
                 scaled_m = m[0] * factor, m[1] * factor
                 o, p = scale_rows(o, alpha), as_operand(weights)
@@ -446,7 +467,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             o = add_values(o, p, v, adds)
             wgmma_commit_group()
             o = wait_o(o)
-            write(o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, sizes, keep)
+            write(o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes, keep)
 
     return hopper_forward
 

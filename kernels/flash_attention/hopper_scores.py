@@ -10,10 +10,9 @@ from functools import cache
 from typing import Any
 
 from ..runtime import NEGATIVE_INFINITY, types
-from ..traced import f32, float_of, fma, i64, select, traced, u32
+from ..traced import fma, i64, select, traced
+from .fragment_masks import mask_number
 from .hopper_tiles import Kind, tile_type
-
-LOG2_E = 1.4426950408889634
 
 
 def places(columns: int) -> list[tuple[int, int, int, int]]:
@@ -31,8 +30,8 @@ def places(columns: int) -> list[tuple[int, int, int, int]]:
 
 @cache
 def mask_scores(kind: Kind, columns: int) -> Any:
-    """Traced `(scores, row, key, band, mask, mask_place)`: -inf where the query may not see the
-    key; an additive mask is added, in units of log 2.
+    """Traced `(scores, row, key, band, mask, mask_place, scale)`: -inf where the query may not see
+    the key; an additive mask is added to scale * scores.
 
     `row` and `key` are those of the lane's first score. `band` is (lower, upper, seqlen_q,
     seqlen_k): query i sees keys i + lower ... i + upper - 1. `mask_place` is where the head's mask
@@ -42,9 +41,10 @@ def mask_scores(kind: Kind, columns: int) -> Any:
     no_mask, is_bool = kind.mask == "none", kind.mask == "bool"
 
     @traced(
-        tile, tile, whole, whole, types.UniTuple(whole, 4), None, types.UniTuple(types.int64, 3)
-    )
-    def run(scores, row, key, band, mask, mask_place):
+        tile, tile, whole, whole, types.UniTuple(whole, 4), None, types.UniTuple(types.int64, 3),
+        types.float32,
+    )  # fmt: skip
+    def run(scores, row, key, band, mask, mask_place, scale):
         lower, upper, seqlen_q, seqlen_k = band
         start, row_step, column_step = mask_place
         rows = [row, row + 8]
@@ -64,7 +64,7 @@ def mask_scores(kind: Kind, columns: int) -> Any:
                 if is_bool:
                     visible = visible & (number != 0)
                 else:
-                    score = fma(loaded(kind.mask, number), LOG2_E, score)
+                    score = fma(score, scale, mask_number(kind.mask, number))
             out[place] = select(visible, score, NEGATIVE_INFINITY)
         return out
 
@@ -93,11 +93,4 @@ def _least(a: Any, b: Any) -> Any:
     return select(a < b, a, b)
 
 
-def loaded(name: str, number: Any) -> Any:
-    """An additive mask's number as float32."""
-    if name == "bfloat16":
-        return float_of(u32(number) << 16)
-    return f32(number)
-
-
-__all__ = ["LOG2_E", "end_scores", "loaded", "mask_scores"]
+__all__ = ["end_scores", "mask_scores"]

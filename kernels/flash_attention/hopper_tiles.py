@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 from ..runtime import cuda, device_function, types
+from .cuda_tiles import LOG2_E
 
 NAME, ARCHITECTURE = "hopper", (9, 0)  # of the kernels, and the compute capability they are for
 WARPGROUP = 128
@@ -34,7 +35,7 @@ class Kind:
         mask: "none", "bool", or the name of the additive mask's dtype.
         dropout: whether weights are dropped.
         scaled_first: scores are scaled before the softmax, not within it: with an additive mask,
-            and where the scale is not positive.
+            and unless the problem says `scale_in_exponent`.
         banded: some queries do not see all keys: causal masks and windows.
         vectors: rows of the output come in whole pieces of 16 bytes.
 
@@ -48,6 +49,16 @@ class Kind:
     scaled_first: bool = False
     banded: bool = False
     vectors: bool = True
+
+    @property
+    def additive(self) -> bool:
+        """Whether the mask is added to the scores."""
+        return self.mask not in ("none", "bool")
+
+    @property
+    def unit(self) -> float:
+        """As of the SIMT kernels (`cuda_tiles.Kind`)."""
+        return 1.0 if self.additive else LOG2_E
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..runtime import SIMULATED, Instance, ceil_div, launch, precision, types
 from . import cuda
 from .cuda import Architecture, Gradients, Heads, Inputs, Matrices
 from .mma_backward import backward_memory, key_value_kernel, query_kernel
-from .mma_delta import DELTA_THREADS, delta_kernel, delta_team
+from .mma_delta import DELTA_THREADS, delta_kernel, delta_team, next_call
 from .mma_forward import forward_kernel, forward_memory
 from .mma_memory import copy_team
 from .mma_tiles import Kind, Tiles
@@ -59,7 +59,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, architecture: Architecture)
     return Kind(
         problem.fp32_precision if name == "float32" else name,
         problem.head_dim, problem.value_dim, mask_kind, problem.dropout_p > 0,
-        problem.scale <= 0 or mask_kind not in ("none", "bool"), is_turing(architecture),
+        not problem.scale_in_exponent or mask_kind not in ("none", "bool"), is_turing(architecture),
     )  # fmt: skip
 
 
@@ -280,10 +280,11 @@ def forward(
     inputs: Inputs,
     out: Matrices,
     logsumexp: Any,
+    rows: Any,
     architecture: Architecture,
     blocks: Tiles | None = None,
 ) -> None:
-    """Write the output (Nq, Dv) of each head, and the logsumexp: see `cuda.forward`.
+    """Write the output (Nq, Dv) of each head, logsumexp and rows: see `cuda.forward`.
 
     Rows of queries, keys and values begin at multiples of `ROW_ALIGNMENT` bytes, and the last
     stride is 1.
@@ -299,7 +300,7 @@ def forward(
     launch(
         forward_kernel(kind, tiles),
         ceil_div(problem.seqlen_q, tiles.rows) * problem.batch_heads, tiles.threads,
-        q.array, k.array, v.array, mask, inputs.offset, out.array, logsumexp,
+        q.array, k.array, v.array, mask, inputs.offset, out.array, logsumexp, rows,
         q.strides, k.strides, v.strides, mask_strides, out.strides, sizes, *numbers,
         shared_bytes=forward_memory(kind, tiles).size,
     )  # fmt: skip
@@ -310,7 +311,7 @@ def backward(
     heads: Heads,
     inputs: Inputs,
     out: Matrices,
-    logsumexp: Any,
+    rows: Any,
     grad_out: Matrices,
     grad_logsumexp: Any,
     gradients: Gradients,
@@ -329,28 +330,28 @@ def backward(
     mask, mask_strides = cuda.mask_of(inputs)
     sizes, numbers = cuda.arguments_of(problem, heads)
     q, k, v = inputs.q, inputs.k, inputs.v
-    delta, logsumexp2 = gradients.workspace
-    rows = problem.batch_heads * problem.seqlen_q
-    if rows:
+    (delta, shift, rest), call = gradients.workspace, next_call()
+    count = problem.batch_heads * problem.seqlen_q
+    if count:
         launch(
             delta_kernel(kind, grad_logsumexp is not None),
-            ceil_div(rows, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
-            out.array, grad_out.array, logsumexp,
-            logsumexp if grad_logsumexp is None else grad_logsumexp, delta, logsumexp2,
-            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, rows,
+            ceil_div(count, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
+            out.array, grad_out.array, rows,
+            rows if grad_logsumexp is None else grad_logsumexp, delta, shift, rest, call,
+            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, count,
         )  # fmt: skip
-    read = (q.array, k.array, v.array, mask, inputs.offset, grad_out.array, logsumexp2, delta)
+    read = (q.array, k.array, v.array, mask, inputs.offset, grad_out.array, shift, delta, rest)
     strides = (q.strides, k.strides, v.strides, mask_strides, grad_out.strides)
     if problem.seqlen_k:
         dk, dv = gradients.dk, gradients.dv
         tiles = ceil_div(problem.seqlen_k, for_keys.rows) * for_keys.parts
         launch(
             key_value_kernel(kind, for_keys), tiles * (problem.batch_heads // heads.group),
-            for_keys.threads, *read, dk.array, dv.array, *strides, dk.strides, dv.strides,
+            for_keys.threads, *read, dk.array, dv.array, call, *strides, dk.strides, dv.strides,
             (*sizes, heads.group), *numbers,
             shared_bytes=backward_memory(kind, for_keys, True).size,
         )  # fmt: skip
-    if rows:
+    if count:
         dq, ds = gradients.dq, gradients.ds
         launch(
             query_kernel(kind, for_queries, ds is not None),
@@ -374,13 +375,15 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     scalars = (types.float64, types.uint64, types.int64, types.float64)
     read = (array, array, array, mask, word)
     return {
-        "delta": (array, array, *[rows] * 4, strides, strides, *[types.int64] * 3),
-        "forward": (*read, array, rows, *[strides] * 5, sizes, *scalars),
-        "key_value": (
-            *read, array, rows, rows, array, array, *[strides] * 7, types.UniTuple(types.int64, 8),
-            *scalars,
+        "delta": (
+            array, array, *[rows] * 5, types.int64, strides, strides, *[types.int64] * 3,
         ),
-        "query": (*read, array, rows, rows, array, rows, *[strides] * 6, sizes, *scalars),
+        "forward": (*read, array, rows, rows, *[strides] * 5, sizes, *scalars),
+        "key_value": (
+            *read, array, *[rows] * 3, array, array, types.int64, *[strides] * 7,
+            types.UniTuple(types.int64, 8), *scalars,
+        ),
+        "query": (*read, array, *[rows] * 3, array, rows, *[strides] * 6, sizes, *scalars),
     }  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """FlashAttention's backward pass on tensor cores, with `mma.sync`: Turing, Ampere, Ada.
 
-Algorithm 2 of "FlashAttention-2" (Dao, 2023), in three kernels. P is computed anew from the
-logsumexp L:
+Algorithm 2 of "FlashAttention-2" (Dao, 2023), in three kernels. P is computed anew from a number L
+of each row:
 
-    delta = rowsum(dO * O) - dL                 mma_delta.py
+    delta = rowsum(dO * O) - dL, L, rest        mma_delta.py
     S^T = K Q^T,  P^T = exp(S^T - L)            `key_value_kernel`: a block owns keys, its tiles'
     dP^T = V dO^T                               rows; queries pass by
     dS^T = P^T * (dP^T - delta)                 (keys, queries)
@@ -12,7 +12,8 @@ logsumexp L:
     dQ += dS K
 
 Each kernel has the shape of the forward pass: P and dS are used as they lie in the registers, as
-the left operand of the last products. S and dP are computed twice for that, seven products for
+the left operand of the last products. What is missing in P, the factor `rest` of a row, is seldom
+anything but 1. S and dP are computed twice for that, seven products for
 five. In return every gradient is the sum of one warp, in an order that never changes.
 """
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from ..ptx import global_address, shared_address
+from ..ptx import global_address, ld_global_f32, opaque, shared_address
 from ..runtime import cuda, device_function, kernel, precision, types
 from .cuda_tiles import is_whole, tile_range, tile_start
 from .fragment_dropout import dropout_words
@@ -30,6 +31,8 @@ from .mma_scores import (
     constant_rows,
     mask_scores,
     read_own_rows,
+    scale_all,
+    scale_columns,
     scale_rows,
     score_gradients,
     write_scores,
@@ -58,7 +61,7 @@ class BackwardMemory(NamedTuple):
     own_2: int  # values, or dO
     other: int
     other_2: int
-    logsumexp: int
+    shift: int
     delta: int
     stage: int  # from one stage's tiles to the next one's
     size: int
@@ -70,12 +73,12 @@ def backward_memory(kind: Kind, tiles: Tiles, needs_rows: bool) -> BackwardMemor
     step, v_step = kind.step(kind.width), kind.step(kind.value_width)
     other = tiles.rows * (step + v_step)
     other_2 = other + tiles.columns * step
-    logsumexp = other_2 + tiles.columns * v_step
-    delta = logsumexp + 4 * tiles.columns * needs_rows
+    shift = other_2 + tiles.columns * v_step
+    delta = shift + 4 * tiles.columns * needs_rows
     end = delta + 4 * tiles.columns * needs_rows
     stage = end - other
     return BackwardMemory(
-        0, tiles.rows * step, other, other_2, logsumexp, delta, stage,
+        0, tiles.rows * step, other, other_2, shift, delta, stage,
         other + tiles.stages * stage,
     )  # fmt: skip
 
@@ -123,22 +126,22 @@ def row_copier(tiles: Tiles, plan: BackwardMemory) -> Any:
     gives a thread's pair of numbers, 0 past the end, and `put_rows` writes them. (A query of zeros
     with an L of 0 adds nothing: its dO and delta are 0.)
     """
-    columns, logsumexp_at, delta_at = tiles.columns, plan.logsumexp // 4, plan.delta // 4
+    columns, shift_at, delta_at = tiles.columns, plan.shift // 4, plan.delta // 4
 
     @device_function
     def read_rows(rows_of, h, row0):
-        logsumexp2, delta, first_head, seqlen_q = rows_of
+        shift, delta, first_head, seqlen_q = rows_of
         thread, pair = cuda.threadIdx.x, (types.float32(0.0), types.float32(0.0))
         if thread < columns and row0 + thread < seqlen_q:
             place = (first_head + h) * seqlen_q + row0 + thread
-            pair = (logsumexp2[place], delta[place])
+            pair = (shift[place], delta[place])
         return pair
 
     @device_function
     def put_rows(numbers, at, pair):
         thread = cuda.threadIdx.x
         if thread < columns:
-            numbers[types.int64(at // 4) + logsumexp_at + thread] = pair[0]
+            numbers[types.int64(at // 4) + shift_at + thread] = pair[0]
             numbers[types.int64(at // 4) + delta_at + thread] = pair[1]
 
     return read_rows, put_rows
@@ -170,7 +173,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         backward_memory(kind, tiles, True), tiles.stages == 2, tiles.in_registers,
     )  # fmt: skip
     v_tile, q_tile, do_tile, stage_bytes = plan.own_2, plan.other, plan.other_2, plan.stage
-    logsumexp_at, to_delta = plan.logsumexp, plan.delta - plan.logsumexp
+    shift_at, to_delta = plan.shift, plan.delta - plan.shift
     width, value_width = kind.width, kind.value_width
     step, v_step = kind.step(width), kind.step(value_width)
     part, v_part = width // parts, value_width // parts
@@ -181,12 +184,14 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     read_rows, put_rows = row_copier(tiles, plan)
     (commit, wait), (own, others, across) = copy_barriers(kind), lane_places(kind)
     load_k, load_v = load_rows(kind, row_blocks, width), load_rows(kind, row_blocks, value_width)
-    scores_of = multiply_rows(kind, row_blocks, block_m, width, in_registers)
+    scores_of = multiply_rows(kind, row_blocks, block_m, width, in_registers, transposed=True)
     products_of = multiply_rows(kind, row_blocks, block_m, value_width, in_registers)
     add_dk = multiply_columns(kind, row_blocks, block_m, part, step)
     add_dv = multiply_columns(kind, row_blocks, block_m, v_part, v_step)
     apply_mask = mask_scores(kind, row_blocks, block_m, True)
     gradients = score_gradients(kind, row_blocks, block_m, True)
+    complete, unit = scale_columns(row_blocks, block_m), kind.unit
+    whole, u64 = types.int32, types.uint64
     fill_dk, fill_dv = constant_rows(row_blocks, part), constant_rows(row_blocks, v_part)
     fill_rows, dropout = constant_rows(row_blocks, 0), kind.dropout
     scale_dk, scale_dv = scale_rows(row_blocks, part), scale_rows(row_blocks, v_part)
@@ -197,8 +202,8 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
 
     @kernel(tiles.threads, blocks=tiles.at_once)
     def flash_backward_key_value_mma(
-        q, k, v, mask, offset, grad_out, logsumexp2, delta, dk, dv, q_steps, k_steps, v_steps,
-        mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
+        q, k, v, mask, offset, grad_out, shift, delta, rest, dk, dv, call, q_steps, k_steps,
+        v_steps, mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes
         memory, numbers = cuda.shared.array(0, storage), cuda.shared.array(0, types.float32)
@@ -214,8 +219,9 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
         )  # fmt: skip
-        log2_scale, keep_scale = types.float32(scale * 1.4426950408889634), types.float32(keep)
-        exponent_scale = types.float32(1.0) if scaled_first else log2_scale
+        own_scale, keep_scale = types.float32(scale * unit), types.float32(keep)
+        exponent_scale = types.float32(1.0) if scaled_first else own_scale
+        incomplete = ld_global_f32(global_address(rest)) == types.float32(call)
         # Where this lane reads, and which key and query its first score is.
         k_place = types.uint32(base + warp_row * step + own(step))
         v_place = types.uint32(base + v_tile + warp_row * v_step + own(v_step))
@@ -223,7 +229,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         do_place = types.uint32(base + do_tile + others(v_step))
         q_across = types.uint32(base + q_tile + my_part * part_bytes + across(step))
         do_across = types.uint32(base + do_tile + my_part * v_part_bytes + across(v_step))
-        rows_place = types.uint32(base + logsumexp_at + lane % 4 * 8)
+        rows_place = types.uint32(base + shift_at + lane % 4 * 8)
         my_key, my_row = key0 + warp_row + lane // 4, lane % 4 * 2
 
         # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
@@ -231,7 +237,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         first, end = tile_range(key0, last_key, 1 - upper, 1 - lower, seqlen_q, block_m)
         count = end - first
         turns = types.int32(count * group)
-        rows_of = (logsumexp2, delta, b * heads, seqlen_q)
+        rows_of = (shift, delta, b * heads, seqlen_q)
         others_of = (q, grad_out, b * q_steps[0], b * grad_steps[0], q_steps, grad_steps, seqlen_q)
         if two_stages and turns > 0:
             h, row0 = walk(0, first_head, first, count)
@@ -266,13 +272,21 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
             s = scores_of(own_k, types.uint32(q_place + at))
             if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
                 mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
-                s = apply_mask(s, row0 + my_row, my_key, band, mask, mask_place, log2_scale)
+                s = apply_mask(s, row0 + my_row, my_key, band, mask, mask_place, own_scale)
             dp = products_of(own_v, types.uint32(do_place + at))
             p, ds = gradients(
                 s, dp, types.uint32(rows_place + at), types.uint32(rows_place + to_delta + at),
                 exponent_scale, row0 + my_row, my_key,
                 dropout_words(seed + offset[0], b * heads + h, threshold), keep_scale,
             )  # fmt: skip
+            if incomplete:
+                # Computed here: nothing of it is to stay in registers.
+                query = whole(opaque(types.uint32(row0))) + whole(thread_number() % 4 * 2)
+                head = whole(opaque(types.uint32(h))) + b * heads
+                first_row = types.int64(head) * seqlen_q + 1
+                p, ds = complete(
+                    p, ds, global_address(rest) + u64(4 * first_row), query, whole(seqlen_q)
+                )
             # dV += P^T dO, dK += dS^T Q
             dv_sums = add_dv(dv_sums, p, types.uint32(do_across + at))
             dk_sums = add_dk(dk_sums, ds, types.uint32(q_across + at))
@@ -323,15 +337,15 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
     apply_mask = mask_scores(kind, row_blocks, block_n)
     gradients = score_gradients(kind, row_blocks, block_n, False)
     read, put_ds = read_own_rows(row_blocks), write_scores(row_blocks, block_n)
-    fill_dq, fill_rows = constant_rows(row_blocks, width), constant_rows(row_blocks, 0)
-    scale_dq = scale_rows(row_blocks, width)
+    fill_dq, scale_dq = constant_rows(row_blocks, width), scale_rows(row_blocks, width)
+    scale_ds, scale_row, unit = scale_rows(row_blocks, block_n), scale_all(row_blocks), kind.unit
     write_dq = row_writer(kind, row_blocks, kind.head_dim, width)
     scaled_first = kind.scaled_first
     always_masked, infinity = scaled_first or kind.mask != "none", float("inf")
 
     @kernel(tiles.threads, blocks=tiles.at_once)
     def flash_backward_query_mma(
-        q, k, v, mask, offset, grad_out, logsumexp2, delta, dq, ds_out, q_steps, k_steps, v_steps,
+        q, k, v, mask, offset, grad_out, shift, delta, rest, dq, ds_out, q_steps, k_steps, v_steps,
         mask_steps, grad_steps, dq_steps, sizes, scale, seed, threshold, keep,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
@@ -351,8 +365,8 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
         )  # fmt: skip
-        log2_scale = types.float32(scale * 1.4426950408889634)
-        exponent_scale = types.float32(1.0) if scaled_first else log2_scale
+        own_scale = types.float32(scale * unit)
+        exponent_scale = types.float32(1.0) if scaled_first else own_scale
         dropout_of = dropout_words(seed + offset[0], batch_head, threshold)
         # Where this lane reads, and which row and key its first score is.
         q_place = types.uint32(base + warp_row * step + own(step))
@@ -361,14 +375,9 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         v_place = types.uint32(base + v_tile + others(v_step))
         k_across = types.uint32(base + k_tile + across(step))
         my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 2
-        shift = read(
-            logsumexp2,
-            types.int64(batch_head) * seqlen_q,
-            my_row,
-            seqlen_q,
-            types.float32(infinity),
-        )
-        less = read(delta, types.int64(batch_head) * seqlen_q, my_row, seqlen_q, types.float32(0.0))
+        first_row = types.int64(batch_head) * seqlen_q
+        shifts = read(shift, first_row, my_row, seqlen_q, types.float32(infinity))
+        less = read(delta, first_row, my_row, seqlen_q, types.float32(0.0))
 
         first, end = tile_range(
             row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n
@@ -403,17 +412,18 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
             # S = Q K^T and dP = dO V^T
             s = scores_of(own_q, types.uint32(k_place + at))
             if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
-                s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, log2_scale)
+                s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
             dp = products_of(own_do, types.uint32(v_place + at))
             _, ds = gradients(
-                s, dp, shift, less, exponent_scale, my_row, key0 + my_key, dropout_of,
+                s, dp, shifts, less, exponent_scale, my_row, key0 + my_key, dropout_of,
                 types.float32(keep),
             )  # fmt: skip
             if keep_scores:
                 head = global_address(ds_out) + types.uint64(
                     types.int64(batch_head) * seqlen_q * seqlen_k * 4
                 )
-                put_ds(ds, head, my_row, key0 + my_key, seqlen_q, seqlen_k)
+                rests = read(rest, first_row + 1, my_row, seqlen_q, types.float32(1.0))
+                put_ds(scale_ds(ds, rests), head, my_row, key0 + my_key, seqlen_q, seqlen_k)
             # dQ += dS K
             dq_sums = add_dq(dq_sums, ds, types.uint32(k_across + at))
 
@@ -423,8 +433,13 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         b, h = divide(batch_head, heads)
         warp_row = thread_number() // 32 * 16 * row_blocks
         row = (row_tiles - 1 - tile) * block_m + warp_row
+        rests = read(
+            rest, types.int64(batch_head) * seqlen_q + 1, row + thread_number() % 32 // 4, seqlen_q,
+            types.float32(1.0),
+        )  # fmt: skip
+        dq_sums = scale_dq(dq_sums, scale_row(rests, types.float32(scale)))
         write_dq(
-            memory, base, warp_row * step, scale_dq(dq_sums, fill_rows(types.float32(scale))), dq,
+            memory, base, warp_row * step, dq_sums, dq,
             b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2], dq_steps[2], seqlen_q - row, 0,
         )  # fmt: skip
 

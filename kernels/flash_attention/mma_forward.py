@@ -9,10 +9,11 @@ some of its rows; tiles of keys and values pass by, and for each of them
     l = alpha l + rowsum(P)
     O = diag(alpha) O + P V                             (rows, value_dim)
 
-and in the end O = diag(1/l) O and logsumexp = m + log(l). S, P and O stay in the warp's registers:
+and in the end O = diag(1/l) O and logsumexp = m + log(l); m and l are kept for the backward pass,
+too. S, P and O stay in the warp's registers:
 the sums of S, rounded, are the operand of the next product as they lie. While a tile is computed
 with, the next one is copied to the other half of shared memory (`cp.async`). Exponentials are
-powers of two, with log2(e) in the scale.
+powers of two, with log2(e) in the scale (see `Kind.unit`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 from ..ptx import shared_address
 from ..runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
-from .cuda_tiles import is_whole, tile_range, tile_start
+from .cuda_tiles import LOG2_E, is_whole, tile_range, tile_start
 from .fragment_dropout import drop, dropout_words
 from .mma_memory import copy_barriers, pair_copier, row_writer, tile_copier
 from .mma_scores import (
@@ -48,8 +49,6 @@ from .mma_tiles import (
     multiply_rows,
     thread_number,
 )  # fmt: skip
-
-LN_2 = math.log(2.0)
 
 
 class ForwardMemory(NamedTuple):
@@ -92,7 +91,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     load_q = load_rows(kind, row_blocks, width)
     scores_of = multiply_rows(kind, row_blocks, block_n, width, in_registers)
     add_values = multiply_columns(kind, row_blocks, block_n, value_width, v_step)
-    largest, softmax = row_max(row_blocks, block_n), softmax_rows(row_blocks, block_n)
+    largest, softmax = row_max(row_blocks, block_n), softmax_rows(kind, row_blocks, block_n)
     apply_mask, apply_dropout = mask_scores(kind, row_blocks, block_n), drop(row_blocks, block_n)
     fill_rows, fill_o = constant_rows(row_blocks, 0), constant_rows(row_blocks, value_width)
     rescale, total, pick = (
@@ -105,12 +104,12 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     write_o = row_writer(kind, row_blocks, kind.value_dim, value_width)
     dropout, scaled_first = kind.dropout, kind.scaled_first
     always_masked = scaled_first or kind.mask != "none"
-    nothing, ln_2 = NEGATIVE_INFINITY, LN_2
+    nothing, unit, to_natural = NEGATIVE_INFINITY, kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E
 
     @kernel(threads, blocks=tiles.at_once)
     def flash_forward_mma(
-        q, k, v, mask, offset, out, logsumexp, q_steps, k_steps, v_steps, mask_steps, out_steps,
-        sizes, scale, seed, threshold, keep,
+        q, k, v, mask, offset, out, logsumexp, rows_of, q_steps, k_steps, v_steps, mask_steps,
+        out_steps, sizes, scale, seed, threshold, keep,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory = cuda.shared.array(0, storage)
@@ -127,8 +126,8 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
         )  # fmt: skip
-        log2_scale = types.float32(scale * 1.4426950408889634)
-        softmax_scale = types.float32(1.0) if scaled_first else log2_scale
+        own_scale = types.float32(scale * unit)
+        softmax_scale = types.float32(1.0) if scaled_first else own_scale
         dropout_of = dropout_words(seed + offset[0], batch_head, threshold)
         # Where this lane reads, and which row and key its first score is.
         q_place = types.uint32(base + warp_row * step + own(step))
@@ -172,7 +171,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
             # S = Q K^T
             s = scores_of(own_q, types.uint32(k_place + at))
             if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
-                s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, log2_scale)
+                s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
             # m, l, P and O = diag(exp(m - m_new)) O
             m_new = largest(s, m)
             p, l, alpha = softmax(s, m, m_new, l, softmax_scale)
@@ -193,11 +192,13 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         warp_row, n = thread // 32 * 16 * row_blocks, thread % 4
         row = row0 + warp_row + thread % 32 // 4 + 8 * n  # a lane writes one of its rows' logsumexp
         if n < 2 * row_blocks and row < seqlen_q:
-            sum_of_row = pick(l, n)
-            logsumexp[types.int64(batch_head) * seqlen_q + row] = (
+            largest_of_row, sum_of_row = pick(m, n) * softmax_scale, pick(l, n)
+            place = types.int64(batch_head) * seqlen_q + row
+            rows_of[2 * place], rows_of[2 * place + 1] = largest_of_row, sum_of_row
+            logsumexp[place] = (
                 types.float32(nothing)
                 if sum_of_row == types.float32(0.0)
-                else pick(m, n) * softmax_scale * types.float32(ln_2)
+                else largest_of_row * types.float32(to_natural)
                 + types.float32(math.log(sum_of_row))
             )
         wait()  # for the queries, where there was no tile of keys

@@ -9,13 +9,21 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from ..ptx import ld_shared_v2_f32, opaque, shfl_sync_bfly_f32, st_global_f32_if
+from ..ptx import (
+    ld_global_f32,
+    ld_shared_v2_f32,
+    mul_rn_f32,
+    opaque,
+    shfl_sync_bfly_f32,
+    st_global_f32_if,
+)
 from ..runtime import NEGATIVE_INFINITY, types
-from ..traced import exp2, f32, float_of, fma, i32, i64, maximum, select, traced, u32, u64
+from ..traced import exp2, fma, i32, i64, maximum, select, traced, u32, u64
+from .cuda_tiles import LOG2_E
 from .fragment_dropout import WORDS, kept_of_keys, kept_of_queries
+from .fragment_masks import mask_number
 from .mma_tiles import Kind, rows_type, sums_type
 
-LOG2_E = 1.4426950408889634
 NEIGHBOURS = (1, 2)  # of a lane in its row: exclusive or of their numbers
 
 
@@ -90,11 +98,13 @@ def row_total(row_blocks: int) -> Any:
 
 @cache
 def reciprocal_rows(row_blocks: int) -> Any:
-    """Traced `(l, numerator)`: numerator / l, or 0 for a row that saw no key."""
+    """Traced `(l, numerator)`: numerator / l; 0 for a row that saw no key, NaN for one with an
+    infinite score, which has no softmax.
+    """
 
     @traced(rows_type(row_blocks), rows_type(row_blocks), types.float32)
     def run(l, numerator):
-        return [select(x == 0.0, 0.0, numerator / x) for x in l]
+        return [select(x == 0.0, 0.0, numerator / x + (x - x)) for x in l]
 
     return run
 
@@ -113,21 +123,36 @@ def pick_row(row_blocks: int) -> Any:
     return run
 
 
-@cache
-def softmax_rows(row_blocks: int, columns: int) -> Any:
-    """Traced `(scores, m, m_new, l, scale)`: P = exp2(scale * (S - m_new)), the lane's part of
-    l = alpha l + rowsum(P), and alpha = exp2(scale * (m - m_new)).
+def exponential(kind: Kind) -> Any:
+    """Within traced functions `(score, scale, shift)`: exp2(scale * score - shift), or where there
+    is an additive mask exp(score - shift).
     """
-    tile, rows = sums_type(row_blocks, columns), rows_type(row_blocks)
+
+    def power(score: Any, scale: Any, shift: Any) -> Any:
+        if kind.additive:
+            return exp2((score - shift) * LOG2_E)
+        return exp2(fma(score, scale, -shift))
+
+    return power
+
+
+@cache
+def softmax_rows(kind: Kind, row_blocks: int, columns: int) -> Any:
+    """Traced `(scores, m, m_new, l, scale)`: P = exp2(scale * S - scale * m_new), the lane's part
+    of l = alpha l + rowsum(P), and alpha = exp2(scale * m - scale * m_new). With an additive mask
+    the scale is 1, and the difference is times log2(e).
+    """
+    tile, rows, power = sums_type(row_blocks, columns), rows_type(row_blocks), exponential(kind)
 
     @traced(types.Tuple((tile, rows, rows)), tile, rows, rows, rows, types.float32)
     def run(scores, m, m_new, l, scale):
-        # No key yet: 2**(-inf - 0) = 0, not NaN.
-        shift = [select(x == NEGATIVE_INFINITY, 0.0, x * scale) for x in m_new]
-        alpha = [exp2(fma(x, scale, -s)) for x, s in zip(m, shift, strict=True)]
+        # No key yet: 2**(-inf - 0) = 0, not NaN. With an infinite score the sum is infinite.
+        shift = [select(x - x == 0.0, x * scale, 0.0) for x in m_new]
+        # Weights before this tile are relative to scale * m as it was rounded.
+        alpha = [power(mul_rn_f32(x, scale), 1.0, s) for x, s in zip(m, shift, strict=True)]
         weights, sums = list(scores), [x * a for x, a in zip(l, alpha, strict=True)]
         for place, row, *_ in _places(row_blocks, columns):
-            weights[place] = exp2(fma(scores[place], scale, -shift[row]))
+            weights[place] = power(scores[place], scale, shift[row])
             sums[row] = sums[row] + weights[place]
         return weights, sums, alpha
 
@@ -164,13 +189,24 @@ def scale_rows(row_blocks: int, columns: int) -> Any:
     return run
 
 
+@cache
+def scale_all(row_blocks: int) -> Any:
+    """Traced `(rows, factor)`: a number for each of a lane's rows, times the factor."""
+
+    @traced(rows_type(row_blocks), rows_type(row_blocks), types.float32)
+    def run(rows, factor):
+        return [x * factor for x in rows]
+
+    return run
+
+
 # ----- masks -----
 
 
 @cache
 def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool = False) -> Any:
     """Traced `(scores, row, key, band, mask, mask_place, scale)`: scores as the mask leaves them,
-    in units of log 2 if the kind says so. -inf where the query may not see the key.
+    times the scale if the kind says so. -inf where the query may not see the key.
 
     `row` and `key` are the lane's first query and key (see `_distances`), `band` is (lower, upper,
     seqlen_q, seqlen_k), and `mask_place` where the head's mask begins, and its strides.
@@ -202,7 +238,9 @@ def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool =
         for place, query_n, key_n in distances:
             own, other = (key_n, query_n) if keys_are_rows else (query_n, key_n)
             visible = (first[own] < other + 1) & (end[own] > other)
-            score = scores[place] * scale if scaled else scores[place]
+            score = scores[place]
+            if scaled and not kind.additive:
+                score = mul_rn_f32(score, scale)
             if not no_mask:
                 if key_n not in key_places:
                     key_places[key_n] = i64(_least(key + key_n, seqlen_k - 1)) * column_step
@@ -210,7 +248,7 @@ def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool =
                 if is_bool:
                     visible = visible & (number != 0)
                 else:
-                    score = fma(_loaded(kind.mask, number), LOG2_E, score)
+                    score = fma(score, scale, mask_number(kind.mask, number))
             out[place] = select(visible, score, NEGATIVE_INFINITY)
         return out
 
@@ -219,13 +257,6 @@ def mask_scores(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool =
 
 def _least(a: Any, b: Any) -> Any:
     return select(a < b, a, b)
-
-
-def _loaded(name: str, number: Any) -> Any:
-    """An additive mask's number as float32."""
-    if name == "bfloat16":
-        return float_of(u32(number) << 16)
-    return f32(number)
 
 
 # ----- gradients -----
@@ -249,26 +280,26 @@ def read_own_rows(row_blocks: int) -> Any:
 
 @cache
 def score_gradients(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bool) -> Any:
-    """Traced `(scores, dp, logsumexp2, delta, scale, row, key, dropout, keep)`: P with 0 where
-    the weight is dropped, and dS = P * (Z dP - delta), from S and dP = dO V^T.
+    """Traced `(scores, dp, shift, delta, scale, row, key, dropout, keep)`: P with 0 where the
+    weight is dropped, and dS = P * (Z dP - delta), from S and dP = dO V^T.
 
-    P is exp2(scale * S - L). With queries as rows L and delta are numbers for the lane's rows; with
-    keys as rows they are the places in shared memory of those of the lane's first query.
+    P is exp2(scale * S - shift), see `exponential`. With queries as rows shift and delta are
+    numbers for the lane's rows; with keys as rows they are the places in shared memory of those of
+    the lane's first query.
     """
     tile, number = sums_type(row_blocks, columns), types.float32
     of_rows = types.uint32 if keys_are_rows else rows_type(row_blocks)
     blocks, kept_of = columns // 8, kept_of_keys if keys_are_rows else kept_of_queries
+    power = exponential(kind)
 
     @traced(
         types.Tuple((tile, tile)), tile, tile, of_rows, of_rows, number, types.uint32,
         types.uint32, WORDS, number,
     )  # fmt: skip
-    def run(scores, dp, logsumexp2, delta, scale, row, key, dropout, keep):
+    def run(scores, dp, shifts, delta, scale, row, key, dropout, keep):
         weights, gradients = list(scores), list(scores)
         if keys_are_rows:
-            pairs = [
-                [ld_shared_v2_f32(x + 32 * j) for j in range(blocks)] for x in (logsumexp2, delta)
-            ]
+            pairs = [[ld_shared_v2_f32(x + 32 * j) for j in range(blocks)] for x in (shifts, delta)]
         rows_of = {place: own for place, own, _ in _places(row_blocks, columns)}
         keeps = ((place, None) for place in rows_of)
         if kind.dropout:
@@ -277,14 +308,37 @@ def score_gradients(kind: Kind, row_blocks: int, columns: int, keys_are_rows: bo
             if keys_are_rows:
                 shift, less = (p[place // 4 % blocks][place % 2] for p in pairs)
             else:
-                shift, less = logsumexp2[rows_of[place]], delta[rows_of[place]]
-            p, upstream = exp2(fma(scores[place], scale, -shift)), dp[place]
+                shift, less = shifts[rows_of[place]], delta[rows_of[place]]
+            p, upstream = power(scores[place], scale, shift), dp[place]
             weights[place] = p
             if kind.dropout:
                 weights[place] = select(kept, p, 0.0)
                 upstream = select(kept, upstream * keep, 0.0)
             gradients[place] = p * (upstream - less)
         return weights, gradients
+
+    return run
+
+
+@cache
+def scale_columns(row_blocks: int, columns: int) -> Any:
+    """Traced `(tile, other, address, column, length)`: both tiles, each column times a factor of
+    `length` float32 at the address. `column` is the lane's first; those past the end get the last
+    factor, to no effect.
+    """
+    tile, whole = sums_type(row_blocks, columns), types.int32
+
+    @traced(types.Tuple((tile, tile)), tile, tile, types.uint64, whole, whole)
+    def run(sums, other, address, column, length):
+        factors = {}
+        results = list(sums), list(other)
+        for place, _, distance in _places(row_blocks, columns):
+            if distance not in factors:
+                at = _least(column + distance, length - 1)
+                factors[distance] = ld_global_f32(address + u64(i64(at)) * 4)
+            for result in results:
+                result[place] = result[place] * factors[distance]
+        return results
 
     return run
 
@@ -316,6 +370,8 @@ __all__ = [
     "reciprocal_rows",
     "row_max",
     "row_total",
+    "scale_all",
+    "scale_columns",
     "scale_rows",
     "score_gradients",
     "softmax_rows",

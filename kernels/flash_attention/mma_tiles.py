@@ -21,6 +21,7 @@ from typing import Any
 from ..ptx import cvt_rna_tf32_f32, ld_shared_b32, ldmatrix, mma, opaque, pack_pair
 from ..runtime import cuda, device_function, precision, types
 from ..traced import float_of, i32, traced, word_of
+from .cuda_tiles import LOG2_E
 
 PIECE = 16  # bytes that one instruction copies; a row of an 8 x 8 matrix
 DEPTH = 32  # bytes of a row that one step of a product takes
@@ -38,7 +39,7 @@ class Kind:
         mask: "none", "bool", or the name of the additive mask's dtype.
         dropout: whether weights are dropped.
         scaled_first: scores are scaled before the softmax, not within it: with an additive mask,
-            and where the scale is not positive.
+            and unless the problem says `scale_in_exponent`.
         turing: no cp.async, and products of half the depth, as on compute capability 7.5.
 
     """
@@ -50,6 +51,16 @@ class Kind:
     dropout: bool
     scaled_first: bool
     turing: bool
+
+    @property
+    def additive(self) -> bool:
+        """Whether the mask is added to the scores."""
+        return self.mask not in ("none", "bool")
+
+    @property
+    def unit(self) -> float:
+        """As of the SIMT kernels (`cuda_tiles.Kind`)."""
+        return 1.0 if self.additive else LOG2_E
 
     @property
     def precision(self) -> str:
@@ -149,13 +160,18 @@ def _parts(kind: Kind, words: Any) -> list[Any]:
     return [high, [cvt_rna_tf32_f32(x) for x in rest]]
 
 
-def _multiply(kind: Kind, sums: Any, a: list[Any], b: list[Any]) -> Any:
-    """Four sums plus the product of A's (16 x DEPTH bytes) and B's (8 x DEPTH bytes) parts."""
+def _multiply(kind: Kind, sums: Any, a: list[Any], b: list[Any], transposed: bool = False) -> Any:
+    """Four sums plus the product of A's (16 x DEPTH bytes) and B's (8 x DEPTH bytes) parts.
+
+    `transposed`: each sum gets the bits that it has in the product of B and A.
+    """
     if kind.itemsize == 4:
         product = mma("m16n8k8", "tf32")
         if kind.numbers == "tf32x3":
             # The small ones first; that of the two small parts is below float32's last bit.
-            sums = product(product(sums, a[1], b[0]), a[0], b[1])
+            pairs = [(a[1], b[0]), (a[0], b[1])]
+            for x, y in reversed(pairs) if transposed else pairs:
+                sums = product(sums, x, y)
         return product(sums, a[0], b[0])
     if kind.turing:
         product = mma("m16n8k8", "float16")
@@ -266,9 +282,16 @@ def load_rows(kind: Kind, row_blocks: int, width: int) -> Any:
 
 
 @cache
-def multiply_rows(kind: Kind, row_blocks: int, columns: int, width: int, in_registers: bool) -> Any:
+def multiply_rows(
+    kind: Kind,
+    row_blocks: int,
+    columns: int,
+    width: int,
+    in_registers: bool,
+    transposed: bool = False,
+) -> Any:
     """Traced `(a, b)`: the tile A B^T of sums, from 16 * row_blocks rows of A and `columns`
-    rows of B, of `width` numbers each.
+    rows of B, of `width` numbers each; `transposed`: with the bits that B A^T has.
 
     `a` is where the lane reads A, or what `load_rows` gave; b is where it reads B (`lane_places`).
     """
@@ -294,7 +317,7 @@ def multiply_rows(kind: Kind, row_blocks: int, columns: int, width: int, in_regi
                     other = _parts(kind, words[2 * n : 2 * n + 2])
                     for i in range(row_blocks):
                         at = i * blocks + j + n
-                        sums[at] = _multiply(kind, sums[at], own[i], other)
+                        sums[at] = _multiply(kind, sums[at], own[i], other, transposed)
         return [x for four in sums for x in four]
 
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -89,7 +90,8 @@ class AttentionProblem:
             is_causal: False; True or "top-left"; "bottom-right".
             dropout_p: probability, in [0, 1], with which an attention weight is dropped.
             scale: factor of the scores; None is 1 / sqrt(D).
-            window: (left, right), each None or -1 (unbounded) or a number of keys >= 0.
+            window: (left, right), each None or -1 (unbounded) or a number of keys >= 0. One that
+                reaches over all keys is unbounded.
             enable_gqa: query's third-last dimension (heads) may be a multiple of key's and value's.
             seed: 64-bit key of the dropout mask.
             fp32_precision: how a GPU may multiply float32 numbers: "ieee", "tf32" or "tf32x3" (see
@@ -98,6 +100,7 @@ class AttentionProblem:
         kind = np.dtype(dtype)
         if kind.name not in DTYPES:
             raise TypeError(f"attention takes {', '.join(DTYPES)}, not {kind}.")
+        enable_gqa = checked_flag("enable_gqa", enable_gqa)
         leading = _leading_shape(
             tuple(query_shape), tuple(key_shape), tuple(value_shape), enable_gqa
         )
@@ -110,15 +113,23 @@ class AttentionProblem:
             dtype=kind,
             leading=leading,
             mask_kind=_mask_kind(attn_mask, (*leading, seqlen_q, seqlen_k)),
-            scale=_scale(scale, query_shape[-1]),
+            scale=_scale(scale, query_shape[-1], kind),
             left=left,
             right=right,
             offset=offset,
             dropout_p=checked_dropout_p(dropout_p),
             seed=checked_seed(seed),
-            enable_gqa=bool(enable_gqa),
+            enable_gqa=enable_gqa,
             fp32_precision=checked_fp32_precision(fp32_precision),
         )
+
+    @property
+    def scale_in_exponent(self) -> bool:
+        """Whether an exponential may scale the scores itself, exp(scale * s - scale * m), which
+        saves a product. A factor of 0 or less would turn the maximum m over; a large one brings
+        scores that float32 rounds to more than a unit, so that the weight of m is far from 1.
+        """
+        return 0.0 < self.scale <= 1.0
 
     @property
     def batch_heads(self) -> int:
@@ -176,6 +187,17 @@ class AttentionProblem:
         return (column >= row + self.lower) & (column < row + self.upper)
 
 
+def mask_numbers(attn_mask: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An additive mask in the dtype of the scores; a finite number that this dtype has no room for
+    becomes its largest.
+    """
+    if attn_mask.dtype.itemsize > dtype.itemsize:
+        largest = np.finfo(dtype).max
+        near = np.clip(attn_mask, -largest, largest)
+        attn_mask = np.where(np.isinf(attn_mask), attn_mask, near)
+    return attn_mask.astype(dtype, copy=False)
+
+
 def _leading_shape(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> Shape:
     """Check the shapes against each other; the leading dimensions of the output."""
     for name, shape in (("query", query), ("key", key), ("value", value)):
@@ -220,7 +242,9 @@ def _band(
     is_causal: Causal, window: Window | None, seqlen_q: int, seqlen_k: int
 ) -> tuple[int | None, int | None, int]:
     """left, right and offset of the band of allowed keys."""
-    if not isinstance(is_causal, bool | np.bool_) and is_causal not in ("top-left", "bottom-right"):
+    if not isinstance(is_causal, bool | np.bool_) and not (
+        isinstance(is_causal, str) and is_causal in ("top-left", "bottom-right")
+    ):
         raise ValueError(
             f"is_causal is {is_causal!r}; wanted False, True, 'top-left' or 'bottom-right'."
         )
@@ -229,21 +253,22 @@ def _band(
     if window is not None:
         if not isinstance(window, tuple | list) or len(window) != 2:
             raise ValueError(f"window is {window!r}; wanted a pair (left, right).")
-        left, right = (_window_side(window, side) for side in (0, 1))
+        left, right = (_window_side(window, side, seqlen_q + seqlen_k) for side in (0, 1))
     if is_causal:
         right = 0 if right is None else min(right, 0)
     return left, right, offset
 
 
-def _window_side(window: Window, side: int) -> int | None:
+def _window_side(window: Window, side: int, everything: int) -> int | None:
     number = window[side]
-    if number is None or number == -1:
+    whole = isinstance(number, int | np.integer) and not isinstance(number, bool)
+    if number is None or (whole and number == -1):
         return None
-    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 0:
+    if not whole or number < 0:
         raise ValueError(
             f"window is {window!r}; wanted numbers of keys >= 0, or None or -1 for no bound."
         )
-    return int(number)
+    return None if number >= everything else int(number)
 
 
 def _mask_kind(
@@ -251,7 +276,8 @@ def _mask_kind(
 ) -> Literal["none", "bool", "additive"]:
     if attn_mask is None:
         return "none"
-    if attn_mask.dtype != np.bool_ and attn_mask.dtype.kind != "f":
+    is_float = attn_mask.dtype.kind == "f" or attn_mask.dtype.name in DTYPES
+    if attn_mask.dtype != np.bool_ and not is_float:
         raise TypeError(
             f"attn_mask has dtype {attn_mask.dtype}; wanted bool (True takes part) or floating "
             "point (added to the scores)."
@@ -267,26 +293,43 @@ def _mask_kind(
     return "bool" if attn_mask.dtype == np.bool_ else "additive"
 
 
-def _scale(scale: float | None, head_dim: int) -> float:
+def _scale(scale: float | None, head_dim: int, dtype: np.dtype[Any]) -> float:
     if scale is None:
         return 1.0 / math.sqrt(max(head_dim, 1))
-    if not isinstance(scale, float | int | np.number) or not math.isfinite(scale):
+    computed = "float64" if dtype == np.float64 else "float32"
+    if not _is_number(scale) or not abs(scale) <= float(np.finfo(computed).max) / 2:
         raise ValueError(
-            f"scale is {scale}; wanted a finite number, or None for 1 / sqrt(head size)."
+            f"scale is {scale!r}; wanted a finite number of {computed}, or None for "
+            "1 / sqrt(head size)."
         )
     return float(scale)
 
 
-def checked_dropout_p(dropout_p: float) -> float:
-    if not isinstance(dropout_p, float | int | np.number) or not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p is {dropout_p!r}; wanted a probability in [0, 1].")
+def _is_number(given: Any) -> bool:
+    """Whether it is a real number; True and False are none."""
+    return isinstance(given, Real) and not isinstance(given, bool)
+
+
+def checked_dropout_p(dropout_p: float, name: str = "dropout_p") -> float:
+    """A probability, as a float; ValueError if it is none. The rule of every kind of dropout."""
+    if not _is_number(dropout_p) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{name} is {dropout_p!r}; wanted a probability in [0, 1].")
     return float(dropout_p)
 
 
 def checked_seed(seed: int) -> int:
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+    """`seed` as an int; ValueError if it has no 64 bits or is no integer."""
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed!r}; wanted an integer in [0, 2**64).")
     return int(seed)
+
+
+def checked_flag(name: str, given: bool) -> bool:
+    """`given` as a bool; TypeError with the option's name if it is neither True nor False."""
+    if not isinstance(given, bool | np.bool_):
+        raise TypeError(f"{name} is {given!r}; wanted True or False.")
+    return bool(given)
 
 
 def checked_fp32_precision(name: str) -> Float32Precision:

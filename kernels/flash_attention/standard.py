@@ -14,26 +14,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..philox import attention_dropout_mask
-from .problem import AttentionProblem, Shape
+from .problem import AttentionProblem, Shape, mask_numbers
 
 Array = NDArray[Any]
 
 
 def standard_attention(
     problem: AttentionProblem, q: Array, k: Array, v: Array, attn_mask: Array | None = None
-) -> tuple[Array, Array]:
-    """(out, logsumexp) of shapes (..., Nq, Dv) and (..., Nq); the latter in natural units."""
+) -> tuple[Array, Array, Array]:
+    """Of shapes (..., Nq, Dv), (..., Nq) and (..., Nq, 2): out; logsumexp, natural; and each row's
+    maximum m and sum l of exp(score - m).
+    """
     k, v = _repeat_heads(problem, k), _repeat_heads(problem, v)
     s = _scores(problem, q, k, attn_mask)  # (..., Nq, Nk)
     m = s.max(axis=-1, keepdims=True, initial=-np.inf)
-    m = np.where(np.isneginf(m), 0, m)  # a row that sees no key
-    p = np.exp(s - m)
-    l = p.sum(axis=-1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    m = np.where(np.isinf(m), 0, m)  # a row that sees no key, or has an infinite score
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        l = np.exp(s - m).sum(axis=-1, keepdims=True)
         logsumexp = (m + np.log(l))[..., 0]
-        p = np.where(l == 0, 0, p / l)
-    out = (p * _dropout_factors(problem)) @ v
-    return _as_leading(problem, out), _as_leading(problem, logsumexp, dims=1)
+        out = (_weights(s, m, l) * _dropout_factors(problem)) @ v
+    rows = np.concatenate((m, l), -1)
+    return (
+        _as_leading(problem, out),
+        _as_leading(problem, logsumexp, dims=1),
+        _as_leading(problem, rows),
+    )
+
+
+def _weights(s: Array, m: Array, l: Array) -> Array:
+    """P = exp(S - m) / l; 0 in a row that sees no key, NaN in one with an infinite score."""
+    p = np.where(l == 0, 0, np.exp(s - m) / l)
+    return np.where(np.isinf(l), l.dtype.type(np.nan), p)
 
 
 def standard_attention_backward(
@@ -43,7 +54,7 @@ def standard_attention_backward(
     v: Array,
     attn_mask: Array | None,
     out: Array,
-    logsumexp: Array,
+    rows: Array,
     grad_out: Array,
     grad_logsumexp: Array | None = None,
     needs_mask_grad: bool = False,
@@ -51,8 +62,10 @@ def standard_attention_backward(
     """(dq, dk, dv, dmask) in the shapes of the inputs; dmask is None unless it is asked for."""
     key, value = _repeat_heads(problem, k), _repeat_heads(problem, v)
     s = _scores(problem, q, key, attn_mask)
-    empty = np.isneginf(logsumexp)[..., None]  # rows that see no key
-    p = np.where(empty, 0, np.exp(s - np.where(empty, 0, logsumexp[..., None])))
+    m, l = rows[..., :1], rows[..., 1:]
+    empty = l == 0  # rows that see no key
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        p = _weights(s, m, l)
     do = np.where(empty, 0, grad_out)
     z = _dropout_factors(problem)
     delta = (do * out).sum(axis=-1, keepdims=True)
@@ -76,7 +89,8 @@ def _scores(problem: AttentionProblem, q: Array, k: Array, attn_mask: Array | No
     s = problem.dtype.type(problem.scale) * (q @ _transpose(k))
     allowed = problem.allowed_positions()
     if attn_mask is not None and problem.mask_kind == "additive":
-        s = s + attn_mask.astype(problem.dtype, copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):
+            s = s + mask_numbers(attn_mask, problem.dtype)
     elif attn_mask is not None:
         allowed = allowed & attn_mask
     masked: Array = np.where(allowed, s, problem.dtype.type(-np.inf))

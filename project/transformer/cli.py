@@ -9,10 +9,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import UserError
-from .options import COMPARE_DEFAULTS, DataOptions, ModelOptions, TrainingOptions, flag
+from .errors import UserError, shown
+from .options import CHANGEABLE, COMPARE_DEFAULTS, DataOptions, ModelOptions, TrainingOptions, flag
 
 COMMANDS = ("train", "sample", "compare")
+SAMPLE_OPTIONS = ("-h", "--help", "--out", "--prompt", "--tokens", "--temperature", "--top-k",
+                  "--seed", "--device")  # fmt: skip
 PACKAGES = ("matplotlib", "rich", "safetensors")
 
 
@@ -32,13 +34,28 @@ def main(arguments: list[str] | None = None) -> int:
         words = ["train", *words]
     try:
         _check_packages()
-        return _run(vars(build_parser().parse_args(words)))
+        return _run(vars(build_parser().parse_args(_joined_prompt(words))))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(shown(f"error: {error}"), file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("error: there is not enough memory: choose smaller sizes", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _joined_prompt(words: list[str]) -> list[str]:
+    """`--prompt TEXT` as one word, so that a text that begins with "-" is not taken for an option.
+
+    What is an option of `sample`, and not a text, stays an option.
+    """
+    for place, word in enumerate(words[:-1]):
+        text = words[place + 1]
+        if word == "--prompt" and text.startswith("-") and text.split("=")[0] not in SAMPLE_OPTIONS:
+            return [*words[:place], f"{word}={text}", *words[place + 2 :]]
+    return words
 
 
 def _run(values: dict[str, Any]) -> int:
@@ -52,7 +69,7 @@ def _run(values: dict[str, Any]) -> int:
         return sample_command(**values, terminal=terminal)
     if command == "compare":
         return compare_command(values, terminal)
-    files = {name: values.pop(name) for name in ("out", "resume", "record")}
+    files = {name: values.pop(name) for name in ("out", "resume", "overwrite", "record")}
     return train_command(values, **files, terminal=terminal)
 
 
@@ -78,10 +95,16 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--out", metavar="DIR", default="runs/train", help="its folder (default: %(default)s)"
     )
-    run.add_argument(
+    start = run.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --out, which keeps its own options",
+        help="go on with the run in --out, which keeps its own options; those that may be given "
+        f"anew: {', '.join(map(flag, CHANGEABLE))}. With more --steps the learning rate goes on as "
+        "in a run that had as many from the start",
+    )
+    start.add_argument(
+        "--overwrite", action="store_true", help="start anew where --out has a run already"
     )
     run.add_argument(
         "--record", metavar="FILE", default="", help="also write the result as a Markdown page"
@@ -132,7 +155,9 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", default="runs/train", help="folder of a run, or a checkpoint file"
     )
-    parser.add_argument("--prompt", default="", help="what the text begins with")
+    parser.add_argument(
+        "--prompt", default="", help="what the text begins with; a line break if it is empty"
+    )
     parser.add_argument(
         "--tokens", type=int, default=500, dest="count", metavar="N", help="how many to add"
     )

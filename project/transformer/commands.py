@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 import minitorch
 from minitorch.checkpoint import write_atomically
+from project.arguments import COUNT_OR_NONE, NOT_NEGATIVE, SEED
 
 from . import data
 from . import model as models
 from .errors import UserError
 from .ngram import ngram_losses
-from .options import RunOptions, flag
+from .options import CHANGEABLE, RunOptions, flag
 from .report import Terminal, draw_losses, training_page
 from .run_files import RunFolder, Snapshot, load_snapshot
+from .run_lock import locked
 from .sampling import generate, stream_text
+from .sizes import check_size
+from .tokenizer import beginning
 from .training import Trainer, train
 
 
 def program() -> str:
-    """This program, as the user types it: with the environment that `make` made, if it is that."""
-    python = Path(sys.executable)
-    inside = python.is_relative_to(Path.cwd())
-    shown = python.relative_to(Path.cwd()) if inside else "python"
-    return f"{shown} project/run_transformer.py"
+    """This program, as the user types it in this folder: with the environment that `make` made, if
+    it is that.
+    """
+    python, script = (
+        Path(sys.executable),
+        Path(__file__).resolve().parents[1] / "run_transformer.py",
+    )
+    found = shutil.which("python")
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    elif found and Path(found).resolve() == python.resolve():
+        python = Path("python")
+    if script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    return shlex.join([str(python), str(script)])
 
 
 def train_command(
-    given: dict[str, object], out: str, resume: bool, record: str, terminal: Terminal
+    given: dict[str, Any],
+    out: str,
+    resume: bool,
+    overwrite: bool,
+    record: str,
+    terminal: Terminal,
 ) -> int:
     """Train, from the start or from where a run stopped.
 
@@ -39,6 +59,7 @@ def train_command(
         given: the options named on the command line.
         out: the run's folder.
         resume: whether to go on with what is in it.
+        overwrite: whether a run that is in it may be lost.
         record: a file for the result as a Markdown page, or "".
         terminal: where to print.
 
@@ -46,42 +67,105 @@ def train_command(
         The exit code: 0, or 130 if the run was interrupted (and saved).
 
     """
+    if given.get("data"):  # so that the run finds it from another folder too
+        given = {**given, "data": os.path.abspath(given["data"])}
     folder = RunFolder(out)
-    snapshot = folder.load() if resume else None
-    options = _resumed_options(snapshot, given) if snapshot else RunOptions().replaced(given)
-    options.check()
-    tokenizer = snapshot.tokenizer if snapshot else None
-    corpus = data.load(options.data, options.model.context, tokenizer)
-    trainer = Trainer(options, corpus)
-    if snapshot:
-        trainer.restore(snapshot)
-    _introduce(trainer, terminal)
-    if not snapshot:
-        _show_sample(trainer, "sample before training", terminal)
-    with terminal.progress(options.training.steps, trainer.step):
-        finished = train(trainer, folder, terminal)
-    if not finished:
-        terminal.say(f"interrupted after step {trainer.step}; saved to {folder.checkpoint}")
-        terminal.say(f"go on with: {program()} train --resume --out {out}")
-        return 130
-    own, ngrams = _conclude(trainer, folder, terminal)
-    if record:
-        page = training_page(folder.read_metrics(), trainer.tokens_per_step, own, ngrams)
-        write_atomically(record, page.encode())
-        terminal.say(f"recorded    {record}")
+    if resume and not folder.checkpoint.is_file():
+        raise UserError(f"there is no checkpoint at {folder.checkpoint}: leave --resume out")
+    if not resume:  # before the folder is made, for mistakes leave nothing behind
+        RunOptions().replaced(given).check()
+    with locked(folder.path):
+        folder.remove_halves()
+        if not (resume or overwrite):
+            folder.check_new()
+        snapshot = folder.load() if resume else None
+        options = _resumed_options(snapshot, given) if snapshot else RunOptions().replaced(given)
+        trainer = _trainer(options, snapshot)
+        _introduce(trainer, terminal)
+        if snapshot:
+            _say_what_changed(snapshot, trainer, terminal)
+        else:
+            _show_sample(trainer, "sample before training", terminal)
+            folder.clear()
+        with terminal.progress(options.training.steps, trainer.step):
+            finished = train(trainer, folder, terminal)
+        if not finished:
+            terminal.say(f"interrupted after step {trainer.step}; saved to {folder.checkpoint}")
+            command = f"{program()} train --resume --out {shlex.quote(out)}"
+            terminal.say(f"go on with: {command}")
+            return 130
+        own, ngrams = _conclude(trainer, folder, terminal)
+        if record:
+            _record(record, trainer, folder, own, ngrams, terminal)
     return 0
 
 
-def _resumed_options(snapshot: Snapshot, given: dict[str, object]) -> RunOptions:
-    """The options of the run that goes on; naming a different one is a mistake worth a message."""
-    options = snapshot.options
-    for name, value in options.flat().items():
-        if given.get(name, value) != value:
+def _trainer(options: RunOptions, snapshot: Snapshot | None) -> Trainer:
+    """A new one, or the one of which a snapshot was taken."""
+    options.check()
+    tokenizer, fingerprint = None, None
+    if snapshot:
+        tokenizer, fingerprint = snapshot.tokenizer, snapshot.fingerprint
+    corpus = data.load(options.data, options.model.context, tokenizer, fingerprint)
+    trainer = Trainer(options, corpus)
+    if snapshot:
+        trainer.restore(snapshot)
+    return trainer
+
+
+def _record(
+    path: str,
+    trainer: Trainer,
+    folder: RunFolder,
+    own: float,
+    ngrams: list[float],
+    terminal: Terminal,
+) -> None:
+    """Write the result as a Markdown page, if that can be done."""
+    page = training_page(folder.read_metrics(), trainer.tokens_per_step, own, ngrams)
+    try:
+        write_atomically(path, page.encode())
+    except OSError as error:
+        folder.tell(f"the record {path}", error)
+    else:
+        terminal.say(f"recorded    {path}")
+
+
+def _resumed_options(snapshot: Snapshot, given: dict[str, Any]) -> RunOptions:
+    """The options of the run that goes on.
+
+    Naming a different one is a mistake worth a message, but for those that may change from here on.
+    """
+    old = snapshot.options
+    for name, value in old.flat().items():
+        if name not in CHANGEABLE and given.get(name, value) != value:
             raise UserError(
                 f"the run was started with {flag(name)} {value}, not {given[name]}: "
-                f"leave {flag(name)} out, or start anew without --resume"
+                f"leave {flag(name)} out, or start anew with --overwrite"
             )
+    given = dict(given)
+    if given.get("device") == "cpu" and old.model.precision in ("bf16", "fp16"):
+        given.setdefault("precision", "")  # that of the weights: the CPU has no other
+    options = old.replaced(given)
+    if options.training.steps < snapshot.step:
+        raise UserError(
+            f"the run has taken {snapshot.step} steps already: --steps must be at least as many, "
+            f"got {options.training.steps}"
+        )
+    if options.data.data and "data" not in given and not Path(options.data.data).is_file():
+        raise UserError(
+            f"the text {options.data.data} is not there any more: say with --data where it is now"
+        )
     return options
+
+
+def _say_what_changed(snapshot: Snapshot, trainer: Trainer, terminal: Terminal) -> None:
+    before, now = snapshot.options.flat(), trainer.options.flat()
+    changed = [f"{flag(n)} {before[n]} -> {now[n]}" for n in now if before[n] != now[n]]
+    terminal.say(
+        f"going on after step {trainer.step}, with a learning rate of {trainer.optimizer.lr:.3g}"
+        + (f"; {', '.join(changed)}" if changed else "")
+    )
 
 
 def _introduce(trainer: Trainer, terminal: Terminal) -> None:
@@ -116,8 +200,11 @@ def _show_sample(trainer: Trainer, title: str, terminal: Terminal, count: int = 
 
 
 def _prompt(corpus: data.Corpus) -> str:
-    """Something to begin a sample with that the tokenizer knows."""
-    return "The " if set("The ") <= set(corpus.train_text) else corpus.train_text[:4]
+    """Something to begin a sample with that the tokenizer knows, and that can be typed."""
+    if set("The ") <= set(corpus.train_text):
+        return "The "
+    printable = "".join(c if c.isprintable() else "\n" for c in corpus.train_text[:1000])
+    return next((line[:4] for line in printable.split("\n") if line.strip()), "")
 
 
 def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> tuple[float, list[float]]:
@@ -128,12 +215,16 @@ def _conclude(trainer: Trainer, folder: RunFolder, terminal: Terminal) -> tuple[
     own = trainer.validation_loss()
     terminal.ngram_table(own, ngrams)
     rows = folder.read_metrics()
-    draw_losses(rows, ngrams, corpus.valid_characters_per_token, folder.picture)
+    try:
+        draw_losses(rows, ngrams, corpus.valid_characters_per_token, folder.picture)
+    except Exception as error:  # whatever matplotlib raises: the run is done and saved
+        folder.tell("the picture", error)
     terminal.say(f"checkpoint  {folder.checkpoint}")
     terminal.say(f"metrics     {folder.metrics}")
     terminal.say(f"loss curve  {folder.picture}")
     prompt = shlex.quote(_prompt(corpus))
-    terminal.say(f"next, try:  {program()} sample --out {folder.path} --prompt {prompt}")
+    out = shlex.quote(str(folder.path))
+    terminal.say(f"next, try:  {program()} sample --out {out} --prompt {prompt}")
     return own, ngrams
 
 
@@ -151,7 +242,8 @@ def sample_command(
 
     Args:
         out: the run's folder, or a checkpoint file.
-        prompt: what the text begins with; a line break if empty.
+        prompt: what the text begins with; a line break if empty (the first of the tokens if the
+            model's text had no line break). Its line breaks are read as those of texts are.
         count: how many tokens to add.
         temperature: 0 takes the likeliest token, more is more surprising.
         top_k: only that many of the likeliest; 0 means all.
@@ -163,17 +255,26 @@ def sample_command(
         The exit code, 0.
 
     """
-    if count < 0 or temperature < 0 or top_k < 0 or seed < 0:
-        raise UserError("--tokens, --temperature, --top-k and --seed must not be negative")
+    for name, value, limits in (
+        ("--tokens", count, COUNT_OR_NONE),
+        ("--temperature", temperature, NOT_NEGATIVE),
+        ("--top-k", top_k, COUNT_OR_NONE),
+        ("--seed", seed, SEED),
+    ):
+        problem = limits.problem(value)
+        if problem:
+            raise UserError(f"{name} {problem}")
+    models.backend(device)
     snapshot = load_snapshot(Path(out))
+    options = snapshot.options.replaced({"device": device})
+    check_size(options, snapshot.tokenizer.size, training=False)
     model = models.build(snapshot.options.model, snapshot.tokenizer.size, device)
     try:
         model.load_state_dict(snapshot.model)
     except ValueError as error:
         raise UserError(f"the checkpoint does not fit: {error}") from error
-    ids = snapshot.tokenizer.encode(prompt)
-    if not len(ids):
-        prompt, ids = "", np.zeros(1, np.int64)
+    prompt = prompt.replace("\r\n", "\n").replace("\r", "\n")
+    ids = snapshot.tokenizer.encode(prompt) if prompt else beginning(snapshot.tokenizer)
     tokens = generate(model, ids, temperature=temperature, top_k=top_k, seed=seed)
     title = f"{snapshot.options.model.attention} attention, step {snapshot.step}"
     terminal.stream(title, prompt, stream_text(snapshot.tokenizer, tokens, count))

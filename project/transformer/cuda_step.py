@@ -17,7 +17,7 @@ from minitorch.kernels import runtime
 from minitorch.tensor_data import TensorData
 
 from . import model as models
-from .options import TrainingOptions
+from .options import TrainingOptions, largest_norm
 from .tokenizer import Ids
 
 WARM_UP = 2  # steps before the one that is recorded
@@ -91,15 +91,16 @@ class CudaStep:
 
     def _compute(self) -> None:
         """Forward, backward, clipping and AdamW; reads nothing back."""
-        rng.restart_seeds(self.options.seed)  # a graph has its seeds built in: the same each time
         self.model.train()
         self.optimizer.zero_grad()
-        inputs, targets = self._windows[:, :-1].contiguous(), self._windows[:, 1:].contiguous()
-        loss = models.loss(self.model, inputs, targets)
-        self._loss.copy_from_device(_storage(loss))
-        self.scaler.scale(loss).backward()
+        with rng.repeatable_step(self.options.seed):
+            inputs, targets = self._windows[:, :-1].contiguous(), self._windows[:, 1:].contiguous()
+            loss = models.loss(self.model, inputs, targets)
+            self._loss.copy_from_device(_storage(loss))
+            self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        self.optimizer.clip_grad_norm_(self.options.clip)
+        # Without clipping too, for it finds the gradients that are not finite: no step is taken.
+        self.optimizer.clip_grad_norm_(largest_norm(self.options))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         rng.device_offset().fill(0)  # as dropout outside of training steps wants it

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+
+from project import text_files
 
 from . import tokenizer as tokenizers
 from .errors import UserError
@@ -26,14 +27,28 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the text and where it is cut: a resumed run must have the same."""
-        text = f"{len(self.train_text)}\n{self.train_text}{self.valid_text}"
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        """Of `fingerprint_of`."""
+        return fingerprint_of(self.train_text, self.valid_text)
 
     @property
     def valid_characters_per_token(self) -> float:
         """For losses by character, which do not depend on the tokenizer; 1 for characters."""
         return len(self.valid_text) / len(self.valid_ids)
+
+
+def fingerprint_of(train_text: str, valid_text: str) -> str:
+    """A hash of the text and where it is cut: a resumed run must have the same."""
+    text = f"{len(train_text)}\n{train_text}{valid_text}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def check_fingerprint(found: str, expected: str) -> None:
+    """Raise `UserError` unless a run goes on with the text it was started with."""
+    if found != expected:
+        raise UserError(
+            "the text is not the one this run was started with (the text inside Python differs "
+            "by version): name the same text and Python, or start anew without --resume"
+        )
 
 
 def python_text() -> str:
@@ -50,37 +65,45 @@ def read_text(path: str) -> str:
     """A user's text, or Python's own for the path "".
 
     Raises:
-        UserError: no such file, not UTF-8, or empty.
+        UserError: no such file, not UTF-8 text, or empty.
 
     """
     if not path:
         return python_text()
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = text_files.read_text(path)
     except OSError as error:
         raise UserError(f"cannot read the text {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if not text.strip():
         raise UserError(f"{path} is empty")
     return text
 
 
-def load(options: DataOptions, context: int, tokenizer: Tokenizer | None = None) -> Corpus:
+def load(
+    options: DataOptions,
+    context: int,
+    tokenizer: Tokenizer | None = None,
+    fingerprint: str | None = None,
+) -> Corpus:
     """Read a text, cut off its end for validation, and turn both into tokens.
 
     Args:
         options: where the text is, and how it becomes tokens.
         context: both parts must be longer than this.
         tokenizer: one to use in place of a new one (that of a checkpoint).
+        fingerprint: that the text must have (that of a checkpoint).
 
     Raises:
-        UserError: the text cannot be read, or is too short.
+        UserError: the text cannot be read, is another one, or is too short.
 
     """
     text = read_text(options.data)
     cut = round(len(text) * (1 - options.held_out))
     train_text, valid_text = text[:cut], text[cut:]
+    if fingerprint is not None:
+        check_fingerprint(fingerprint_of(train_text, valid_text), fingerprint)
     if tokenizer is None:
         # A character that the last part alone has needs a token; to BPE all text is bytes.
         known = text if options.tokenizer == "char" else train_text

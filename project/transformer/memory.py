@@ -1,12 +1,15 @@
-"""How much memory this process has used at most, since a moment of one's choice."""
+"""How much memory this process has used at most, and how much the machine has."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
+UNKNOWN = 2**47  # more than a process can address
 
 
 def restart_peak() -> int:
@@ -33,6 +36,18 @@ def peak() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def installed() -> int:
+    """Bytes of memory of this machine, or the container's share if that is less."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        total = UNKNOWN
+    try:
+        return min(total, int(CONTAINER.read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return total
 
 
 def _status(name: str) -> int:

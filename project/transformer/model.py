@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 import minitorch
 from minitorch import CosineSchedule, CudaKernelOps, DecoderLM, FastOps, Tensor, TensorBackend
+from project.weight_decay import decay_groups, decays
 
 from .errors import UserError
 from .options import ModelOptions, TrainingOptions
 from .tokenizer import Ids
 
+Array = npt.NDArray[Any]
 BACKENDS = {"cpu": TensorBackend(FastOps), "cuda": TensorBackend(CudaKernelOps)}
 COMPUTE_DTYPES = {"": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -70,19 +76,45 @@ def size(model: DecoderLM) -> int:
 def optimizer(model: DecoderLM, options: TrainingOptions) -> tuple[minitorch.AdamW, CosineSchedule]:
     """AdamW and the schedule that sets its learning rate; on the GPU it keeps everything there.
 
+    Matrices decay; biases and norms do not.
+
     Args:
         model: whose parameters to train.
         options: learning rate, weight decay, length of the run.
 
     """
     adamw = minitorch.AdamW(
-        model.parameters(),
+        decay_groups(model.parameters(), options.weight_decay),
         lr=options.lr,
         betas=(0.9, options.beta2),
-        weight_decay=options.weight_decay,
         capturable=options.device == "cuda",
     )
     return adamw, CosineSchedule(adamw, options.steps, min(options.warmup, options.steps))
+
+
+def grouped_state(state: Mapping[str, Array], model: DecoderLM) -> dict[str, Array]:
+    """The state of an optimiser from `optimizer`.
+
+    Args:
+        state: that, or one of before there were groups, when all parameters decayed and were
+            numbered in the order of the model: it is put into the present order.
+        model: whose parameters it is for.
+
+    """
+    parameters = list(model.parameters())
+    numbers = range(len(parameters))
+    if "lr" not in state or "steps" not in state or state["lr"].shape == (2,):
+        return dict(state)
+    if state["steps"].shape != (len(parameters),):
+        return dict(state)
+    order = sorted(numbers, key=lambda number: not decays(parameters[number]))
+    places = {str(old): new for new, old in enumerate(order)}
+    renamed = {"lr": np.full(2, state["lr"]), "steps": state["steps"][order]}
+    for name, array in state.items():
+        slot, _, number = name.partition(".")
+        if name not in ("lr", "steps"):
+            renamed[f"{slot}.{places.get(number, number)}"] = array
+    return renamed
 
 
 def as_tensor(ids: Ids, backend: TensorBackend) -> Tensor:

@@ -26,7 +26,7 @@ def ngram_losses(
     """
     text = np.frombuffer((train + valid).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     _, letters = np.unique(text, return_inverse=True)
-    vocabulary = int(letters.max()) + 1
+    vocabulary = int(np.max(letters)) + 1
     context = np.zeros(len(letters), np.int64)  # number of the context before each character
     losses = []
     for order in range(1, orders + 1):
@@ -34,7 +34,7 @@ def ngram_losses(
         asked = slice(len(train) + order - 1, len(letters))
         # Numbers are handed out anew for each order, so that they stay below the text's length.
         _, grams = np.unique(context * vocabulary + letters, return_inverse=True)
-        context_counts = np.bincount(context[known], minlength=int(context.max()) + 1)
+        context_counts = np.bincount(context[known], minlength=int(np.max(context)) + 1)
         gram_counts = np.bincount(grams[known], minlength=int(grams.max()) + 1)
         probability: npt.NDArray[np.float64] = (gram_counts[grams[asked]] + smoothing) / (
             context_counts[context[asked]] + smoothing * vocabulary

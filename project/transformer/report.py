@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import date
 from importlib.metadata import version
+from itertools import chain, islice
 from pathlib import Path
+from typing import IO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,13 +20,15 @@ from rich.table import Table
 
 from minitorch.doctor import usable_cores
 
+from .errors import shown
 from .ngram import SMOOTHING
+from .output import CompileNote, Output
 
 Row = dict[str, float]
 
 
 class Terminal:
-    """Prints to a terminal, or plainly to a file or pipe.
+    """Prints to a terminal, or plainly to a file or pipe; shows control characters as signs.
 
     Args:
         console: where to; standard output if not given.
@@ -30,22 +36,42 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.output = Output(sys.stdout)
+        self.console = console or Console(highlight=False, file=cast(IO[str], self.output))
         self._progress: Progress | None = None
+        self._first_step = ExitStack()
+        self._said_compiling = False
         self._smooth_loss: float | None = None
         self._valid = ""
 
     def say(self, text: str = "") -> None:
         """Print a line; square brackets are only brackets."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(shown(text), markup=False, soft_wrap=True)
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """Say so once, if the block takes long because numba compiles."""
+        return CompileNote(self._say_compiling).listening()
+
+    def _say_compiling(self) -> None:
+        if not self._said_compiling:
+            self._said_compiling = True
+            self.say("compiling ... (once; later runs find the result in numba's cache)")
 
     def stream(self, title: str, prompt: str, pieces: Iterable[str]) -> None:
-        """Print generated text as it comes, the prompt first."""
-        self.console.rule(title, align="left")
-        self.console.out(prompt, end="", style="bold")
-        for piece in pieces:
-            self.console.out(piece, end="")
-        self.console.out("")
+        """Print generated text as it comes, the prompt first; ends when nobody reads it."""
+        remaining = iter(pieces)
+        with self.compiling():
+            first = list(islice(remaining, 1))
+        self.console.rule(shown(title), align="left")
+        self.console.out(shown(prompt), end="", style="bold")
+        held = ""  # a carriage return, until it is known whether a line break follows
+        for piece in chain(first, remaining):
+            piece = held + piece
+            held = "\r" if piece.endswith("\r") else ""
+            self.console.out(shown(piece.removesuffix(held)), end="")
+            if self.output.gone:
+                return
+        self.console.out(shown(held))
         self.console.rule()
 
     @contextmanager
@@ -70,13 +96,16 @@ class Terminal:
         ) as progress:
             self._progress = progress
             self._task = progress.add_task("", total=total, completed=done, figures="")
+            self._first_step.enter_context(self.compiling())
             try:
                 yield
             finally:
+                self._first_step.close()
                 self._progress = None
 
     def stepped(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Move the bar; the loss shown is a running mean."""
+        self._first_step.close()
         old = loss if self._smooth_loss is None else self._smooth_loss
         self._smooth_loss = 0.95 * old + 0.05 * loss
         if self._progress is not None:
@@ -114,7 +143,7 @@ def training_page(
 
     """
     steps = len(rows)
-    median = statistics.median(row["seconds"] for row in rows) * 1000
+    median = statistics.median([row["seconds"] for row in rows] or [math.nan]) * 1000
     titles = " | ".join(f"{order}-gram" for order in range(1, len(ngrams) + 1))
     losses = " | ".join(f"{loss:.3f}" for loss in ngrams)
     return f"""# Training run

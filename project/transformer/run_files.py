@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ from minitorch.checkpoint import (
 )
 
 from . import tokenizer as tokenizers
-from .errors import UserError
-from .options import DataOptions, ModelOptions, RunOptions, TrainingOptions
+from .errors import UserError, shown
+from .options import RunOptions
 from .tokenizer import Tokenizer
 
 CHECKPOINT = "checkpoint.safetensors"
+NUMBERS = ("step", "loss", "lr", "seconds")  # that each row of the metrics has
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Snapshot:
 
 
 class RunFolder:
-    """The files of one run.
+    """The files of one run. A file beside the checkpoint that cannot be written is told once.
 
     Args:
         path: the folder; made when something is written.
@@ -52,6 +56,9 @@ class RunFolder:
         self.checkpoint = self.path / CHECKPOINT
         self.metrics = self.path / "metrics.jsonl"
         self.picture = self.path / "loss.png"
+        self.saved_step: int | None = None  # of the checkpoint, if this object wrote or read it
+        self._unwritten: list[str] = []  # lines of the metrics
+        self._told: set[str] = set()
 
     def save(self, snapshot: Snapshot) -> None:
         """Replace the checkpoint; a kill at any moment leaves the old one or the new one.
@@ -74,6 +81,26 @@ class RunFolder:
             save_checkpoint(self.checkpoint, arrays, metadata)
         except (CheckpointError, OSError) as error:
             raise UserError(f"cannot write the checkpoint {self.checkpoint}: {error}") from error
+        self.saved_step = snapshot.step
+
+    def keep_copy(self) -> Path | None:
+        """Copy the checkpoint, if there is one, to a name with its step, which no `save` replaces.
+
+        Returns:
+            The copy.
+
+        Raises:
+            UserError: the folder cannot be written.
+
+        """
+        if self.saved_step is None or not self.checkpoint.is_file():
+            return None
+        copy = self.path / f"step_{self.saved_step}.safetensors"
+        try:
+            shutil.copyfile(self.checkpoint, copy)
+        except OSError as error:
+            raise UserError(f"cannot write {copy}: {error.strerror}") from error
+        return copy
 
     def load(self) -> Snapshot:
         """Read the checkpoint.
@@ -82,7 +109,52 @@ class RunFolder:
             UserError: there is none, it is damaged, or something else wrote it.
 
         """
-        return load_snapshot(self.checkpoint)
+        snapshot = load_snapshot(self.checkpoint)
+        self.saved_step = snapshot.step
+        return snapshot
+
+    def check_new(self) -> None:
+        """Raise `UserError` if there is a run here, which a new one would overwrite."""
+        if not self.checkpoint.exists():
+            return
+        try:
+            snapshot = load_snapshot(self.checkpoint)
+            state = f"at step {snapshot.step} of {snapshot.options.training.steps}"
+        except UserError:
+            state = "whose checkpoint cannot be read"
+        raise UserError(
+            f"there is a run in {self.path} already, {state}: go on with --resume (and more "
+            "--steps), start anew with --overwrite, or choose another --out"
+        )
+
+    def clear(self) -> None:
+        """Remove the files of a run that is overwritten, and what a kill has left half-written.
+
+        Raises:
+            UserError: one cannot be removed.
+
+        """
+        try:
+            copies = self.path.glob("step_*.safetensors")
+            for path in (self.checkpoint, self.metrics, self.picture, *copies):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot overwrite the run in {self.path}: {error}") from error
+        self.remove_halves()
+
+    def remove_halves(self) -> None:
+        """Remove checkpoints that a kill has left half-written under temporary names."""
+        for path in self.path.glob(f".{CHECKPOINT}.*"):
+            with suppress(OSError):
+                path.unlink()
+
+    # ----- files that a run can do without -----
+
+    def tell(self, what: str, error: Exception) -> None:
+        """Say on standard error that something cannot be written, the first time."""
+        if what not in self._told:
+            self._told.add(what)
+            print(shown(f"warning: cannot write {what}: {error}"), file=sys.stderr, flush=True)
 
     def start_metrics(self, resumed_at: int) -> None:
         """Begin the metrics file, or drop what a resumed run wrote after its checkpoint."""
@@ -91,24 +163,48 @@ class RunFolder:
         try:
             write_atomically(self.metrics, lines.encode())
         except OSError as error:
-            raise UserError(f"cannot write to the folder {self.path}: {error.strerror}") from error
+            self.tell("the metrics", error)
 
     def add_metrics(self, row: Mapping[str, float]) -> None:
-        """Add one line of JSON."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add one line of JSON, after those that could not be written before."""
+        self._unwritten.append(json.dumps(row) + "\n")
+        try:
+            with self.metrics.open("ab", buffering=0) as file:
+                start = file.tell()
+                lines = "".join(self._unwritten).encode()
+                if file.write(lines) != len(lines):  # the disk is full: not half a line
+                    file.truncate(start)
+                    raise OSError("no space left on device")
+        except OSError as error:
+            self.tell("the metrics", error)
+        else:
+            self._unwritten.clear()
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """All rows; a last line that a kill has cut off is passed over."""
-        if not self.metrics.is_file():
+        """All rows; lines that are none, such as one that a kill has cut off, are passed over."""
+        try:
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:  # there are none, or they cannot be read
             return []
         rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in lines:
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if _is_row(row):
+                rows.append(row)
         return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it is a row of metrics: names, and finite numbers, a step among them."""
+    return (
+        isinstance(row, dict)
+        and all(name in row for name in NUMBERS)
+        and all(type(x) in (int, float) and abs(x) < 2**63 for x in row.values())
+        and row["step"] == int(row["step"]) > 0
+    )
 
 
 def load_snapshot(path: Path) -> Snapshot:
@@ -128,14 +224,8 @@ def load_snapshot(path: Path) -> Snapshot:
     except CheckpointError as error:
         raise UserError(str(error)) from error
     try:
-        parts = json.loads(metadata["options"])
-        options = RunOptions(
-            ModelOptions(**parts["model"]),
-            DataOptions(**parts["data"]),
-            TrainingOptions(**parts["training"]),
-        )
-        return Snapshot(
-            options,
+        snapshot = Snapshot(
+            RunOptions.from_parts(json.loads(metadata["options"])),
             int(metadata["step"]),
             tokenizers.from_json(metadata["tokenizer"]),
             metadata["fingerprint"],
@@ -144,8 +234,32 @@ def load_snapshot(path: Path) -> Snapshot:
             _part(arrays, "optimizer."),
             _part(arrays, "scaler."),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a checkpoint of this program ({error!r})") from error
+        if not 0 <= snapshot.step < 2**31:
+            raise ValueError(f"step {snapshot.step}")
+        if not snapshot.tokenizer.size:
+            raise ValueError("its tokenizer has no tokens")
+        _check_dtypes(snapshot)
+    except KeyError as error:
+        raise UserError(f"{path} is not a checkpoint of this program: no {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a checkpoint of this program: {error}") from error
+    try:
+        snapshot.options.check()
+    except UserError as error:
+        raise UserError(f"{path} is damaged, by its options: {error}") from error
+    return snapshot
+
+
+def _check_dtypes(snapshot: Snapshot) -> None:
+    """Raise ValueError unless weights and what the optimiser keeps are of the run's dtype."""
+    wanted = snapshot.options.model.dtype
+    kept = {n: a for n, a in snapshot.optimizer.items() if n not in ("lr", "steps")}
+    for name, array in {**snapshot.model, **kept}.items():
+        if array.dtype.name != wanted:
+            raise ValueError(f"{name} is of dtype {array.dtype.name}, wanted {wanted}")
+    for name in ("lr", "steps"):
+        if name in snapshot.optimizer and snapshot.optimizer[name].dtype.kind not in "if":
+            raise ValueError(f"{name} is of dtype {snapshot.optimizer[name].dtype.name}")
 
 
 def _part(arrays: dict[str, Array], prefix: str) -> dict[str, Array]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from minitorch import DecoderLM, no_grad
 
 from . import model as models
+from .errors import UserError
 from .tokenizer import Ids, Tokenizer
 
 
@@ -24,13 +25,19 @@ def choose(
         top_k: only that many of the highest are in play; 0 means all.
         draw: the source of chance.
 
+    Raises:
+        UserError: scores that are no numbers.
+
     """
+    if not np.isfinite(scores).all():
+        raise UserError("the model gives scores that are no finite numbers: its training diverged")
     if temperature == 0:
         return int(scores.argmax())
-    scaled = scores.astype(np.float64) / temperature
+    with np.errstate(over="ignore"):  # far below the highest, at a temperature near 0
+        scaled = (scores.astype(np.float64) - float(scores.max())) / temperature
     if 0 < top_k < len(scaled):
         scaled[np.argsort(scaled)[:-top_k]] = -np.inf
-    weights = np.exp(scaled - scaled.max())
+    weights = np.exp(scaled)
     return int(draw.choice(len(weights), p=weights / weights.sum()))
 
 

@@ -11,6 +11,9 @@ import numpy.typing as npt
 from .errors import UserError
 
 Ids = npt.NDArray[np.int64]
+# Bytes of a piece of text at most, before pairs are merged: finding the pairs of a piece takes time
+# that grows with the square of its length, and a text without spaces would be one piece.
+LONGEST_PIECE = 128
 
 
 class Tokenizer(Protocol):
@@ -83,12 +86,19 @@ class BpeTokenizer:
     def trained_on(cls, text: str, size: int) -> BpeTokenizer:
         """Find the pieces of a text; `size` counts the 256 bytes in."""
         library = _tokenizers()
+        splits = library.pre_tokenizers
         model = library.Tokenizer(library.models.BPE())
-        model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.pre_tokenizer = splits.Sequence(
+            [
+                splits.ByteLevel(add_prefix_space=False),
+                splits.Split(library.Regex(f".{{1,{LONGEST_PIECE}}}"), "isolated"),
+            ]
+        )
         model.decoder = library.decoders.ByteLevel()
         trainer = library.trainers.BpeTrainer(
-            vocab_size=size,
-            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            # The library makes room for as many at once; a text has no more pairs than bytes.
+            vocab_size=min(size, 256 + len(text.encode())),
+            initial_alphabet=splits.ByteLevel.alphabet(),
             show_progress=False,
         )
         model.train_from_iterator(text.splitlines(keepends=True), trainer)
@@ -100,7 +110,12 @@ class BpeTokenizer:
         return int(self._model.get_vocab_size())
 
     def encode(self, text: str) -> Ids:
-        """The tokens of a text."""
+        """The tokens of a text; raises `UserError` for half a surrogate pair, which has none."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise UserError(f"{half!a} is no character: leave it out") from error
         return np.array(self._model.encode(text).ids, dtype=np.int64)
 
     def decode(self, ids: Ids) -> str:
@@ -125,11 +140,34 @@ def build(kind: str, text: str, size: int) -> Tokenizer:
 
 
 def from_json(description: str) -> Tokenizer:
-    """The tokenizer that `to_json` described."""
+    """The tokenizer that `to_json` described.
+
+    Raises:
+        ValueError: it is no such description.
+
+    """
     parts = json.loads(description)
+    if not isinstance(parts, dict) or parts.get("kind") not in ("char", "bpe"):
+        raise ValueError(f"no tokenizer is described by {description:.40}")
+    content = parts.get("characters" if parts["kind"] == "char" else "model")
+    if not isinstance(content, str):
+        raise ValueError(f"no tokenizer is described by {description:.40}")
     if parts["kind"] == "char":
-        return CharTokenizer(parts["characters"])
-    return BpeTokenizer(_tokenizers().Tokenizer.from_str(parts["model"]))
+        return CharTokenizer(content)
+    try:
+        return BpeTokenizer(_tokenizers().Tokenizer.from_str(content))
+    except UserError:
+        raise
+    except Exception as error:  # the library raises no narrower one
+        raise ValueError(f"the tokenizer is damaged: {error}") from error
+
+
+def beginning(tokenizer: Tokenizer) -> Ids:
+    """What a text without a prompt begins with: a line break; the first token if it has none."""
+    try:
+        return tokenizer.encode("\n")
+    except UserError:
+        return np.zeros(1, np.int64)
 
 
 def _tokenizers() -> Any:

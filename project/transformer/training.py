@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,10 +20,11 @@ from minitorch import AdamW, DecoderLM, GradScaler, no_grad
 
 from . import model as models
 from .cuda_step import CudaStep
-from .data import Corpus, validation_windows, windows
-from .errors import UserError
-from .options import RunOptions, TrainingOptions
+from .data import Corpus, check_fingerprint, validation_windows, windows
+from .errors import Diverged, UserError
+from .options import RunOptions, TrainingOptions, largest_norm
 from .run_files import RunFolder, Snapshot
+from .sizes import check_size
 from .tokenizer import Ids
 
 
@@ -56,12 +58,12 @@ class StartedStep:
         """Nats per token before the step; waits for it.
 
         Raises:
-            UserError: it is not a finite number.
+            Diverged: it is not a finite number.
 
         """
         value = self.pending.value()
         if not math.isfinite(value):
-            raise UserError(f"the loss is {value} at step {self.number}: try a smaller --lr")
+            raise Diverged("the loss", value, self.number)
         return value
 
 
@@ -81,7 +83,7 @@ class CpuStep:
         self.options = options
 
     def start(self, windows: Ids, step: int) -> Known:
-        """Take a step; the weights stay as they are if the loss is not finite.
+        """Take a step; the weights stay as they are if loss or gradient are not finite.
 
         Args:
             windows: token numbers (batch, context + 1); a target is the token after its input.
@@ -90,6 +92,9 @@ class CpuStep:
         Returns:
             The loss before the step.
 
+        Raises:
+            Diverged: the loss is a number, but the norm of the gradient is not.
+
         """
         self.model.train()
         self.optimizer.zero_grad()
@@ -97,7 +102,9 @@ class CpuStep:
         value = loss.item()
         if math.isfinite(value):
             loss.backward()
-            self.optimizer.clip_grad_norm_(self.options.clip)
+            norm = float(self.optimizer.clip_grad_norm_(largest_norm(self.options)))
+            if not math.isfinite(norm):
+                raise Diverged("the gradient's norm", norm, step + 1)
             self.optimizer.step()
         return Known(value)
 
@@ -110,7 +117,7 @@ class Trainer:
         corpus: the text.
 
     Raises:
-        UserError: the run is to be on the GPU, and there is none.
+        UserError: the run is to be on the GPU, and there is none; or there is no room for it.
 
     """
 
@@ -118,6 +125,8 @@ class Trainer:
         self.options = options
         self.corpus = corpus
         training = options.training
+        models.backend(training.device)
+        check_size(options, corpus.tokenizer.size)
         minitorch.manual_seed(training.seed)
         self.model = models.build(options.model, corpus.tokenizer.size, training.device)
         self.optimizer, self.schedule = models.optimizer(self.model, training)
@@ -145,7 +154,7 @@ class Trainer:
             The loss before the step, in nats per token.
 
         Raises:
-            UserError: the loss is not a finite number; the weights are unchanged.
+            Diverged: the loss is not a finite number; the weights are unchanged.
 
         """
         return self.start_step().loss()
@@ -198,19 +207,16 @@ class Trainer:
             UserError: it was taken of another model, or with another text.
 
         """
-        if snapshot.fingerprint != self.corpus.fingerprint:
-            raise UserError(
-                "the text is not the one this run was started with (the text inside Python differs "
-                "by version): name the same text and Python, or start anew without --resume"
-            )
+        check_fingerprint(self.corpus.fingerprint, snapshot.fingerprint)
         try:
             self.model.load_state_dict(snapshot.model)
-            self.optimizer.load_state_dict(snapshot.optimizer)
-            self.scaler.load_state_dict(snapshot.scaler)
-        except ValueError as error:
+            self.optimizer.load_state_dict(models.grouped_state(snapshot.optimizer, self.model))
+            if snapshot.scaler:  # none if the run has computed in another precision until now
+                self.scaler.load_state_dict(snapshot.scaler)
+            self.schedule.load_state_dict({"steps": np.array(snapshot.step)})
+            minitorch.set_rng_state(snapshot.rng)
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"the checkpoint does not fit: {error}") from error
-        self.schedule.load_state_dict({"steps": np.array(snapshot.step)})
-        minitorch.set_rng_state(snapshot.rng)
         self.step = snapshot.step
 
 
@@ -227,7 +233,9 @@ class Reporter(Protocol):
 def train(trainer: Trainer, folder: RunFolder, reporter: Reporter) -> bool:
     """Run the remaining steps, writing metrics and checkpoints on the way.
 
-    Ctrl-C (or a polite kill) ends the run after the step it is in, and saves.
+    Ctrl-C, a polite kill and a terminal that is closed end the run after the step it is in, and
+    save. A checkpoint that cannot be written is told, and tried again at the next save; the last
+    one must be written.
 
     Args:
         trainer: new, or restored.
@@ -237,28 +245,71 @@ def train(trainer: Trainer, folder: RunFolder, reporter: Reporter) -> bool:
     Returns:
         Whether all steps are done; False if the run was interrupted.
 
+    Raises:
+        UserError: the loss is no number any more (the last finite weights have been saved), or the
+            last checkpoint cannot be written.
+
     """
     training = trainer.options.training
     folder.start_metrics(trainer.step)
     log = _Log(trainer, folder, reporter)
     with _interrupts() as interrupted:
-        while trainer.step < training.steps and not interrupted:
-            log.add(trainer.start_step())
-            last = trainer.step == training.steps
-            evaluates = last or trainer.step % training.eval_every == 0
-            saves = last or trainer.step % training.save_every == 0
-            log.catch_up(0 if evaluates or saves else trainer.steps_ahead)
-            if evaluates:
-                log.evaluate()
-            if saves:
-                log.write()
-                folder.save(trainer.snapshot())
-                log.restart_clock()
-        log.catch_up(0)
-        log.write()
-        if trainer.step < training.steps:
+        try:
+            _steps(trainer, folder, log, interrupted)
+        except Diverged as error:
+            log.write()
+            raise UserError(f"{error}; {_save_last_finite(trainer, folder, error)}") from error
+        if folder.saved_step != trainer.step:
             folder.save(trainer.snapshot())
     return trainer.step == training.steps
+
+
+def _steps(trainer: Trainer, folder: RunFolder, log: _Log, interrupted: list[int]) -> None:
+    """The remaining steps, or those until the run is interrupted."""
+    training = trainer.options.training
+    while trainer.step < training.steps and not interrupted:
+        log.add(trainer.start_step())
+        last = trainer.step == training.steps
+        evaluates = last or trainer.step % training.eval_every == 0
+        saves = last or trainer.step % training.save_every == 0
+        log.catch_up(0 if evaluates or saves else trainer.steps_ahead)
+        if evaluates:
+            log.evaluate()
+        if saves:
+            log.write()
+            try:
+                folder.save(trainer.snapshot())
+            except UserError as error:  # perhaps there is room again at the next save
+                folder.tell("a checkpoint", error)
+            log.restart_clock()
+    log.catch_up(0)
+    log.write()
+
+
+def _save_last_finite(trainer: Trainer, folder: RunFolder, error: Diverged) -> str:
+    """Save the weights of before a step that diverged, beside the checkpoint there is.
+
+    Returns:
+        Where they are, as the end of a sentence.
+
+    """
+    trainer.step = error.step - 1
+    if folder.saved_step == trainer.step:
+        return f"the weights before that are in {folder.checkpoint}"
+    snapshot = trainer.snapshot()
+    if not all(np.isfinite(array).all() for array in snapshot.model.values()):
+        there = folder.saved_step is not None
+        kept = (
+            f"the last checkpoint is of step {folder.saved_step}" if there else "nothing is saved"
+        )
+        return f"the weights before that are no numbers either, {kept}"
+    try:
+        copy = folder.keep_copy()
+        folder.save(snapshot)
+    except UserError as failed:
+        return str(failed)
+    kept = f", and the checkpoint of before is kept as {copy}" if copy else ""
+    return f"the weights before that are saved in {folder.checkpoint}{kept}"
 
 
 class _Log:
@@ -326,7 +377,11 @@ def _interrupts() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         seen.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32":
+        numbers.append(signal.SIGHUP)  # the terminal has been closed
+    # What the user has told the system to ignore (nohup does) stays ignored.
+    numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, remember) for number in numbers}
     try:
         yield seen

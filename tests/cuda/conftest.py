@@ -1,6 +1,7 @@
 """Every test in this folder runs in numba's simulator, and on a GPU where there is one.
 
-    make simulator      NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda: anywhere, small shapes
+    make simulator      NUMBA_ENABLE_CUDASIM=1 pytest tests/cuda: anywhere, small shapes; some
+                        once more in numba's own simulator, `-p tests.cuda.own_simulator`
     make test-gpu       pytest tests/cuda: on the GPU
 
 The simulator runs kernels as plain Python, a thread of the operating system for each GPU thread, so

@@ -23,7 +23,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from numba.cuda.np import numpy_support
 from numba.cuda.simulator import kernel, kernelapi
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray, FakeWithinKernelCUDAArray
 
@@ -209,7 +208,7 @@ def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: Any = None) ->
     `alignment` promises something about the address, which no simulated kernel sees.
     """
     if not isinstance(dtype, type | np.dtype):
-        dtype = numpy_support.as_dtype(dtype)
+        dtype = kernelapi.numpy_support.as_dtype(dtype)
     caller = sys._getframe(1)
     place = (caller.f_code, caller.f_lasti)
     array = shared._allocations.get(place)

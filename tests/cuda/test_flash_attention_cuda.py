@@ -81,9 +81,9 @@ def run(
 ) -> tuple[Any, ...]:
     """What the kernels give, as numpy arrays in float64."""
     ops: Any = BACKEND.ops
-    out, lse = ops.flash_attention_forward(*tensors, mask, problem)
+    out, lse, rows = ops.flash_attention_forward(*tensors, mask, problem)
     gradients = ops.flash_attention_backward(
-        grads[0], grads[1], *tensors, mask, out, lse, problem, wants_mask
+        grads[0], grads[1], *tensors, mask, out, rows, problem, wants_mask
     )
     return tuple(
         None if x is None else x.to_numpy().astype(np.float64) for x in (out, lse, *gradients)
@@ -233,8 +233,8 @@ def test_the_output_lies_as_the_query() -> None:
     q, k, v, do = (on_gpu(random(2, 3, 9, 4, seed=n), layout="heads") for n in range(4))
     problem = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype)
     ops: Any = BACKEND.ops
-    out, lse = ops.flash_attention_forward(q, k, v, None, problem)
-    gradients = ops.flash_attention_backward(do, None, q, k, v, None, out, lse, problem)
+    out, _, rows = ops.flash_attention_forward(q, k, v, None, problem)
+    gradients = ops.flash_attention_backward(do, None, q, k, v, None, out, rows, problem)
     for x in (out, *gradients[:3]):
         assert x.permute(0, 2, 1, 3)._tensor.is_contiguous()
 
@@ -247,7 +247,7 @@ def test_dropout_keeps_what_the_mask_says() -> None:
     tensors = [on_gpu(x) for x in (q, k, v)]
     problem = problem_of(tensors, dropout_p=p, seed=seed)
     ops: Any = BACKEND.ops
-    out, _ = ops.flash_attention_forward(*tensors, None, problem)
+    out, *_ = ops.flash_attention_forward(*tensors, None, problem)
     kept = attention_dropout_mask(3, *lengths, p, seed)
     np.testing.assert_array_equal(out.to_numpy()[0] != 0, kept)
 
@@ -368,11 +368,9 @@ def test_250_runs_give_the_same_bits(
     ops: Any = BACKEND.ops
     first = None
     for _ in range(250):
-        out, lse = ops.flash_attention_forward(*tensors, None, problem)
-        gradients = ops.flash_attention_backward(grad_out, None, *tensors, None, out, lse, problem)[
-            :3
-        ]
-        results = [x.to_numpy() for x in (out, lse, *gradients)]
+        out, lse, rows = ops.flash_attention_forward(*tensors, None, problem)
+        gradients = ops.flash_attention_backward(grad_out, None, *tensors, None, out, rows, problem)
+        results = [x.to_numpy() for x in (out, lse, *gradients[:3])]
         first = first or results
         for name, a, b in zip(NAMES[:5], first, results, strict=True):
             assert a.tobytes() == b.tobytes(), name

@@ -122,6 +122,29 @@ def short_teams(
     return shape
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("columns", [3, 70, 1100])
+def test_logsumexp_of_infinities(name: str, columns: int) -> None:
+    """inf where an element is, NaN where one is NaN, and as ever beside such a row."""
+    x = random(2, name, 6, columns)
+    x[0, -1] = x[1, 0] = x[1, -1] = x[2, 0] = np.inf
+    x[1, 1] = -np.inf
+    x[2, -1] = x[3, 0] = np.nan
+    x[4] = -np.inf
+    total = empty(name, 6)
+    softmax_cuda.logsumexp_forward(name, to_device(x), total, 6, columns)
+    expected = [np.inf, np.inf, np.nan, np.nan, -np.inf, np.log(np.exp(exact(x[5])).sum())]
+    assert_close(to_host(total, name, 6), np.array(expected), name)
+
+    dx = empty(name, 6, columns)
+    dtotal = np.ones(6, x.dtype)
+    softmax_cuda.logsumexp_backward(name, to_device(dtotal), to_device(x), total, dx, 6, columns)
+    got = to_host(dx, name, 6, columns).astype(np.float64)
+    assert np.array_equal(np.isnan(got[:2]), np.isposinf(exact(x[:2])))
+    assert not np.nan_to_num(got[:2]).any()  # as in PyTorch
+    assert np.isnan(got[2:4]).all() and not got[4].any() and got[5].sum() == pytest.approx(1, 0.02)
+
+
 def check_softmax(seed: int, name: str, rows: int, columns: int) -> None:
     x = random(seed, name, rows, columns)
     x[0, columns // 2 :] = -np.inf

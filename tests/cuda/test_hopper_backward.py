@@ -41,13 +41,13 @@ def gradients(
     ops: Any = BACKEND.ops
     on_device = ops.attention_mask(mask)
     monkeypatch.setattr(launcher, "FLASH_ATTENTION", (cuda,))
-    out, lse = ops.flash_attention_forward(*tensors, on_device, problem)
+    out, _, rows = ops.flash_attention_forward(*tensors, on_device, problem)
     do = on_gpu(random(*problem.out_shape, seed=8), problem.dtype.name)
     dl = on_gpu(random(*problem.logsumexp_shape, seed=9)) if with_lse else None
     monkeypatch.setattr(launcher, "FLASH_ATTENTION", (hopper,))
     wants_dmask = mask is not None and mask.dtype != bool
     got = ops.flash_attention_backward(
-        do, dl, *tensors, on_device, out, lse, problem, wants_dmask
+        do, dl, *tensors, on_device, out, rows, problem, wants_dmask
     )  # fmt: skip
     return [g for g in got if g is not None], do, dl, problem
 

@@ -103,7 +103,7 @@ def forward(
     q, k, v = (t.shape for t in tensors)
     problem = AttentionProblem.of(q, k, v, tensors[0].dtype, attn_mask=mask, **arguments)
     ops: Any = BACKEND.ops
-    out, lse = ops.flash_attention_forward(*tensors, ops.attention_mask(mask), problem)
+    out, lse, _ = ops.flash_attention_forward(*tensors, ops.attention_mask(mask), problem)
     return out.to_numpy().astype(np.float64), lse.to_numpy().astype(np.float64), problem
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import warnings
 import weakref
 from typing import Any
 
@@ -260,12 +261,16 @@ def test_attention_of_other_arrays() -> None:
 @pytest.mark.gpu
 @needs_torch_on_the_gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_half_precision_attention_of_torch(dtype: str) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_half_precision_attention_of_torch(dtype: str, masked: bool) -> None:
     kind = getattr(torch, dtype)
     q, k, v = (draw(2, 4, 100, 64, dtype=kind).requires_grad_() for _ in range(3))
-    out = minitorch.flash_attention(q, k, v, is_causal=True)
+    mask = draw(100, 100, dtype=kind) if masked else None
+    out = minitorch.flash_attention(q, k, v, attn_mask=mask, is_causal=not masked)
     expected = torch.nn.functional.scaled_dot_product_attention(
-        *(x.double() for x in (q, k, v)), is_causal=True
+        *(x.double() for x in (q, k, v)),
+        attn_mask=None if mask is None else mask.double(),
+        is_causal=not masked,
     )
     tolerance = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
@@ -321,3 +326,88 @@ def test_dlpack_orders_streams() -> None:
                 z = z + 1
             ours = minitorch.from_dlpack(z)
         assert ours.sum().item() == 20 << 22
+
+
+@pytest.mark.gpu
+@needs_torch_on_the_gpu
+def test_seeds_come_from_the_gpus_generator() -> None:
+    """Without waiting for the GPU: torch says so if the host would."""
+    q, k, v = (draw(1, 2, 64, 32, dtype=torch.float32).requires_grad_() for _ in range(3))
+
+    def call(*x: Any) -> Any:
+        return minitorch.flash_attention(*x, dropout_p=0.5)
+
+    torch.cuda.manual_seed(1)
+    first, second = call(q, k, v), call(q, k, v)
+    assert not torch.equal(first, second)
+    torch.cuda.manual_seed(1)
+    assert torch.equal(call(q, k, v), first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(q, k, v)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the graph is empty
+        with pytest.raises(RuntimeError, match="would drop the same weights"):
+            with torch.cuda.graph(graph):
+                call(q, k, v)
+
+
+@pytest.mark.gpu
+@needs_torch_on_the_gpu
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_on_the_gpu(use_reentrant: bool) -> None:
+    checkpoint = importlib.import_module("torch.utils.checkpoint").checkpoint
+    leaves = [draw(1, 2, 64, 32, dtype=torch.float16).requires_grad_() for _ in range(3)]
+
+    def call(*x: Any) -> Any:
+        return minitorch.flash_attention(*x, dropout_p=0.5)
+
+    torch.cuda.manual_seed(5)
+    expected = torch.autograd.grad(call(*leaves).sum(), leaves)
+    torch.cuda.manual_seed(5)
+    checkpoint(call, *leaves, use_reentrant=use_reentrant).sum().backward()
+    for x, grad in zip(leaves, expected, strict=True):
+        assert torch.equal(x.grad, grad)
+
+
+@pytest.mark.gpu
+@needs_torch_on_the_gpu
+def test_torchs_operations_on_the_gpu() -> None:
+    """Writes are noticed, logsumexp and a per-sample gradient are right, errors of torch are kept
+    and name the argument that is elsewhere.
+    """
+    q, k, v = (draw(2, 2, 64, 32, dtype=torch.float32).requires_grad_() for _ in range(3))
+    out, lse = minitorch.flash_attention(q, k, v, return_lse=True)
+    lse.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out.sum() + lse.sum()).backward()
+    with pytest.raises(RuntimeError, match="is invalid for input"):
+        minitorch.flash_attention(q, k, v).view(7, 7)
+    for name in ("key", "attn_mask"):
+        there = {"query": q, "key": k, "value": v}
+        there[name] = torch.zeros(64, 32 if name == "key" else 64)
+        with pytest.raises(ValueError, match=f"{name} must be on the query's device"):
+            minitorch.flash_attention(**there)
+    mask = np.random.default_rng(0).normal(size=(64, 64)).astype(">f4")
+    native = torch.tensor(mask.astype(np.float32), device="cuda")
+
+    def loss(f: Any, mask: Any) -> Any:
+        return lambda q, k, v: (f(q, k, v, attn_mask=mask) ** 2).sum()
+
+    reference = torch.nn.functional.scaled_dot_product_attention
+    ours, theirs = (
+        torch.vmap(torch.func.grad(loss(f, m), argnums=(0, 1, 2)))(q, k, v)
+        for f, m in ((minitorch.flash_attention, mask), (reference, native))
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    tensors = [minitorch.as_tensor(x.detach()) for x in (q, k, v)]
+    got = tensors[0].flash_attention(*tensors[1:], attn_mask=mask)
+    torch.testing.assert_close(
+        torch.from_dlpack(got), reference(q, k, v, attn_mask=native).detach(), rtol=1e-3, atol=1e-4
+    )

@@ -13,6 +13,8 @@ from minitorch.cuda_kernel_ops import CudaKernelOps
 from minitorch.cuda_ops import CudaOps
 from minitorch.fused_ops import FusedOps
 from minitorch.kernels import runtime
+from tests.test_fused_checks import layer_results
+from tests.wrong_calls import answers
 
 Array = NDArray[Any]
 
@@ -121,12 +123,6 @@ def test_layernorm(dtype: str, weight_dtype: str) -> None:
         assert_same(actual, wanted, weaker)
 
 
-def test_layernorm_checks_its_weights() -> None:
-    x, (gamma, beta) = pair(7, "float32", 3, 4)[0], (pair(n, "float32", n)[0] for n in (4, 5))
-    with pytest.raises(ValueError, match=r"beta must have 4 elements, got shape \(5,\)"):
-        CudaKernelOps.layernorm_fw(x, gamma, beta)
-
-
 @DTYPES
 def test_gelu(dtype: str) -> None:
     x, expected_x = permuted(pair(11, dtype, 5, 7))
@@ -212,6 +208,33 @@ def test_wrong_numbers_are_reported_when_something_is_copied_to_the_host() -> No
     with pytest.raises(ValueError, match="target must hold whole numbers"):
         loss.to_numpy()
     assert loss.to_numpy().shape == (2,)  # reported once
+
+
+@pytest.mark.parametrize("ops", [CudaKernelOps, CudaOps])
+def test_wrong_shapes_are_refused_as_on_the_cpu(ops: Any) -> None:
+    assert answers(ops) == answers(minitorch.SimpleOps)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5)])
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), ("float64", "float32")])
+def test_weights_of_a_row_and_of_another_dtype(shape: Any, dtypes: Any) -> None:
+    expected = layer_results(HOST, dtypes, shape)
+    for name, array in layer_results(GPU, dtypes, shape).items():
+        assert array.dtype == expected[name].dtype, name
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_dimensions_may_count_from_the_end() -> None:
+    x, host = pair(4, "float64", 2, 3, 4)
+    grad, host_grad = pair(5, "float64", 2, 3, 4)
+    for dim in (-1, -2, -3):
+        y = CudaKernelOps.softmax_forward(x, dim)
+        assert_same(y, FusedOps.softmax_forward(host, dim), "float64")
+        expected = FusedOps.softmax_backward(host_grad, on_host(y), dim)
+        assert_same(CudaKernelOps.softmax_backward(grad, y, dim), expected, "float64")
+        total = CudaKernelOps.logsumexp_forward(x, dim)
+        assert_same(total, FusedOps.logsumexp_forward(host, dim), "float64")
+        assert_same(GPU.add_reduce(x, dim), HOST.add_reduce(host, dim), "float64")
 
 
 def test_every_fused_operation_has_a_kernel() -> None:

@@ -118,7 +118,7 @@ def test_dropout_keeps_what_the_mask_says() -> None:
     q, k, v = np.zeros((1, 2, 17, 8)), random(1, 2, 19, 8), np.eye(19)[None, None].repeat(2, 1)
     tensors = [on_gpu(x, "float16") for x in (q, k, v)]
     ops: Any = BACKEND.ops
-    out, _ = ops.flash_attention_forward(
+    out, *_ = ops.flash_attention_forward(
         *tensors, None, problem_of(tensors, dropout_p=p, seed=seed)
     )
     kept = attention_dropout_mask(2, 17, 19, p, seed)

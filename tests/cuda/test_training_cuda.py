@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,47 @@ def test_adamw_like_on_the_cpu(dtype: str, capturable: bool) -> None:
         np.testing.assert_allclose(saved[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_parameter_groups_like_on_the_cpu() -> None:
+    """The rates of both groups are changed between steps, and saved."""
+    results = []
+    for backend in (CPU, GPU):
+        made = parameters(backend, "float64")
+        groups: list[dict[str, Any]] = [
+            {"params": made[:1]},
+            {"params": made[1:], "weight_decay": 0.0, "betas": (0.5, 0.6), "lr": 0.03},
+        ]
+        optimizer = AdamW(groups, lr=0.1, weight_decay=0.3, capturable=backend.cuda)
+        schedule = minitorch.CosineSchedule(optimizer, 4, 1)
+        for step in range(3):
+            give_gradients(made, step)
+            optimizer.clip_grad_norm_(4.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.param_groups[0]["lr"] *= 0.9
+        results.append(optimizer.state_dict() | dict(enumerate(values(made))))
+    assert results[1]["lr"].shape == (2,)
+    assert results[0].keys() == results[1].keys()
+    for name, array in results[0].items():
+        np.testing.assert_allclose(results[1][name], array, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_and_values_of_another_shape() -> None:
+    """The flat arrays have no room for them."""
+    made = parameters(GPU, "float32")
+    optimizer = AdamW(made, capturable=True)
+    give_gradients(made, 0)
+    before = values(made)
+    for shape in ((8,), (1,)):
+        made[1].value.grad = minitorch.tensor(np.ones(shape), GPU, requires_grad=False)
+        with pytest.raises(ValueError, match=r"grad of parameter 1 \(p1\) must have its shape"):
+            optimizer.step()
+    for a, b in zip(values(made), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    made[1].update(minitorch.tensor(np.ones(71), GPU))
+    with pytest.raises(ValueError, match=r"parameter 1 \(p1\) must keep its shape \(7,\)"):
+        optimizer.step()
+
+
 def test_the_norm_is_that_of_the_gradients() -> None:
     for max_norm in (0.5, 100.0):
         norms = []
@@ -73,6 +116,37 @@ def test_the_norm_is_that_of_the_gradients() -> None:
             give_gradients(optimizer.parameters, 0)
             norms.append(float(optimizer.clip_grad_norm_(max_norm)))
         np.testing.assert_allclose(norms, norms[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("by", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_capturable_run_goes_on_alone(by: Any) -> None:
+    optimizer = AdamW(parameters(GPU, "float32"), lr=0.1, capturable=True)
+
+    def step(optimizer: AdamW, number: int) -> list[Array]:
+        give_gradients(optimizer.parameters, number)
+        optimizer.step()
+        return values(optimizer.parameters)
+
+    before = step(optimizer, 0)
+    other: AdamW = by(optimizer)
+    ours = step(other, 1)
+    for a, b in zip(values(optimizer.parameters), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(ours, step(optimizer, 1), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_pickled_tensor_of_16_bits() -> None:
+    x = minitorch.tensor([[1.5, -2.0]], GPU, dtype="bfloat16")
+    y = pickle.loads(pickle.dumps(x))
+    assert (
+        y.backend.ops is CudaKernelOps
+        and y.dtype == x.dtype
+        and y.to_numpy().tolist() == [[1.5, -2.0]]
+    )
+    state = {**x.__getstate__(), "backend": CPU}  # as on a machine without a GPU
+    y.__setstate__(state)
+    assert y.dtype == np.float32 and y.numpy().tolist() == [[1.5, -2.0]]
 
 
 def test_a_capturable_run_resumes() -> None:
