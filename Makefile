@@ -59,7 +59,7 @@ simulator: $(VENV)/dev.stamp
 	tests/cuda/test_simulator.py tests/cuda/test_fused_cuda.py
 
 # A cache of its own, since numba's does not tell code that checks from code that does not. What
-# intrinsics read and write (kernels/simd.py) is not checked here; it is without compilation, where
+# intrinsics read and write (kernels/cpu/simd.py) is not checked here; it is without compilation, where
 # numpy does it (tests/test_without_jit.py).
 BOUNDED := conv fast_ops flash_attention_kernels functions_grad fused_checks fused_kernels optim simd
 bounds: $(VENV)/dev.stamp

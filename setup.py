@@ -9,8 +9,8 @@ Lower bounds are versions the tests were run with:
 - numba 0.68 needs Python 3.10 or later; we need 3.11.
 - ml_dtypes 0.5 is the oldest that numpy 2.3 works with; it gives numpy bfloat16.
 - numba-cuda 0.30.4 refers to `np.row_stack`, which numpy 2.5 removed. No version of numpy is
-  excluded for it: `kernels/runtime.py` lends it the name while it is imported. The tests were run
-  with numpy 2.4.6 on Python 3.11 and 2.5.5 on 3.13.
+  excluded for it: `kernels/gpu/runtime.py` lends it the name while it is imported. The tests were
+  run with numpy 2.4.6 on Python 3.11 and 2.5.5 on 3.13.
 - The extra `cuda` brings numba-cuda with CUDA 13's compiler, which needs a driver of version 580 or
   later, and cuBLAS with NVIDIA's Python bindings to it; `cuda12` is the same for drivers of version
   525 or later. No CUDA toolkit is needed beside them.
@@ -24,7 +24,7 @@ Lower bounds are versions the tests were run with:
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 TRAIN = [
     "matplotlib>=3.11",
@@ -42,9 +42,34 @@ setup(
     description="A small deep-learning library to read, with FlashAttention and its kernels",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=["minitorch", "minitorch.kernels", "minitorch.kernels.flash_attention"],
+    packages=[
+        "minitorch",
+        "minitorch.cuda",
+        "minitorch.interop",
+        "minitorch.kernels",
+        *(f"minitorch.kernels.{name}" for name in find_packages("kernels")),
+    ],
     package_dir={"minitorch.kernels": "kernels"},
     package_data={"minitorch": ["py.typed"]},
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords=["autodiff", "tensors", "flash attention", "numba", "cuda", "education"],
+    project_urls={
+        "MiniTorch": "https://minitorch.github.io",
+        "FlashAttention": "https://arxiv.org/abs/2205.14135",
+        "FlashAttention-2": "https://arxiv.org/abs/2307.08691",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     install_requires=["ml_dtypes>=0.5", "numpy>=2.0", "numba>=0.68"],
     extras_require={

@@ -10,9 +10,9 @@ import math
 
 import numpy as np
 
-from .cpu_compiler import njit
-from .rows import KEY, Array, run_over_rows
-from .threads import fetch_add
+from .cpu.compiler import njit
+from .cpu.rows import KEY, Array, run_over_rows
+from .cpu.threads import fetch_add
 
 
 def step(

@@ -21,8 +21,16 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from .flat_cuda import COUNT, THREADS, flat_access, flat_blocks, flat_first
-from .runtime import Instance, cuda, device_function, kernel, launch, precision, types
+from .gpu.flat import COUNT, THREADS, flat_access, flat_blocks, flat_first
+from .gpu.runtime import (
+    Instance,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 
 # Places in `scalars`. The host writes LR; the others are written by the kernels below.
 LR, STEP, FACTOR, SKIP, NORM = 0, 1, 2, 3, 4

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from .runtime import Instance, cuda, kernel, launch, precision, types
+from .gpu.runtime import Instance, cuda, kernel, launch, precision, types
 
 THREADS = 128
 MOST_BLOCKS = 1 << 20

@@ -26,7 +26,7 @@ from .elementwise_cuda import (
     map_kernel,
     merge_dimensions,
 )
-from .runtime import (
+from .gpu.runtime import (
     SIMULATED,
     Instance,
     ceil_div,
@@ -37,7 +37,7 @@ from .runtime import (
     precision,
     types,
 )
-from .vectors_cuda import BYTES, vector_access
+from .gpu.vectors import BYTES, vector_access
 
 MOST_THREADS = 8 if SIMULATED else 256
 BAND = 2 if SIMULATED else 16  # tiles

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .rows import Array
+from .cpu.rows import Array
 from .softmax import logsumexp_backward, logsumexp_forward
 
 

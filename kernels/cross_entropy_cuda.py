@@ -12,9 +12,17 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from .approximate_cuda import exponential
-from .rows_cuda import RowShape, block_row, row_blocks, row_shape, tile_access
-from .runtime import NEGATIVE_INFINITY, Instance, cuda, kernel, launch, precision, types
+from .gpu.approximate import exponential
+from .gpu.rows import RowShape, block_row, row_blocks, row_shape, tile_access
+from .gpu.runtime import (
+    NEGATIVE_INFINITY,
+    Instance,
+    cuda,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 from .softmax_cuda import FORWARD_BYTES, exponentials, row_total
 
 ERROR_BIT = 2  # of the device's word of errors: a target that is no class

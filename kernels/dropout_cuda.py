@@ -13,9 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from .flat_cuda import COUNT, THREADS, flat_access, flat_blocks, flat_first
+from .gpu.flat import COUNT, THREADS, flat_access, flat_blocks, flat_first
+from .gpu.runtime import (
+    Instance,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 from .philox import LOW_WORD, WORD_BITS, dropout_threshold, philox4x32
-from .runtime import Instance, cuda, device_function, kernel, launch, precision, types
 
 philox = device_function(philox4x32)
 

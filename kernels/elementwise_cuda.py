@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from .ptx import SIXTEEN_BITS
-from .runtime import (
+from .gpu.ptx import SIXTEEN_BITS
+from .gpu.runtime import (
     SIMULATED,
     Instance,
     Precision,
@@ -29,8 +29,8 @@ from .runtime import (
     precision,
     types,
 )
-from .scalar_cuda import scalar_function
-from .vectors_cuda import BYTES, vector_access
+from .gpu.scalar import scalar_function
+from .gpu.vectors import BYTES, vector_access
 
 THREADS = 32 if SIMULATED else 256
 # A thread reads this many groups before it computes: they are on their way together.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu_compiler import njit
-from .rows import KEY, Array, as_rows, run_over_rows
-from .threads import fetch_add
+from .cpu.compiler import njit
+from .cpu.rows import KEY, Array, as_rows, run_over_rows
+from .cpu.threads import fetch_add
 
 
 def forward(ids: Array, weight: Array) -> Array:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .runtime import (
+from .gpu.runtime import (
     SIMULATED,
     WARP,
     Instance,
@@ -26,7 +26,7 @@ from .runtime import (
     precision,
     types,
 )
-from .vectors_cuda import BYTES, vector_access
+from .gpu.vectors import BYTES, vector_access
 
 ERROR_BIT = 1  # of the device's word of errors: an id that is no row of the table
 WARPS = 2 if SIMULATED else 4  # of a block, one token or one row of the table each

@@ -21,7 +21,7 @@ import numba
 import numpy as np
 
 from .elementwise_cuda import Ints, View, group_offset, merge_dimensions
-from .runtime import (
+from .gpu.runtime import (
     SIMULATED,
     WARP,
     Instance,
@@ -34,8 +34,8 @@ from .runtime import (
     shuffle_xor,
     types,
 )
-from .scalar_cuda import scalar_function
-from .vectors_cuda import BYTES, vector_load_or
+from .gpu.scalar import scalar_function
+from .gpu.vectors import BYTES, vector_load_or
 
 THREADS = 32 if SIMULATED else 256
 TREE = 8 if SIMULATED else WARP  # threads that meet by shuffles

@@ -14,10 +14,10 @@ import math
 
 import numpy as np
 
-from .cpu_compiler import njit
-from .rows import KEY, Array, run_over_rows, writeable
-from .threads import fetch_add
-from .vector_math import exp
+from .cpu.compiler import njit
+from .cpu.rows import KEY, Array, run_over_rows, writeable
+from .cpu.threads import fetch_add
+from .cpu.vector_math import exp
 
 TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715

@@ -15,9 +15,17 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from .approximate_cuda import exponential, reciprocal
-from .flat_cuda import COUNT, THREADS, flat_blocks, flat_first, whole_access
-from .runtime import Instance, cuda, device_function, kernel, launch, precision, types
+from .gpu.approximate import exponential, reciprocal
+from .gpu.flat import COUNT, THREADS, flat_blocks, flat_first, whole_access
+from .gpu.runtime import (
+    Instance,
+    cuda,
+    device_function,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 
 TWO_SQRT_2_OVER_PI = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715

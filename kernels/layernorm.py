@@ -11,10 +11,10 @@ import math
 
 import numpy as np
 
-from .cpu_compiler import njit
-from .rows import KEY, Array, as_rows, block_rows, run_over_rows, writeable
-from .threads import fetch_add
-from .vector_math import row_dot, row_square_distance, row_sum
+from .cpu.compiler import njit
+from .cpu.rows import KEY, Array, as_rows, block_rows, run_over_rows, writeable
+from .cpu.threads import fetch_add
+from .cpu.vector_math import row_dot, row_square_distance, row_sum
 
 
 def forward(x: Array, gamma: Array, beta: Array, eps: float) -> tuple[Array, Array, Array]:

@@ -17,13 +17,11 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from .approximate_cuda import inverse_root
-from .reduce_cuda import FOLD_COLUMNS, FOLD_SIZE, FOLD_THREADS, fold
-from .rows_cuda import (
+from .gpu.approximate import inverse_root
+from .gpu.rows import (
     RowShape,
     block_row,
     most_shared_bytes,
-    multiprocessors,
     row_blocks,
     row_shape,
     team_sum,
@@ -31,7 +29,7 @@ from .rows_cuda import (
     tile_access,
     weights_access,
 )
-from .runtime import (
+from .gpu.runtime import (
     SIMULATED,
     WARP,
     Instance,
@@ -40,10 +38,12 @@ from .runtime import (
     device_function,
     kernel,
     launch,
+    multiprocessors,
     precision,
     types,
 )
-from .vectors_cuda import BYTES, vector_access
+from .gpu.vectors import BYTES, vector_access
+from .reduce_cuda import FOLD_COLUMNS, FOLD_SIZE, FOLD_THREADS, fold
 
 FORWARD_BYTES = 128  # of a row that a thread keeps, in its registers
 # Of each of two rows, in float32: the first with which a row is kept whole. Of 16-bit numbers it is

@@ -9,10 +9,10 @@ import math
 
 import numpy as np
 
-from .blas import product
-from .cpu_compiler import njit
-from .rows import KEY, Array, as_rows, block_rows, run_over_rows, writeable
-from .threads import fetch_add
+from .cpu.blas import product
+from .cpu.compiler import njit
+from .cpu.rows import KEY, Array, as_rows, block_rows, run_over_rows, writeable
+from .cpu.threads import fetch_add
 
 
 def forward(x: Array, weight: Array, bias: Array | None) -> Array:

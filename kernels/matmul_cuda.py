@@ -18,7 +18,16 @@ from math import prod
 from typing import Any
 
 from .elementwise_cuda import View, group_offset, merge_dimensions
-from .runtime import SIMULATED, Instance, ceil_div, cuda, kernel, launch, precision, types
+from .gpu.runtime import (
+    SIMULATED,
+    Instance,
+    ceil_div,
+    cuda,
+    kernel,
+    launch,
+    precision,
+    types,
+)
 
 MOST_GRID_Y = 65535
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from .runtime import Instance, ceil_div, cuda, kernel, launch, precision, types
+from .gpu.runtime import Instance, ceil_div, cuda, kernel, launch, precision, types
 
 THREADS_PER_BLOCK = 32
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from .rows_cuda import team_sum
-from .runtime import (
+from .gpu.rows import team_sum
+from .gpu.runtime import (
     SIMULATED,
     WARP,
     Instance,
@@ -24,7 +24,7 @@ from .runtime import (
     precision,
     types,
 )
-from .vectors_cuda import BYTES, vector_access
+from .gpu.vectors import BYTES, vector_access
 
 FOLD_COLUMNS = WARP  # threads of a block along the columns
 FOLD_THREADS = 2 if SIMULATED else 16  # along the rows

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .cpu_compiler import njit
-from .rows import KEY, Array, as_rows, run_over_rows
-from .threads import fetch_add
-from .vector_math import exp, row_dot, row_max, row_sum
+from .cpu.compiler import njit
+from .cpu.rows import KEY, Array, as_rows, run_over_rows
+from .cpu.threads import fetch_add
+from .cpu.vector_math import exp, row_dot, row_max, row_sum
 
 
 def forward(x: Array, mask: Array | None = None) -> Array:

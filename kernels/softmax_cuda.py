@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .approximate_cuda import exponential
-from .rows_cuda import (
+from .gpu.approximate import exponential
+from .gpu.rows import (
     RowShape,
     block_row,
     row_blocks,
@@ -28,7 +28,7 @@ from .rows_cuda import (
     team_sum,
     tile_access,
 )
-from .runtime import (
+from .gpu.runtime import (
     NEGATIVE_INFINITY,
     Instance,
     cuda,

@@ -8,9 +8,15 @@ in MiniTorch, and hides the module of that name.
 from . import threads as _threads  # isort: skip  # noqa: F401
 
 # Binds numba.cuda, which numba does not do by itself: programs ask numba.cuda.is_available().
-from .kernels import runtime as _runtime  # isort: skip  # noqa: F401
+from .kernels.gpu import runtime as _runtime  # isort: skip  # noqa: F401
 
-from . import cuda, modules_transfomer, operators, scalar_functions, testing
+from . import (
+    cuda,
+    modules_transfomer,
+    operators,
+    scalar_functions,
+    testing,
+)
 from .attention import attention_dropout_mask
 from .autodiff import (
     Context,
@@ -37,13 +43,20 @@ from .factories import (
     zeros,
     zeros_tensor_from_numpy,
 )
-from .fast_conv import Conv1dFun, Conv2dFun, conv1d, conv2d, tensor_conv1d, tensor_conv2d
+from .fast_conv import (
+    Conv1dFun,
+    Conv2dFun,
+    conv1d,
+    conv2d,
+    tensor_conv1d,
+    tensor_conv2d,
+)
 from .fast_ops import FastOps
-from .foreign import as_tensor, flash_attention, from_dlpack
 from .function import Function, History
 from .fused_functions import Attn_Softmax, LayerNorm, LogSoftmax, LogSumExp, Softmax
 from .grad_check import grad_central_difference, grad_check
 from .grad_scaler import GradScaler
+from .interop.foreign import as_tensor, flash_attention, from_dlpack
 from .module import Module, Parameter
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
 from .movement_functions import BroadcastTo, Concatenate, Copy, Permute, Slice, View

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import check_tensor, type_name
-from .cuda_precision import fp32_precision
+from .cuda.precision import fp32_precision
 from .fused_functions import LogSumExp, Softmax
 from .kernels.flash_attention.problem import (
     AttentionProblem,

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cuda_attention import CudaAttentionOps
-from .cuda_matmul import contiguous
+from .cuda.attention import CudaAttentionOps
+from .cuda.device_array import DeviceArray, error_word
+from .cuda.matmul import contiguous
+from .cuda.views import contiguous_data, device_storage, gradient_memory
 from .cuda_ops import CudaOps
-from .cuda_views import contiguous_data, device_storage, gradient_memory
-from .device_array import DeviceArray, error_word
 from .dtypes import HALF_DTYPES, layer_dtype
 from .kernels import (
     adamw_cuda,
@@ -27,7 +27,7 @@ from .kernels import (
     softmax_cuda,
 )
 from .kernels.elementwise_cuda import broadcast_strides, merge_dimensions
-from .kernels.vectors_cuda import BYTES
+from .kernels.gpu.vectors import BYTES
 from .rng import device_offset
 
 if TYPE_CHECKING:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import operators
-from .cuda_elementwise import tensor_map, tensor_reduce, tensor_zip
-from .cuda_matmul import CudaMatMulOps
-from .cuda_views import contiguous_data, device_storage, dtype_name
-from .device_array import DeviceArray
+from .cuda.device_array import DeviceArray
+from .cuda.elementwise import tensor_map, tensor_reduce, tensor_zip
+from .cuda.matmul import CudaMatMulOps
+from .cuda.views import contiguous_data, device_storage, dtype_name
 from .fast_ops import FastOps
-from .kernels import elementwise_cuda, fold_cuda, practice_cuda, runtime
+from .kernels import elementwise_cuda, fold_cuda, practice_cuda
+from .kernels.gpu import runtime
 from .kernels.practice_cuda import THREADS_PER_BLOCK
 from .tensor_data import TensorData
 

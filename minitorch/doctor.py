@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from . import cublas, threads
-from .kernels import compile_cache, cpu_compiler, runtime
+from . import threads
+from .cuda import cublas
+from .kernels.cpu import compiler as cpu_compiler
+from .kernels.gpu import compile_cache, runtime
 
 SAMPLE_BYTES = 1 << 16  # a compiled kernel has as many
 # About a millisecond, as a power of two of cycles.

@@ -19,10 +19,10 @@ import numpy.typing as npt
 from .autodiff import Context
 from .dtypes import HALF_DTYPES, promote
 from .function import Function
-from .kernels import threads
-from .kernels.cpu_compiler import njit
-from .kernels.simd import cache_key
-from .kernels.threads import fetch_add, run_on_threads, thread_count
+from .kernels.cpu import threads
+from .kernels.cpu.compiler import njit
+from .kernels.cpu.simd import cache_key
+from .kernels.cpu.threads import fetch_add, run_on_threads, thread_count
 
 if TYPE_CHECKING:
     from .tensor import Tensor

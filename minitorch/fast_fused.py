@@ -11,8 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .fused_ops import arrays, like, whole_numbers
-from .kernels import adamw, cross_entropy, embedding, gelu, layernorm, linear, softmax
-from .kernels.flash_attention import cpu as flash_attention
+from .kernels import (
+    adamw,
+    cross_entropy,
+    embedding,
+    gelu,
+    layernorm,
+    linear,
+    softmax,
+)
+from .kernels.flash_attention.cpu import launch as flash_attention
 from .tensor_ops import TensorOps
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from numba.core.errors import NumbaError, UnsupportedBytecodeError
 from . import operators
 from .fast_fused import FastFusedOps
 from .ieee import quiet
-from .jit import compiled, specialise
-from .kernels import simd, threads
-from .kernels.blas import product
-from .kernels.cpu_compiler import njit
-from .kernels.threads import fetch_add, run_on_threads, thread_count
+from .kernels.cpu import simd, threads
+from .kernels.cpu.blas import product
+from .kernels.cpu.compiler import njit
+from .kernels.cpu.jit import compiled, specialise
+from .kernels.cpu.threads import fetch_add, run_on_threads, thread_count
 from .tensor_data import TensorData, shape_broadcast
 from .tensor_ops import (
     MapFn,

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .autodiff import no_grad
-from .capturable import zeros
-from .device_array import DeviceArray
+from .cuda.capturable import zeros
+from .cuda.device_array import DeviceArray
 from .kernels import adamw_cuda
 from .optim import Adam
 from .optimizer import Optimizer, gradient_of

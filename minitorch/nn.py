@@ -9,7 +9,14 @@ import numpy as np
 
 from .arguments import as_ints, as_size, check_dim, check_dims, check_tensor
 from .factories import rand
-from .fused_functions import DropoutFun, GELUFun, LogSoftmax, LogSumExp, Softmax, SoftmaxLoss
+from .fused_functions import (
+    DropoutFun,
+    GELUFun,
+    LogSoftmax,
+    LogSumExp,
+    Softmax,
+    SoftmaxLoss,
+)
 from .kernels.flash_attention.problem import checked_dropout_p
 from .rng import masks_come_from_seeds, next_seed
 from .storage_ops import StorageOps

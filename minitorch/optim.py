@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .capturable import CapturableState
-from .optimizer import Optimizer, Parameters, ParamGroup, check_range, clip_grad_norm_
+from .cuda.capturable import CapturableState
+from .optimizer import (
+    Optimizer,
+    Parameters,
+    ParamGroup,
+    check_range,
+    clip_grad_norm_,
+)
 from .tensor import Tensor
 
 Array = npt.NDArray[Any]

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .allocator import is_capturing
-from .device_array import DeviceArray, permanent
+from .cuda.allocator import is_capturing
+from .cuda.device_array import DeviceArray, permanent
 
 _attention_seeds = np.random.Generator(np.random.PCG64(0))
 

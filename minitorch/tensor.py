@@ -27,17 +27,10 @@ from .copies import copy_tensor, deepcopy_tensor, set_tensor_state, tensor_state
 from .function import Function, History
 from .fused_functions import Attn_Softmax, LayerNorm
 from .indexing import get_item, set_item
-from .interop import cuda_array_interface, dlpack_device, to_dlpack
+from .interop.arrays import cuda_array_interface, dlpack_device, to_dlpack
 from .movement_functions import BroadcastTo, Copy, Permute, View, expand
 from .numpy_protocol import plain_operand
-from .tensor_data import (
-    Shape,
-    Storage,
-    Strides,
-    TensorData,
-    UserShape,
-    UserStrides,
-)
+from .tensor_data import Shape, Storage, Strides, TensorData, UserShape, UserStrides
 from .tensor_functions import (
     EQ,
     LT,

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import as_array, as_ints, as_number, as_shape, check_key
-from .device_array import DeviceArray
+from .cuda.device_array import DeviceArray
 from .dtypes import FLOAT_DTYPES, get_default_dtype, storage_dtype
 
 MAX_DIMS = 32

@@ -1,7 +1,7 @@
 """How the thread pools of numba and numpy wait. Imported first, for they read this when they load.
 
-A process that trains has several pools: the library's own (`kernels/threads.py`, which sleeps when
-it has nothing to do), numpy's BLAS, numba's parallel loops (OpenMP), and PyTorch's if that is
+A process that trains has several pools: the library's own (`kernels/cpu/threads.py`, which sleeps
+when it has nothing to do), numpy's BLAS, numba's parallel loops (OpenMP), and PyTorch's if that is
 imported too. A thread that waits by spinning keeps a core from a thread of another pool that has
 work: on two cores that made a training step several times slower. So:
 

@@ -81,7 +81,7 @@ class Contestant:
 @contextmanager
 def only(name: str) -> Iterator[None]:
     """Let one module compute everything that our launcher is asked for; "ours": its own choice."""
-    from minitorch import cuda_attention
+    from minitorch.cuda import attention as cuda_attention
 
     modules = cuda_attention.FLASH_ATTENTION
     if name != "ours":
@@ -106,7 +106,8 @@ def ours(
 
     """
     import minitorch
-    from minitorch import attention, cuda_attention
+    from minitorch import attention
+    from minitorch.cuda import attention as cuda_attention
 
     q, k, v, do = (minitorch.as_tensor(x) for x in inputs)
     problem = attention.describe(
@@ -115,7 +116,7 @@ def ours(
     ops: Any = q.f.ops
     if name != "ours":
         modules = {m.NAME: m for m in cuda_attention.FLASH_ATTENTION}
-        capability = minitorch.kernels.runtime.compute_capability()
+        capability = minitorch.kernels.gpu.runtime.compute_capability()
         if name not in modules or modules[name].why_not(problem, capability) is not None:
             return None
         backward = backward and hasattr(modules[name], "backward")

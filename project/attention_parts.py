@@ -246,7 +246,8 @@ def measure_compile(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
 def first_call(name: str) -> None:
     """In a process of its own: seconds of the first forward and backward call of a module."""
     import minitorch
-    from minitorch import attention, cuda_attention
+    from minitorch import attention
+    from minitorch.cuda import attention as cuda_attention
 
     backend = minitorch.TensorBackend(minitorch.CudaKernelOps)
     length = 1 if name == "decode" else 256

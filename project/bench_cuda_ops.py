@@ -34,7 +34,7 @@ import numpy as np
 
 import minitorch
 from minitorch import Tensor
-from minitorch.kernels.runtime import cuda, current_stream
+from minitorch.kernels.gpu.runtime import cuda, current_stream
 from project.arguments import COUNT, SEED, too_large, whole
 from project.gpu_timing import gpu_memory, require_gpu
 

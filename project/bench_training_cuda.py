@@ -36,8 +36,8 @@ import minitorch  # isort: skip  # before numpy: it settles how threads wait (mi
 
 import numpy as np
 
-from minitorch.cuda_driver import stream_handle
-from minitorch.kernels import runtime
+from minitorch.cuda.driver import stream_handle
+from minitorch.kernels.gpu import runtime
 from project.arguments import COUNT, COUNT_OR_NONE, SEED, read_results, whole
 from project.gpu_timing import require_gpu
 from project.transformer import data

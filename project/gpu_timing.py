@@ -27,7 +27,7 @@ def require_gpu() -> None:
 
     """
     import minitorch
-    from minitorch.kernels import runtime
+    from minitorch.kernels.gpu import runtime
 
     if runtime.SIMULATED:
         raise SystemExit("this needs a GPU, the simulator is none: unset NUMBA_ENABLE_CUDASIM")
@@ -37,7 +37,7 @@ def require_gpu() -> None:
 
 def gpu_memory() -> int:
     """Bytes of memory of the GPU."""
-    from minitorch.kernels import runtime
+    from minitorch.kernels.gpu import runtime
 
     return int(runtime.cuda.current_context().get_memory_info().total)
 
@@ -88,7 +88,7 @@ class Recorder:
     def our_graph(self, function: Callable[[], Any]) -> Work:
         """The same for a function that returns tensors of minitorch."""
         import minitorch
-        from minitorch.kernels import runtime
+        from minitorch.kernels.gpu import runtime
 
         stream = runtime.cuda.external_stream(self.stream.cuda_stream)
         with runtime.on_stream(stream):
@@ -104,7 +104,7 @@ class Recorder:
         """The same without a graph, for what cannot be recorded: each repeat is a call. Where the
         GPU takes longer than Python, that is no difference.
         """
-        from minitorch.kernels import runtime
+        from minitorch.kernels.gpu import runtime
 
         stream = runtime.cuda.external_stream(self.stream.cuda_stream)
         results: list[Any] = []

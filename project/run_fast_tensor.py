@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `project
 
 import minitorch
 from minitorch import TensorBackend
-from minitorch.kernels import runtime
+from minitorch.kernels.gpu import runtime
 from project.points import add_training_options, make_parser, make_points, parse, picture
 from project.run_tensor import TensorTrain
 

@@ -125,8 +125,8 @@ def measure(
 
 def entries(arguments: argparse.Namespace) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """What is to be measured: modules, and entries with more than one candidate."""
-    from minitorch import cuda_attention
-    from minitorch.kernels.runtime import compute_capability
+    from minitorch.cuda import attention as cuda_attention
+    from minitorch.kernels.gpu.runtime import compute_capability
 
     for module in cuda_attention.FLASH_ATTENTION:
         if arguments.modules and module.NAME not in arguments.modules:
@@ -144,7 +144,7 @@ def entries(arguments: argparse.Namespace) -> Iterator[tuple[Any, tuple[Any, ...
 
 def main() -> None:
     arguments = parse_arguments()
-    from minitorch import cuda_attention
+    from minitorch.cuda import attention as cuda_attention
     from minitorch.kernels.flash_attention import tuning
     from project.gpu_timing import Recorder, require_gpu
 

@@ -3,7 +3,7 @@
 The same way that numba-cuda goes when a kernel is first launched: numba lowers the Python function
 to LTO-IR, NVIDIA's nvJitLink makes machine code of it for one architecture. The first step takes
 ten times as long as the second. It is made once, for the oldest architecture, unless what it makes
-depends on the architecture, as storing bfloat16 does (kernels/runtime.py) and nothing else.
+depends on the architecture, as storing bfloat16 does (kernels/gpu/runtime.py) and nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cuda.bindings import nvjitlink
 
-from minitorch.kernels.runtime import Instance, cuda, precision, types
+from minitorch.kernels.gpu.runtime import Instance, cuda, precision, types
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 OLDEST = (7, 5)

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitorch.kernels import compile_cache, runtime
-from minitorch.kernels.runtime import cuda, types
-from minitorch.kernels.traced import traced
+from minitorch.kernels.gpu import compile_cache, runtime
+from minitorch.kernels.gpu.runtime import cuda, types
+from minitorch.kernels.gpu.traced import traced
 
 if runtime.SIMULATED:
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
@@ -147,7 +147,7 @@ def test_a_module_of_the_users_own_is_not_described(tmp_path: Path) -> None:
 
 MODULE = """
 from minitorch.kernels import compile_cache, runtime
-from minitorch.kernels.runtime import cuda, types
+from minitorch.kernels.gpu.runtime import cuda, types
 
 FACTOR = 2
 

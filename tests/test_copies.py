@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch import AdamW, FastOps, Linear, Module, Parameter, Scalar, Tensor, TensorBackend
+from minitorch import (
+    AdamW,
+    FastOps,
+    Linear,
+    Module,
+    Parameter,
+    Scalar,
+    Tensor,
+    TensorBackend,
+)
 from minitorch.function import History
 from minitorch.testing import shapes, tensors
 

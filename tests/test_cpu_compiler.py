@@ -8,7 +8,7 @@ from typing import Any
 import numba
 import pytest
 
-from minitorch.kernels import cpu_compiler
+from minitorch.kernels.cpu import compiler as cpu_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import minitorch
-from minitorch import attention, cuda_attention
+from minitorch import attention
+from minitorch.cuda import attention as cuda_attention
 from minitorch.dtypes import BFLOAT16
 from minitorch.kernels.flash_attention.problem import AttentionProblem
-from minitorch.kernels.runtime import is_available
+from minitorch.kernels.gpu.runtime import is_available
 
 ARCHITECTURES = ((7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 DTYPES = ("float32", "float64", "float16", "bfloat16")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minitorch import cublas, doctor
-from minitorch.kernels import runtime
+from minitorch import doctor
+from minitorch.cuda import cublas
+from minitorch.kernels.gpu import runtime
 from minitorch.threads import SETTINGS
 
 

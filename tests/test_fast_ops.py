@@ -25,8 +25,8 @@ from minitorch.fast_ops import (
     tensor_reduce,
     tensor_zip,
 )
-from minitorch.jit import source_digest
-from minitorch.kernels import blas
+from minitorch.kernels.cpu import blas
+from minitorch.kernels.cpu.jit import source_digest
 from minitorch.tensor_data import TensorData
 from minitorch.testing import DTYPES, arrays, shapes
 

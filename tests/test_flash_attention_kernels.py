@@ -14,8 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitorch.kernels.flash_attention import cpu, cpu_backward, cpu_forward
-from minitorch.kernels.flash_attention.cpu import TileSizes
+from minitorch.kernels.flash_attention.cpu import (
+    backward as cpu_backward,
+)
+from minitorch.kernels.flash_attention.cpu import (
+    forward as cpu_forward,
+)
+from minitorch.kernels.flash_attention.cpu import (
+    launch as cpu,
+)
+from minitorch.kernels.flash_attention.cpu.launch import TileSizes
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.flash_attention.standard import (
     standard_attention,

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import minitorch
-from minitorch import dlpack
 from minitorch.dtypes import BFLOAT16
+from minitorch.interop import dlpack
 
 FAST = minitorch.TensorBackend(minitorch.FastOps)
 VALUES = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)

@@ -20,8 +20,8 @@ from minitorch.kernels import (
     layernorm,
     linear,
     softmax,
-    vector_math,
 )
+from minitorch.kernels.cpu import vector_math
 from minitorch.testing import DTYPES, arrays, shapes
 
 Array = Any

@@ -7,15 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitorch.kernels.flash_attention import hopper, hopper_schedule
-from minitorch.kernels.flash_attention.hopper_forward import forward_memory
-from minitorch.kernels.flash_attention.hopper_schedule import (
-    NO_TILE,
-    order,
-    reciprocal,
-    tile_costs,
-)
-from minitorch.kernels.flash_attention.hopper_tiles import HEAD_SIZES, Blocks, Kind, padded, parts
+from minitorch.kernels.flash_attention.hopper import launch as hopper
+from minitorch.kernels.flash_attention.hopper import schedule as hopper_schedule
+from minitorch.kernels.flash_attention.hopper.forward import forward_memory
+from minitorch.kernels.flash_attention.hopper.schedule import NO_TILE, order, reciprocal, tile_costs
+from minitorch.kernels.flash_attention.hopper.tiles import HEAD_SIZES, Blocks, Kind, padded, parts
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 
 BLOCKS = Blocks(2, 128)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from minitorch.kernels import ptx, ptx_hopper, runtime, shared_layout, traced
-from minitorch.kernels.inline_ptx import Assembly, f32, u32
-from minitorch.kernels.inline_ptx import ptx as declared
-from minitorch.kernels.register_tile import RegisterTile
-from minitorch.kernels.runtime import types
-from minitorch.kernels.tensor_map import TensorMap, matrices_map
+from minitorch.kernels.gpu import ptx, ptx_hopper, runtime, shared_layout, traced
+from minitorch.kernels.gpu.inline_ptx import Assembly, f32, u32
+from minitorch.kernels.gpu.inline_ptx import ptx as declared
+from minitorch.kernels.gpu.register_tile import RegisterTile
+from minitorch.kernels.gpu.runtime import types
+from minitorch.kernels.gpu.tensor_map import TensorMap, matrices_map
 
 MANY = (8, 256)
 

@@ -20,100 +20,43 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # From the bottom to the top. A module imports from its own layer and from those below; `kernels`
 # stands under them all.
-LAYERS: list[tuple[str, set[str]]] = [
+LAYERS: list[tuple[str, str]] = [
     (
         "data and mathematics",
-        {
-            "allocator",
-            "arguments",
-            "cuda_driver",
-            "cuda_precision",
-            "device_array",
-            "dlpack",
-            "dtypes",
-            "ieee",
-            "jit",
-            "operators",
-            "rng",
-            "tensor_data",
-            "threads",
-        },
+        "arguments dtypes ieee operators rng tensor_data threads interop.dlpack cuda.allocator "
+        "cuda.device_array cuda.driver cuda.precision",
     ),
     (
         "engine and backends",
-        {
-            "autodiff",
-            "cublas",
-            "cublas_lt",
-            "cuda",
-            "cuda_attention",
-            "cuda_elementwise",
-            "cuda_explain",
-            "cuda_fallback",
-            "cuda_graph",
-            "cuda_kernel_ops",
-            "cuda_matmul",
-            "cuda_movement",
-            "cuda_ops",
-            "cuda_storage",
-            "cuda_transfer",
-            "cuda_views",
-            "fast_fused",
-            "fast_ops",
-            "fused_checks",
-            "fused_ops",
-            "storage_ops",
-            "tensor_ops",
-        },
+        "autodiff cuda_kernel_ops cuda_ops fast_fused fast_ops fused_checks fused_ops storage_ops "
+        "tensor_ops cuda cuda.attention cuda.cublas cuda.cublas_lt cuda.elementwise "
+        "cuda.explanation cuda.fallback cuda.graph cuda.matmul cuda.movement cuda.storage "
+        "cuda.transfer cuda.views",
     ),
     (
         "tensors",
-        {
-            "attention",
-            "copies",
-            "factories",
-            "fast_conv",
-            "foreign",
-            "function",
-            "fused_functions",
-            "grad_check",
-            "indexing",
-            "interop",
-            "movement_functions",
-            "numpy_protocol",
-            "scalar",
-            "scalar_functions",
-            "tensor",
-            "tensor_functions",
-            "torch_attention",
-        },
+        "attention copies factories fast_conv function fused_functions grad_check indexing "
+        "movement_functions numpy_protocol scalar scalar_functions tensor tensor_functions "
+        "interop interop.arrays interop.foreign interop.torch_attention",
     ),
     (
         "networks",
-        {
-            "capturable",
-            "checkpoint",
-            "containers",
-            "datasets",
-            "grad_scaler",
-            "module",
-            "modules_basic",
-            "modules_transfomer",
-            "nn",
-            "optim",
-            "optimizer",
-            "transformer",
-        },
+        "checkpoint containers datasets grad_scaler module modules_basic modules_transfomer nn "
+        "optim optimizer transformer cuda.capturable",
     ),
-    ("tools", {"__init__", "__main__", "doctor", "testing"}),
+    ("tools", "__init__ __main__ doctor testing"),
 ]
 # MiniTorch's courses read these names from `tensor_functions`, which finds them when asked; PyTorch
-# is imported when the first of its tensors comes.
+# is imported when the first of its tensors comes; `cuda` finds what needs tensors when asked.
 ALLOWED_UPWARDS = {
     ("tensor_functions", "factories"),
     ("tensor_functions", "grad_check"),
-    ("foreign", "torch_attention"),
+    ("interop.foreign", "interop.torch_attention"),
 }
+
+# In `kernels`: what is below imports nothing of what is above, and beside each other these know
+# nothing of each other.
+FAMILIES = ("cpu", "simt", "mma", "hopper", "decode")
 
 MOST_LINES = 520
 MOST_FUNCTION_LINES = 65
@@ -155,24 +98,38 @@ def imports(path: Path, package: str) -> Iterator[str]:
 
 
 def library_modules() -> dict[str, Path]:
-    return {path.stem: path for path in (ROOT / "minitorch").glob("*.py")}
+    """The modules of the library, without `kernels`, by their names below `minitorch`."""
+    found = {}
+    for path in (ROOT / "minitorch").rglob("*.py"):
+        parts = path.relative_to(ROOT / "minitorch").with_suffix("").parts
+        if parts[0] != "kernels":
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def package_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).parent.parts)
 
 
 def imported_modules(name: str) -> set[str]:
     """The modules of the library, without `kernels`, that a module of it imports."""
     known = library_modules()
-    parts = (i.split(".") for i in imports(known[name], "minitorch") if i.startswith("minitorch."))
-    return {part[1] for part in parts if part[1] in known} - {name}
+    path = known[name]
+    found = {i.removeprefix("minitorch.") for i in imports(path, package_of(path))} & set(known)
+    # `from .cuda import driver` means the module; the package runs first, and imports none of ours
+    # that needs this one.
+    parents = {module.rpartition(".")[0] for module in (*found, name)}
+    return found - parents - {name}
 
 
 def test_every_module_has_a_layer() -> None:
-    placed = [name for _, names in LAYERS for name in names]
+    placed = [name for _, names in LAYERS for name in names.split()]
     assert sorted(placed) == sorted(library_modules()), "give each module one layer in LAYERS"
 
 
 @pytest.mark.parametrize("name", sorted(library_modules()))
 def test_imports_point_downwards(name: str) -> None:
-    height = {module: number for number, (_, names) in enumerate(LAYERS) for module in names}
+    height = {m: number for number, (_, names) in enumerate(LAYERS) for m in names.split()}
     mine = height.get(name, len(LAYERS))  # a module without a layer fails the test above
     upwards = {other for other in imported_modules(name) if height.get(other, 0) > mine}
     assert {(name, other) for other in upwards} <= ALLOWED_UPWARDS
@@ -196,11 +153,35 @@ def test_kernels_know_arrays_and_nothing_of_the_library() -> None:
             assert name != "kernels.." and not name.startswith("minitorch"), path
 
 
+def kernel_imports(folder: str) -> Iterator[tuple[Path, str]]:
+    """Modules of `kernels` that a file below a folder of it imports, named from there."""
+    for path in source_files(f"kernels/{folder}"):
+        for name in imports(path, package_of(path)):
+            if name.startswith("kernels."):
+                yield path, name.removeprefix("kernels.")
+
+
+def test_no_family_imports_another() -> None:
+    for family in FAMILIES:
+        for path, name in kernel_imports(f"flash_attention/{family}"):
+            parts = name.split(".")
+            other = parts[1] if parts[0] == "flash_attention" and len(parts) > 1 else family
+            assert other == family or other not in FAMILIES, f"{path} imports {name}"
+
+
+def test_the_machinery_of_kernels_knows_no_operation() -> None:
+    for folder in ("cpu", "gpu"):
+        for path, name in kernel_imports(folder):
+            assert name.split(".")[0] in ("cpu", "gpu"), f"{path} imports {name}"
+
+
 def test_one_file_imports_the_cuda_target() -> None:
     """So that another compiler of the same language is one line away."""
     for path in source_files("minitorch", "kernels", "project"):
         found = {name for name in imports(path, "x.y.z") if name.startswith("numba.cuda")}
-        assert not found or path.name == "runtime.py", f"{path}: take cuda from kernels/runtime.py"
+        assert not found or path.name == "runtime.py", (
+            f"{path}: take cuda from kernels/gpu/runtime.py"
+        )
 
 
 @pytest.mark.parametrize("simulated", ["0", "1"])
@@ -227,7 +208,7 @@ def test_numba_cuda_is_optional(simulated: str) -> None:
 
 def test_the_library_knows_neither_projects_nor_tests() -> None:
     for path in source_files("minitorch"):
-        for name in imports(path, "minitorch"):
+        for name in imports(path, package_of(path)):
             assert name.split(".")[0] not in ("project", "tests", "kernels"), f"{path}: {name}"
 
 
@@ -305,7 +286,7 @@ def test_wheel_and_source_archive(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("minitorch", "kernels"):

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minitorch.kernels import inline_ptx, shared_layout, tensor_map
-from minitorch.kernels.inline_ptx import Assembly, f32, u32, u64
-from minitorch.kernels.register_tile import RegisterTile
-from minitorch.kernels.tensor_map import TensorMap, matrices_map
+from minitorch.kernels.gpu import inline_ptx, shared_layout, tensor_map
+from minitorch.kernels.gpu.inline_ptx import Assembly, f32, u32, u64
+from minitorch.kernels.gpu.register_tile import RegisterTile
+from minitorch.kernels.gpu.tensor_map import TensorMap, matrices_map
 
 LANES = range(32)
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from minitorch.dtypes import BFLOAT16
-from minitorch.kernels import runtime
-from minitorch.kernels.flash_attention import mma, tuning
-from minitorch.kernels.flash_attention.mma_backward import backward_memory
-from minitorch.kernels.flash_attention.mma_forward import forward_memory
-from minitorch.kernels.flash_attention.mma_tiles import Kind, Tiles
+from minitorch.kernels.flash_attention import tuning
+from minitorch.kernels.flash_attention.mma import launch as mma
+from minitorch.kernels.flash_attention.mma.backward import backward_memory
+from minitorch.kernels.flash_attention.mma.forward import forward_memory
+from minitorch.kernels.flash_attention.mma.tiles import Kind, Tiles
 from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.gpu import runtime
 from project.tune_attention import forget_choices
 
 if runtime.SIMULATED:

@@ -11,8 +11,8 @@ import pytest
 from llvmlite import ir
 from numba import njit
 
-from minitorch.kernels import simd, simd_matrix, threads, vector_target
-from minitorch.kernels.flash_attention.cpu_tiles import (
+from minitorch.kernels.cpu import simd, simd_matrix, threads, vector_target
+from minitorch.kernels.flash_attention.cpu.tiles import (
     leading_dimension,
     load_tile,
     load_tile_transposed,

@@ -6,7 +6,7 @@ byte that is read from it or written to it, while the arithmetic happens on copi
     standard attention     Theta(N d + N^2)       elements moved (theorem 2 of the paper)
     FlashAttention         Theta(N^2 d^2 / M)     for an SRAM of M elements, d <= M <= N d
 
-Plain numpy and one head, written for the eye; `cpu.py` is what computes.
+Plain numpy and one head, written for the eye; `cpu/launch.py` is what computes.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import numpy as np
 
 import minitorch
 from minitorch import AdamW, DecoderLM, GradScaler, rng
-from minitorch.cuda_transfer import Download, Pending, Upload
-from minitorch.device_array import DeviceArray
-from minitorch.kernels import runtime
+from minitorch.cuda.device_array import DeviceArray
+from minitorch.cuda.transfer import Download, Pending, Upload
+from minitorch.kernels.gpu import runtime
 from minitorch.tensor_data import TensorData
 
 from . import model as models

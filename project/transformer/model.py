@@ -9,7 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 import minitorch
-from minitorch import CosineSchedule, CudaKernelOps, DecoderLM, FastOps, Tensor, TensorBackend
+from minitorch import (
+    CosineSchedule,
+    CudaKernelOps,
+    DecoderLM,
+    FastOps,
+    Tensor,
+    TensorBackend,
+)
 from project.weight_decay import decay_groups, decays
 
 from .errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minitorch.kernels import runtime
+from minitorch.kernels.gpu import runtime
 from project.arguments import too_large
 from project.gpu_timing import gpu_memory
 

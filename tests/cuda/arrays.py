@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import minitorch
 from minitorch import Tensor
 from minitorch.cuda_ops import CudaOps
-from minitorch.kernels import runtime
+from minitorch.kernels.gpu import runtime
 
 Array = npt.NDArray[Any]
 

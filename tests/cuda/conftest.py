@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from minitorch.kernels import runtime
+from minitorch.kernels.gpu import runtime
 
 FOLDER = Path(__file__).parent
 NO_GPU = "no GPU here: make simulator runs this test in numba's simulator"

@@ -10,11 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from minitorch import cuda_attention
-from minitorch.kernels.flash_attention import cuda, decode, hopper, hopper_backward, mma
-from minitorch.kernels.flash_attention.hopper_tiles import Blocks
+from minitorch.cuda import attention as cuda_attention
+from minitorch.kernels.flash_attention.decode import launch as decode
+from minitorch.kernels.flash_attention.hopper import backward_launch as hopper_backward
+from minitorch.kernels.flash_attention.hopper import launch as hopper
+from minitorch.kernels.flash_attention.hopper.tiles import Blocks
+from minitorch.kernels.flash_attention.launch import heads_of
+from minitorch.kernels.flash_attention.mma import launch as mma
 from minitorch.kernels.flash_attention.problem import mask_numbers
-from minitorch.kernels.runtime import SIMULATED, compute_capability
+from minitorch.kernels.flash_attention.simt import launch as simt
+from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability
 from tests import references
 from tests.cuda.test_flash_attention_cuda import (
     BACKEND,
@@ -52,12 +57,10 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """A function that lets one family compute everything; in the simulator in small tiles."""
 
     def family(name: str) -> None:
-        module = {"simt": cuda, "mma": mma, "hopper": hopper}[name]
+        module = {"simt": simt, "mma": mma, "hopper": hopper}[name]
         if name == "hopper" and SIMULATED:
             find = hopper_backward.backward_blocks
             monkeypatch.setattr(cuda_attention, "compute_capability", lambda: (9, 0))
-            for part in (hopper, hopper_backward):
-                monkeypatch.setattr(part, "processors", lambda: 1)
             monkeypatch.setattr(hopper, "forward_blocks", lambda *_: Blocks(2, 64))
             monkeypatch.setattr(
                 hopper_backward,
@@ -195,7 +198,7 @@ def test_decode_with_masks_as_large_as_numbers(dtype: str) -> None:
     tensors = [on_gpu(x, dtype) for x in arrays]
     problem = problem_of(tensors, attn_mask=mask)
     assert cuda_attention.choose(problem, compute_capability()).module is decode
-    assert decode.cuts_of(problem, cuda.heads_of(problem)).splits > 1
+    assert decode.cuts_of(problem, heads_of(problem)).splits > 1
     ops: Any = BACKEND.ops
     out, lse, rows = ops.flash_attention_forward(*tensors, on_gpu(mask)._tensor, problem)
     inputs = [x.to_numpy().astype(np.float64) for x in tensors]

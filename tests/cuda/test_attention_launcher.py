@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import minitorch
-from minitorch import TensorBackend, cuda_attention
+from minitorch import TensorBackend
+from minitorch.cuda import attention as cuda_attention
 from minitorch.cuda_kernel_ops import CudaKernelOps
-from minitorch.kernels.flash_attention import cuda
-from minitorch.kernels.runtime import SIMULATED
+from minitorch.kernels.flash_attention.simt import launch as simt
+from minitorch.kernels.gpu.runtime import SIMULATED
 from tests.cuda.test_flash_attention_cuda import check, on_gpu, random
 
 BACKEND = TensorBackend(CudaKernelOps)
@@ -28,18 +29,18 @@ class Spy:
         self.given: list[Any] = []
         self.workspaces: list[Any] = []
         self.module = SimpleNamespace(
-            NAME="spy", why_not=cuda.why_not, forward=self._forward, backward=self._backward, **more
+            NAME="spy", why_not=simt.why_not, forward=self._forward, backward=self._backward, **more
         )
 
     def _forward(self, *arguments: Any, workspace: Any = None) -> None:
         self.given += arguments[2][:3]
         self.workspaces.append(workspace)
-        cuda.forward(*arguments)
+        simt.forward(*arguments)
 
     def _backward(self, *arguments: Any, workspace: Any = None) -> None:
         self.given += [*arguments[2][:3], arguments[5]]
         self.workspaces.append(workspace)
-        cuda.backward(*arguments)
+        simt.backward(*arguments)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, **more: Any) -> Spy:

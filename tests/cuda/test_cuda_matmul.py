@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitorch import Tensor, cublas
-from minitorch.cuda_matmul import MATMULS
+from minitorch import Tensor
+from minitorch.cuda import cublas
+from minitorch.cuda.matmul import MATMULS
+from minitorch.cuda.views import view_of
 from minitorch.cuda_ops import CudaOps
-from minitorch.cuda_views import view_of
 from minitorch.kernels import matmul_cuda
 from tests.cuda.arrays import DTYPES, Array, assert_same, dtype_of, make, permuted
 

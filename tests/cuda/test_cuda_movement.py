@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitorch.cuda.device_array import DeviceArray
+from minitorch.cuda.views import contiguous_data, view_of
 from minitorch.cuda_ops import CudaOps
-from minitorch.cuda_views import contiguous_data, view_of
-from minitorch.device_array import DeviceArray
 from minitorch.kernels import copy_cuda, elementwise_cuda
 from tests.cuda.arrays import (
     DTYPES,

@@ -20,8 +20,9 @@ from minitorch.cuda_ops import (
     tensor_reduce,
     tensor_zip,
 )
-from minitorch.kernels import elementwise_cuda, fold_cuda, runtime
-from minitorch.kernels.scalar_cuda import with_constants_of_type
+from minitorch.kernels import elementwise_cuda, fold_cuda
+from minitorch.kernels.gpu import runtime
+from minitorch.kernels.gpu.scalar import with_constants_of_type
 from minitorch.tensor_data import TensorData
 from tests.cuda.arrays import (
     DTYPES,

@@ -9,13 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minitorch import TensorBackend, cuda_attention
+from minitorch import TensorBackend
+from minitorch.cuda import attention as cuda_attention
 from minitorch.cuda_kernel_ops import CudaKernelOps
-from minitorch.kernels.flash_attention import decode
-from minitorch.kernels.flash_attention.cuda import heads_of
-from minitorch.kernels.flash_attention.decode_forward import MOST_SPLITS
+from minitorch.kernels.flash_attention.decode import launch as decode
+from minitorch.kernels.flash_attention.decode.forward import MOST_SPLITS
+from minitorch.kernels.flash_attention.launch import (
+    heads_of,
+)
 from minitorch.kernels.flash_attention.problem import AttentionProblem
-from minitorch.kernels.runtime import SIMULATED, compute_capability
+from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability
 from tests import references
 from tests.cuda.test_flash_attention_cuda import TOLERANCE, on_gpu, problem_of, random
 

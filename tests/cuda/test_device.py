@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch import Tensor, allocator, cuda_driver, rng, tensor_functions
-from minitorch.cuda import OutOfMemoryError
-from minitorch.device_array import DeviceArray, error_word
+from minitorch import Tensor, rng, tensor_functions
+from minitorch.cuda import OutOfMemoryError, allocator
+from minitorch.cuda import driver as cuda_driver
+from minitorch.cuda.device_array import DeviceArray, error_word
 from minitorch.dtypes import BFLOAT16
-from minitorch.kernels import runtime
+from minitorch.kernels.gpu import runtime
 from tests.ops import OPS, Op
 
 CPU = minitorch.TensorBackend(minitorch.FastOps)

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch import Tensor, TensorBackend, TensorData, allocator, rng
+from minitorch import Tensor, TensorBackend, TensorData, rng
+from minitorch.cuda import allocator
 from minitorch.dtypes import BFLOAT16
 from minitorch.kernels.philox import vector_dropout_mask
 from minitorch.testing import arrays

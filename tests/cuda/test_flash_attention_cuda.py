@@ -11,15 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch import TensorBackend, cuda_attention, cuda_driver
+from minitorch import TensorBackend
+from minitorch.cuda import attention as cuda_attention
+from minitorch.cuda import driver as cuda_driver
+from minitorch.cuda.device_array import DeviceArray
 from minitorch.cuda_kernel_ops import CudaKernelOps
-from minitorch.device_array import DeviceArray
-from minitorch.kernels import runtime
-from minitorch.kernels.flash_attention.cuda_dropout import keep_factor, keep_maker, keep_size
-from minitorch.kernels.flash_attention.cuda_tiles import Blocks, Kind
 from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.flash_attention.simt.dropout import keep_factor, keep_maker, keep_size
+from minitorch.kernels.flash_attention.simt.tiles import Blocks, Kind
+from minitorch.kernels.gpu import runtime
+from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability, cuda, kernel, types
 from minitorch.kernels.philox import attention_dropout_mask, dropout_threshold
-from minitorch.kernels.runtime import SIMULATED, compute_capability, cuda, kernel, types
 from minitorch.tensor import Tensor
 from minitorch.tensor_data import TensorData
 from tests import references

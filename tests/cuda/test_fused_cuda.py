@@ -19,12 +19,12 @@ from minitorch.kernels import (
     gelu_cuda,
     layernorm_cuda,
     reduce_cuda,
-    rows_cuda,
-    runtime,
     softmax_cuda,
 )
+from minitorch.kernels.gpu import rows as rows_cuda
+from minitorch.kernels.gpu import runtime
+from minitorch.kernels.gpu.runtime import SIMULATED
 from minitorch.kernels.philox import vector_dropout_mask
-from minitorch.kernels.runtime import SIMULATED
 
 Array = NDArray[Any]
 

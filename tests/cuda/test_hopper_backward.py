@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from minitorch import cuda_attention as launcher
-from minitorch.kernels.flash_attention import cuda, hopper, hopper_backward
-from minitorch.kernels.flash_attention.hopper_backward_pipeline import memory_plan
-from minitorch.kernels.flash_attention.hopper_tiles import Kind
+from minitorch.cuda import attention as launcher
+from minitorch.kernels.flash_attention.hopper import backward_launch as hopper_backward
+from minitorch.kernels.flash_attention.hopper import launch as hopper
+from minitorch.kernels.flash_attention.hopper.backward_pipeline import memory_plan
+from minitorch.kernels.flash_attention.hopper.tiles import Kind
 from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.flash_attention.simt import launch as simt
+from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability
 from minitorch.kernels.philox import attention_dropout_mask
-from minitorch.kernels.runtime import SIMULATED, compute_capability
 from tests import references
 from tests.cuda.test_flash_attention_cuda import on_gpu, random
 from tests.cuda.test_hopper_forward import BACKEND, PAIRS, calls, on_hopper
@@ -40,7 +42,7 @@ def gradients(
     problem = AttentionProblem.of(q, k, v, tensors[0].dtype, attn_mask=mask, **arguments)
     ops: Any = BACKEND.ops
     on_device = ops.attention_mask(mask)
-    monkeypatch.setattr(launcher, "FLASH_ATTENTION", (cuda,))
+    monkeypatch.setattr(launcher, "FLASH_ATTENTION", (simt,))
     out, _, rows = ops.flash_attention_forward(*tensors, on_device, problem)
     do = on_gpu(random(*problem.out_shape, seed=8), problem.dtype.name)
     dl = on_gpu(random(*problem.logsumexp_shape, seed=9)) if with_lse else None
@@ -127,7 +129,6 @@ SMALL: dict[str, dict[str, Any]] = {
 def test_small_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if SIMULATED:
         find, own = hopper_backward.backward_blocks, 128 if name == "two warpgroups" else 64
-        monkeypatch.setattr(hopper_backward, "processors", lambda: 1)
         monkeypatch.setattr(
             hopper_backward,
             "backward_blocks",

@@ -12,28 +12,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minitorch import TensorBackend, cuda_attention
+from minitorch import TensorBackend
+from minitorch.cuda import attention as cuda_attention
+from minitorch.cuda.device_array import DeviceArray
 from minitorch.cuda_kernel_ops import CudaKernelOps
-from minitorch.device_array import DeviceArray
-from minitorch.kernels.flash_attention import hopper
-from minitorch.kernels.flash_attention.fragment_dropout import (
+from minitorch.kernels.flash_attention.fragments.dropout import (
     drop,
     drop_by_bits,
     dropout_words,
     keep_bits_of_keys,
 )
-from minitorch.kernels.flash_attention.hopper_tiles import Blocks, own_place
+from minitorch.kernels.flash_attention.hopper import launch as hopper
+from minitorch.kernels.flash_attention.hopper.tiles import Blocks, own_place
 from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.gpu.register_tile import RegisterTile
+from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability, is_available, launch, types
+from minitorch.kernels.gpu.runtime import kernel as kernel_of
 from minitorch.kernels.philox import attention_dropout_mask, dropout_threshold
-from minitorch.kernels.register_tile import RegisterTile
-from minitorch.kernels.runtime import (
-    SIMULATED,
-    compute_capability,
-    is_available,
-    launch,
-    types,
-)
-from minitorch.kernels.runtime import kernel as kernel_of
 from tests import references
 from tests.cuda.test_flash_attention_cuda import on_gpu, random
 
@@ -169,7 +164,6 @@ def test_small_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The simulator's blocks have two warpgroups that compute, and tiles of 64 keys."""
     if SIMULATED:
         monkeypatch.setattr(cuda_attention, "compute_capability", lambda: (9, 0))
-        monkeypatch.setattr(hopper, "processors", lambda: 1)
         monkeypatch.setattr(hopper, "forward_blocks", lambda *_: Blocks(2, 64))
         hopper._planned.cache_clear()
     elif compute_capability() != (9, 0):

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from minitorch.kernels import runtime, shared_layout, tensor_map
-from minitorch.kernels.ptx import global_address, shared_address
-from minitorch.kernels.ptx_hopper import (
+from minitorch.kernels.gpu import runtime, shared_layout, tensor_map
+from minitorch.kernels.gpu.ptx import global_address, shared_address
+from minitorch.kernels.gpu.ptx_hopper import (
     cp_async_bulk_commit_group,
     cp_async_bulk_tensor_4d,
     cp_async_bulk_tensor_4d_store,
@@ -31,9 +31,9 @@ from minitorch.kernels.ptx_hopper import (
     wgmma_ss,
     wgmma_wait_group,
 )
-from minitorch.kernels.register_tile import RegisterTile
-from minitorch.kernels.runtime import cuda, kernel, types
-from minitorch.kernels.traced import traced
+from minitorch.kernels.gpu.register_tile import RegisterTile
+from minitorch.kernels.gpu.runtime import cuda, kernel, types
+from minitorch.kernels.gpu.traced import traced
 
 Array = npt.NDArray[Any]
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

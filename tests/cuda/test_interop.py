@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 import minitorch
-from minitorch import cuda_driver, dlpack, interop
+from minitorch.cuda import driver as cuda_driver
 from minitorch.dtypes import BFLOAT16
-from minitorch.kernels import runtime
+from minitorch.interop import arrays as interop
+from minitorch.interop import dlpack
+from minitorch.kernels.gpu import runtime
 
 torch: Any = None
 with contextlib.suppress(ImportError):  # not needed by all tests

@@ -12,7 +12,7 @@ import minitorch
 from minitorch.cuda_kernel_ops import CudaKernelOps
 from minitorch.cuda_ops import CudaOps
 from minitorch.fused_ops import FusedOps
-from minitorch.kernels import runtime
+from minitorch.kernels.gpu import runtime
 from tests.test_fused_checks import layer_results
 from tests.wrong_calls import answers
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitorch.kernels import compile_cache, runtime
-from minitorch.kernels.runtime import cuda
+from minitorch.kernels.gpu import compile_cache, runtime
+from minitorch.kernels.gpu.runtime import cuda
 
 pytestmark = pytest.mark.gpu
 THREADS = 64

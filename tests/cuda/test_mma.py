@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from minitorch import cuda_attention
-from minitorch.kernels.flash_attention import mma
-from minitorch.kernels.flash_attention.mma_tiles import Tiles
+from minitorch.cuda import attention as cuda_attention
+from minitorch.kernels.flash_attention.mma import launch as mma
+from minitorch.kernels.flash_attention.mma.tiles import Tiles
+from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability
 from minitorch.kernels.philox import attention_dropout_mask
-from minitorch.kernels.runtime import SIMULATED, compute_capability
 from tests.cuda import test_flash_attention_cuda as attention_tests
 from tests.cuda.test_flash_attention_cuda import BACKEND, check, on_gpu, problem_of, random
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from minitorch.kernels import ptx, ptx_simulated, runtime, shared_layout
-from minitorch.kernels.ptx import (
+from minitorch.kernels.gpu import ptx, ptx_simulated, runtime, shared_layout
+from minitorch.kernels.gpu.ptx import (
     cp_async_cg_16,
     cp_async_commit_group,
     cvt_rna_tf32_f32,
@@ -29,7 +29,7 @@ from minitorch.kernels.ptx import (
     st_shared_b32,
     st_shared_v4_b32,
 )
-from minitorch.kernels.runtime import cuda, device_function, kernel, types
+from minitorch.kernels.gpu.runtime import cuda, device_function, kernel, types
 
 Array = npt.NDArray[Any]
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

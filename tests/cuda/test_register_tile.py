@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from minitorch.kernels import runtime
-from minitorch.kernels.ptx import global_address
-from minitorch.kernels.register_tile import RegisterTile
-from minitorch.kernels.runtime import cuda, device_function, kernel, types
-from minitorch.kernels.traced import select, traced
+from minitorch.kernels.gpu import runtime
+from minitorch.kernels.gpu.ptx import global_address
+from minitorch.kernels.gpu.register_tile import RegisterTile
+from minitorch.kernels.gpu.runtime import cuda, device_function, kernel, types
+from minitorch.kernels.gpu.traced import select, traced
 
 Array = npt.NDArray[Any]
 TILES = [RegisterTile(8), RegisterTile(24), RegisterTile(16, row_blocks=2)]

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minitorch.kernels import runtime
-from minitorch.kernels.runtime import cuda, types
+from minitorch.kernels.gpu import runtime
+from minitorch.kernels.gpu.runtime import cuda, types
 
 if not runtime.SIMULATED:
     pytest.skip("about numba's simulator: make simulator", allow_module_level=True)
 
-from minitorch.kernels.ptx import bar_arrive, bar_sync, shared_address
-from minitorch.kernels.ptx_hopper import mbarrier_arrive, mbarrier_init
-from minitorch.kernels.ptx_hopper import mbarrier_wait_parity as wait_for
+from minitorch.kernels.gpu.ptx import bar_arrive, bar_sync, shared_address
+from minitorch.kernels.gpu.ptx_hopper import mbarrier_arrive, mbarrier_init
+from minitorch.kernels.gpu.ptx_hopper import mbarrier_wait_parity as wait_for
 from tests.cuda.simulator import Deadlock, DivergentBarrier, Race
 
 THREADS = 8

@@ -13,9 +13,16 @@ import numpy.typing as npt
 import pytest
 
 import minitorch
-from minitorch import AdamW, CudaKernelOps, FastOps, GradScaler, Parameter, TensorBackend
-from minitorch.cuda_graph import Graph
-from minitorch.kernels import runtime
+from minitorch import (
+    AdamW,
+    CudaKernelOps,
+    FastOps,
+    GradScaler,
+    Parameter,
+    TensorBackend,
+)
+from minitorch.cuda.graph import Graph
+from minitorch.kernels.gpu import runtime
 from project.transformer import cli, data, training
 from project.transformer.errors import UserError
 from project.transformer.options import RunOptions

@@ -1,0 +1,1 @@
+"""FlashAttention on CPUs: launch, forward, backward."""

@@ -1,0 +1,332 @@
+"""What the CPU's forward and backward kernels do with one tile.
+
+Every tile lies in one array, the worker's workspace `w`, which stays in the level-2 cache: a tile
+is an offset into it and a leading dimension, the distance between its rows. Leading dimensions are
+odd numbers of vectors, so that the rows of a power-of-two matrix do not compete for the same cache
+sets. Padding (rows up to a multiple of the register block, columns up to its width) is filled with
+zeros, so that what lies beyond the end of a sequence is never read.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...cpu.compiler import njit
+from ...cpu.simd import (
+    block_columns,
+    block_rows,
+    count_from,
+    exp2,
+    lanes,
+    load,
+    max_of,
+    maximum,
+    select_bytes,
+    splat,
+    store,
+    store_thresholds,
+    sum_of,
+    word_lanes,
+)
+from ...cpu.simd_matrix import matrix_product_block, transpose_block
+from ...philox import LOW_WORD, WORD_BITS, philox4x32_cpu
+
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind
+LOG2_E = np.log2(np.e)
+
+
+class Mask(NamedTuple):
+    """An attn_mask as it was given, not broadcast: a dimension of size 1 has stride 0."""
+
+    kind: int
+    bools: Any  # uint8, for BOOL_MASK
+    bias: Any  # float, for ADDITIVE_MASK
+    offset: Any
+    row: int
+    column: int
+
+
+class Sizes(NamedTuple):
+    """Shape of the problem and of its tiles."""
+
+    batch_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    value_dim: int
+    lower: int  # query i may see keys [i + lower, i + upper), clipped to [0, seqlen_k)
+    upper: int
+    tile_q: int
+    tile_k: int
+    block_q: int
+
+
+class Dropout(NamedTuple):
+    """A weight is kept, times keep_scale, iff its random number is at least threshold."""
+
+    threshold: int  # 0: no dropout
+    seed: Any  # uint64
+    keep_scale: float
+
+
+@njit
+def round_up(n, multiple):
+    return (n + multiple - 1) // multiple * multiple
+
+
+@njit
+def leading_dimension(w, columns):
+    """Distance of a tile's rows: its columns in whole register blocks, and an odd vector."""
+    return round_up(max(columns, 1), block_columns(w)) + lanes(w)
+
+
+@njit
+def new_workspace(like, size):
+    """An array of at least `size` elements, and the first index that is aligned to a cache line."""
+    w = np.empty(size + 64 // like.itemsize, like.dtype)
+    return w, (-w.ctypes.data % 64) // like.itemsize
+
+
+# --------------------------------------------------------------------------- which keys
+
+
+@njit
+def first_key(row, sizes):
+    """The first key that query `row` may see."""
+    return min(max(row + sizes.lower, 0), sizes.seqlen_k)
+
+
+@njit
+def end_key(row, sizes):
+    """One past the last key that query `row` may see."""
+    return min(max(row + sizes.upper, 0), sizes.seqlen_k)
+
+
+@njit
+def tile_columns(w, row0, rows, key0, sizes):
+    """Columns [start, stop) of the tile at (row0, key0) that the band lets some of its rows see.
+
+    In whole register blocks; empty (start >= stop) where the band masks the whole tile.
+    """
+    width = block_columns(w)
+    start = max(first_key(row0, sizes) - key0, 0)
+    stop = min(end_key(row0 + rows - 1, sizes) - key0, sizes.tile_k)
+    if start >= stop:
+        return 0, 0
+    return start // width * width, round_up(stop, width)
+
+
+@njit
+def needs_band(row0, rows, key0, start, stop, sizes):
+    """Whether the band, or the end of the keys, cuts through columns [start, stop) of the tile."""
+    last_row = row0 + rows - 1
+    return first_key(last_row, sizes) > key0 + start or end_key(row0, sizes) < key0 + stop
+
+
+@njit
+def visible_columns(w, mask, i, row0, rows, key0, keys, sizes):
+    """(start, stop, masked): the columns to compute, and whether an entry is masked."""
+    start, stop = tile_columns(w, row0, rows, key0, sizes)
+    if start >= stop:
+        return 0, 0, False
+    masked = needs_band(row0, rows, key0, start, stop, sizes)
+    if mask.kind != NO_MASK:
+        some, every = mask_allows(mask, i, row0, rows, key0, start, min(stop, keys))
+        if not some:
+            return 0, 0, False
+        masked = masked or not every
+    return start, stop, masked
+
+
+@njit
+def apply_band(w, s, ld, row0, rows, key0, start, stop, sizes):
+    """Scores outside the band become -inf."""
+    minus_infinity = w.dtype.type(-np.inf)
+    for r in range(rows):
+        line = s + r * ld
+        first = min(first_key(row0 + r, sizes) - key0, stop)
+        end = max(end_key(row0 + r, sizes) - key0, start)
+        for j in range(line + start, line + first):
+            w[j] = minus_infinity
+        for j in range(line + end, line + stop):
+            w[j] = minus_infinity
+
+
+@njit
+def mask_allows(mask, i, row0, rows, key0, start, stop):
+    """(some, all) of the mask's entries for this tile take part; an additive one: (some, False)."""
+    some, every = False, True
+    for r in range(rows if mask.row != 0 else 1):
+        line = mask.offset[i] + (row0 + r) * mask.row + key0 * mask.column
+        if mask.kind == ADDITIVE_MASK:
+            for j in range(start, stop):
+                if not mask.bias[line + j * mask.column] == -np.inf:  # NaN counts
+                    return True, False
+        elif mask.column == 1:
+            largest, smallest = np.uint8(0), np.uint8(1)
+            for j in range(line + start, line + stop):
+                largest |= mask.bools[j]
+                smallest &= mask.bools[j]
+            some, every = some or largest != 0, every and smallest != 0
+        else:
+            for j in range(start, stop):
+                taken = mask.bools[line + j * mask.column] != 0
+                some, every = some or taken, every and taken
+        if some and not every:
+            break
+    return some, every and mask.kind == BOOL_MASK
+
+
+@njit
+def apply_mask(w, s, ld, mask, i, row0, rows, key0, start, stop):
+    """Masked scores become -inf; an additive mask is added."""
+    minus_infinity = w.dtype.type(-np.inf)
+    vector, n = splat(w, -np.inf), lanes(w)
+    whole = start + (stop - start) // n * n if mask.column == 1 else start
+    for r in range(rows):
+        line = s + r * ld
+        source = mask.offset[i] + (row0 + r) * mask.row + key0 * mask.column
+        if mask.kind == BOOL_MASK:
+            for j in range(start, whole, n):
+                scores = select_bytes(mask.bools, source + j, load(w, line + j), vector)
+                store(w, line + j, scores)
+            for j in range(whole, stop):
+                if mask.bools[source + j * mask.column] == 0:
+                    w[line + j] = minus_infinity
+        else:
+            for j in range(start, whole, n):
+                store(w, line + j, load(w, line + j) + load(mask.bias, source + j))
+            for j in range(whole, stop):
+                w[line + j] += mask.bias[source + j * mask.column]
+
+
+@njit
+def mask_scores(w, s, ld, mask, i, row0, rows, key0, keys, start, stop, sizes):
+    """Everything that makes a score -inf: the mask, the band, the end of the keys."""
+    if mask.kind != NO_MASK:
+        apply_mask(w, s, ld, mask, i, row0, rows, key0, start, min(stop, keys))
+    apply_band(w, s, ld, row0, rows, key0, start, stop, sizes)
+
+
+# --------------------------------------------------------------------------- tiles in and out
+
+
+@njit
+def fill(w, start, stop, value):
+    """w[start:stop] = value; up to a vector more may be written."""
+    values = splat(w, value)
+    for j in range(start, stop, lanes(w)):
+        store(w, j, values)
+
+
+@njit
+def load_tile(w, tile, ld, padded_rows, source, offset, row, column, rows, columns):
+    """Copy (rows, columns) of a matrix to a tile, with zeros up to (padded_rows, ld)."""
+    n = lanes(w)
+    whole = columns // n * n if column == 1 else 0
+    for r in range(rows):
+        line, source_line = tile + r * ld, offset + r * row
+        fill(w, line + whole, line + ld, 0.0)
+        for c in range(0, whole, n):
+            store(w, line + c, load(source, source_line + c))
+        for c in range(whole, columns):
+            w[line + c] = source[source_line + c * column]
+    fill(w, tile + rows * ld, tile + padded_rows * ld, 0.0)
+
+
+@njit
+def load_tile_transposed(w, tile, ld, source, offset, row, column, rows, columns, scale):
+    """Copy (rows, columns) of a matrix, times scale, to a tile (columns, rows), zeros up to ld."""
+    n = lanes(w)
+    zero = w.dtype.type(0)
+    whole_rows = rows // n * n if column == 1 else 0
+    whole_columns = columns // n * n
+    for r in range(0, whole_rows, n):
+        for c in range(0, whole_columns, n):
+            transpose_block(source, offset + r * row + c, row, w, tile + c * ld + r, ld, scale)
+    for c in range(columns):
+        start = whole_rows if c < whole_columns else 0
+        for r in range(start, rows):
+            w[tile + c * ld + r] = source[offset + r * row + c * column] * scale
+        for r in range(rows, ld):
+            w[tile + c * ld + r] = zero
+    if columns == 0:  # a product of depth 0: one step with zeros
+        for r in range(ld):
+            w[tile + r] = zero
+
+
+@njit
+def matrix_product(w, a, a_row, a_column, b, b_row, c, c_row, rows, columns, depth, accumulate):
+    """C (rows, columns) = A (rows, depth) B (depth, columns), or C += A B; rounded up to blocks."""
+    for j in range(0, columns, block_columns(w)):
+        for i in range(0, rows, block_rows()):
+            matrix_product_block(
+                w, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row,
+                depth, accumulate,
+            )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- rows of a tile
+
+
+@njit
+def row_max(w, start, stop, initial):
+    """max(initial, w[start:stop]), in whole vectors; NaN is passed over."""
+    largest = splat(w, initial)
+    for j in range(start, stop, lanes(w)):
+        largest = maximum(load(w, j), largest)
+    return max_of(largest)
+
+
+@njit
+def row_exp_sum(w, start, stop, m):
+    """w[start:stop] = exp(w - m); returns the sum."""
+    total, log2_e = splat(w, 0.0), w.dtype.type(LOG2_E)
+    for j in range(start, stop, lanes(w)):
+        p = exp2((load(w, j) - m) * log2_e)
+        store(w, j, p)
+        total = total + p
+    return sum_of(total)
+
+
+@njit
+def row_scale(w, start, stop, factor):
+    """w[start:stop] *= factor."""
+    for j in range(start, stop, lanes(w)):
+        store(w, j, load(w, j) * factor)
+
+
+@njit
+def tile_multiply(w, x, y, ld, rows, start, stop):
+    """X *= Y, element by element, in columns [start, stop) of two tiles."""
+    for r in range(rows):
+        for j in range(r * ld + start, r * ld + stop, lanes(w)):
+            store(w, x + j, load(w, x + j) * load(w, y + j))
+
+
+@njit
+def dropout_tile(w, z, ld, dropout, batch_head, row0, rows, key0, start, stop):
+    """Z[r, j] = keep_scale where the weight of (row0 + r, key0 + j) is kept, else 0.
+
+    One call of the generator serves rows r and r + 8 of 16, and of 16 columns four; a step of the
+    inner loop takes a vector of calls. Tiles begin at multiples of 16 and have memory for whole
+    blocks of 16 x 16 and for whole steps, so some more of Z may be written than is asked for.
+    """
+    keep_scale, zero = w.dtype.type(dropout.keep_scale), w.dtype.type(0)
+    threshold = np.uint64(dropout.threshold)
+    k0, k1 = dropout.seed & LOW_WORD, dropout.seed >> WORD_BITS
+    first_call = start // max(16, 4 * word_lanes()) * max(4, word_lanes())
+    end_call = round_up(stop, 16) // 4
+    for block in range(0, rows, 16):
+        for r in range(block, min(block + 8, rows)):
+            for call in range(first_call, end_call, word_lanes()):
+                column = count_from(np.uint64(key0 // 4 + call)) & LOW_WORD
+                nothing = column & np.uint64(0)
+                row = nothing + (np.uint64((row0 + block) // 2 + r - block) & LOW_WORD)
+                head = nothing + (np.uint64(batch_head) & LOW_WORD)
+                x0, x1, x2, x3 = philox4x32_cpu(column, row, head, nothing, k0, k1)
+                place = z + r * ld + call // 4 * 16 + call % 4 * 2
+                store_thresholds(w, place, x0, x2, threshold, keep_scale, zero)
+                store_thresholds(w, place + 8 * ld, x1, x3, threshold, keep_scale, zero)

@@ -1,0 +1,1 @@
+"""Flash-Decoding: few queries against many keys, which are split over the whole GPU."""

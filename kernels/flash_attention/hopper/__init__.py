@@ -1,0 +1,1 @@
+"""FlashAttention on Hopper GPUs: the copy engine (TMA) and `wgmma`."""

@@ -1,0 +1,230 @@
+"""The Hopper backward pass, dK and dV: a block owns a tile of keys, all queries pass by.
+
+For each tile of queries that see any of its keys, a warpgroup with 64 of them computes
+
+    S^T = K Q^T                  (64, block_m), in registers; so are all the others of this size
+    dP^T = V dO^T
+    P^T = exp2(S^T - L)
+    dS^T = P^T * (dP^T - delta)
+    dV += P^T dO                 (64, Dv), in registers until the last tile
+    dK += dS^T Q                 (64, D)
+
+Because the tile is transposed, P^T and dS^T lie in registers just as the tensor cores want the
+first factor of a product: they never go through shared memory (as P of P V in "FlashAttention-3",
+Shah et al., 2024). For head sizes above 128 the registers do not hold dK and dV at once: there two
+launches compute one each.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from ...gpu.ptx import global_address, ld_global_f32, shared_address
+from ...gpu.ptx_hopper import (
+    mbarrier_arrive,
+    mbarrier_wait_parity,
+    setmaxnreg,
+    wgmma_commit_group,
+    wgmma_fence,
+    wgmma_wait_group,
+)
+from ...gpu.register_tile import RegisterTile
+from ...gpu.runtime import cuda, device_function, kernel, types
+from ..fragments.dropout import drop_by_bits, dropout_words, keep_bits_of_keys
+from ..schedule import (
+    is_whole,
+)
+from .backward_pipeline import (
+    ROW_BYTES,
+    Blocks,
+    descriptor,
+    gradient_product,
+    item_reader,
+    item_taker,
+    make_barriers,
+    memory_plan,
+    own_loader,
+    pair_loader,
+    score_product,
+)
+from .backward_prepare import INCOMPLETE
+from .backward_tiles import complete, score_gradients, weigher, write_rows
+from .tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
+
+
+@cache
+def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
+    """Device function: one thread has all tiles of all the block's items fetched.
+
+    `own_heads`: 1 if the tensor map of Q has a matrix for each head, 0 if one for all; so of dO.
+    `rows` is the address of all queries' numbers, those of a head `pitch` bytes apart from those of
+    the next.
+    """
+    take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
+    load_pair, passing, whole = pair_loader(kind, blocks, True), blocks.passing, types.int32
+
+    @device_function
+    def bring(base, maps, own_heads, counter, table, count, heads, group, rows, pitch):
+        q_heads, do_heads = whole(own_heads[0]), whole(own_heads[1])
+        turn, number = types.uint32(0), types.uint32(0)
+        left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
+        while left:
+            b, first_head = whole(work[0]), whole(work[1])
+            load_own(
+                base, stage, maps, full, whole(work[2]), (whole(more[2]), whole(more[3])),
+                (whole(batches[0]), whole(batches[1])),
+            )  # fmt: skip
+            others = whole(batches[2]), whole(batches[3])
+            for h in range(first_head, first_head + group):
+                of_head = rows + types.uint64(b * heads + h) * pitch
+                # From the last tile to the first: with a causal mask early queries have the
+                # largest P, and a long sum is most accurate when these come last.
+                row, last = whole((whole(more[0]) - 1) * passing), whole(whole(work[3]) * passing)
+                while row >= last:
+                    load_pair(base, turn, maps, row, (h * q_heads, h * do_heads), others, of_head)
+                    row -= whole(passing)
+                    turn += types.uint32(1)
+            number += types.uint32(1)
+            left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
+
+    return bring
+
+
+@cache
+def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool = True) -> Any:
+    """A block computes `own` rows of dK or dV or both, from all queries' heads that share them."""
+    plan, passing, own = memory_plan(kind, blocks), blocks.passing, blocks.own
+    (k_at, v_at), (q_at, do_at), rows_at = plan.own, plan.passing, plan.rows
+    k_bytes, v_bytes = own * row_bytes(kind.head_dim), own * row_bytes(kind.value_dim)
+    q_bytes, do_bytes = passing * row_bytes(kind.head_dim), passing * row_bytes(kind.value_dim)
+    (q_full, do_full), empty, own_empty = plan.full, plan.empty, plan.own_empty
+    give_registers = setmaxnreg("dec", blocks.registers_to_load)
+    take_registers = setmaxnreg("inc", blocks.registers_to_compute)
+    init_barriers, place_of = make_barriers(kind, blocks), ring(blocks.stages)
+    bring_tiles, read_item = tile_bringer(kind, blocks), item_reader(kind, blocks)
+    of_own, of_passing = descriptor(own), descriptor(passing)
+    scores_of = score_product(kind, blocks, kind.head_dim)
+    products_of = score_product(kind, blocks, kind.value_dim)
+    add_dk = gradient_product(kind, blocks, kind.head_dim)
+    add_dv = gradient_product(kind, blocks, kind.value_dim)
+    scores_done = wgmma_wait_group(int(wants_dk), passing // 2)
+    products_done = wgmma_wait_group(0, passing // 2)
+    dk_fence, dk_done = wgmma_fence(kind.head_dim // 2), wgmma_wait_group(0, kind.head_dim // 2)
+    dv_fence, dv_done = wgmma_fence(kind.value_dim // 2), wgmma_wait_group(0, kind.value_dim // 2)
+    fence, tile = wgmma_fence(), RegisterTile(passing)
+    zero_dk, zero_dv = RegisterTile(kind.head_dim).zero, RegisterTile(kind.value_dim).zero
+    weigh, to_ds = weigher(kind, passing, True), score_gradients(passing, True)
+    to_factor, dropout = tile.to_operand(kind.precision), kind.dropout
+    keep_bits, drop_from = keep_bits_of_keys(passing), drop_by_bits(passing)
+    write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
+    write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
+    complete_p, unit, rows_bytes = complete(passing), kind.unit, ROW_BYTES * passing
+    keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
+
+    @kernel(blocks.threads, blocks=1)
+    def flash_backward_keys_hopper(
+        maps, own_heads, mask, offset, workspace, places, dk_out, dv_out, mask_steps, dk_steps,
+        dv_steps, sizes, scale, seed, threshold, keep,
+    ):  # fmt: skip
+        base = shared_address(cuda.shared.array(0, types.uint8))
+        init_barriers(base)
+        heads, seqlen_q, seqlen_k, lower, upper, group, head_dim, value_dim = sizes
+        thread, heads, group = whole(cuda.threadIdx.x), whole(heads), whole(group)
+        counter, table, count, rows, pitch, call = places
+        if thread < WARPGROUP:
+            give_registers()
+            if thread == 0:
+                space = global_address(workspace)
+                bring_tiles(
+                    base, maps, own_heads, space + u64(counter), space + u64(table), count, heads,
+                    group, space + u64(rows), u64(pitch),
+                )  # fmt: skip
+        else:
+            take_registers()
+            band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
+            consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
+            my_row, my_column = own_place()
+            own_scale = types.float32(scale * unit)
+            incomplete = ld_global_f32(
+                global_address(workspace) + u64(INCOMPLETE)
+            ) == types.float32(call)
+            turn, number = types.uint32(0), types.uint32(0)
+            left, work, own_stage = read_item(base, number)
+            while left:
+                b, first_head, key0, first, end, slot = work
+                key0 = whole(key0 + consumer * keys)
+                k = of_own(base + k_at + own_stage * k_bytes + consumer * (keys * 128))
+                v = of_own(base + v_at + own_stage * v_bytes + consumer * (keys * 128))
+                dk, dv = zero_dk(), zero_dv()
+                for h in range(first_head, first_head + group):
+                    mask_place = (
+                        b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
+                    )  # fmt: skip
+                    words = dropout_words(seed + offset[0], b * heads + h, threshold)
+                    row0, stop = whole(end * passing), whole(first * passing)
+                    while row0 > stop:
+                        row0 -= whole(passing)
+                        stage, parity = place_of(turn)
+                        q = of_passing(base + q_at + stage * q_bytes)
+                        do = of_passing(base + do_at + stage * do_bytes)
+                        numbers = types.uint32(base + rows_at + stage * rows_bytes + 4 * my_column)
+                        # S^T = K Q^T,  dP^T = V dO^T
+                        mbarrier_wait_parity(base + q_full + 8 * stage, parity)
+                        fence()
+                        scores = scores_of(k, q)
+                        wgmma_commit_group()
+                        mbarrier_wait_parity(base + do_full + 8 * stage, parity)
+                        if wants_dk:
+                            products = products_of(v, do)
+                            wgmma_commit_group()
+                        # P = exp(S - L),  dS = P * (Z dP - delta)
+                        p = weigh(
+                            scores_done(scores), own_scale, numbers,
+                            is_whole(row0, passing, key0, keys, band[0], band[1], no_end),
+                            key0 + my_row, row0 + my_column, band, mask, mask_place,
+                        )  # fmt: skip
+                        if incomplete:
+                            p = complete_p(p, numbers + 128)
+                        if dropout:
+                            bits = keep_bits(row0 + my_column, key0 + my_row, words)
+                        if wants_dk:
+                            products = products_done(products)
+                            if dropout:
+                                products = drop_from(products, bits)
+                            ds = to_factor(to_ds(p, products, keep, numbers + 64))
+                        # dV += P^T dO,  dK += dS^T Q
+                        if wants_dv:
+                            if dropout:
+                                p = drop_from(p, bits)
+                            dv = add_dv(dv_fence(dv), to_factor(p), do)
+                        if wants_dk:
+                            dk = add_dk(dk_fence(dk), ds, q)
+                        wgmma_commit_group()
+                        if wants_dv:
+                            dv = dv_done(dv)
+                        if wants_dk:
+                            dk = dk_done(dk)
+                        mbarrier_arrive(base + empty + 8 * stage)
+                        turn += types.uint32(1)
+                mbarrier_arrive(base + own_empty + 8 * own_stage)
+                row = key0 + my_row
+                if wants_dk:
+                    place = b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2]
+                    write_dk(
+                        dk, scale, global_address(dk_out) + types.uint64(2 * place),
+                        2 * dk_steps[2], band[3] - row, head_dim, lane,
+                    )  # fmt: skip
+                if wants_dv:
+                    place = b * dv_steps[0] + slot * dv_steps[1] + row * dv_steps[2]
+                    write_dv(
+                        dv, keep, global_address(dv_out) + types.uint64(2 * place),
+                        2 * dv_steps[2], band[3] - row, value_dim, lane,
+                    )  # fmt: skip
+                number += types.uint32(1)
+                left, work, own_stage = read_item(base, number)
+
+    return flash_backward_keys_hopper
+
+
+__all__ = ["key_kernel"]

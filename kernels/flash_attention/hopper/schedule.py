@@ -1,0 +1,139 @@
+"""Which tile of queries a block of the Hopper forward kernel takes, and when.
+
+Blocks stay: block b takes tiles b, b + blocks, b + 2 blocks and so on, tile t being tile
+t % tiles_of_a_head of head t // tiles_of_a_head. Under a causal mask or a window tiles differ in
+length, and this would leave some blocks with long tiles only. There `order` says which tiles they
+take: the longest first, each to the block that has had the least to do (Graham's LPT rule).
+"""
+
+from __future__ import annotations
+
+import heapq
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...gpu.ptx import ld_global_nc_b32
+from ...gpu.runtime import ceil_div, cuda, device_function, types
+from ..schedule import (
+    tile_range,
+)
+from .tiles import Blocks, Kind
+
+NO_TILE = 1 << 30  # in `order`: this block has no more
+NO_KEYS = 1 << 30  # the first key of the tile that queries get who see none: beyond all keys
+AT_ONCE = 1 << 24  # bytes of keys and values that blocks work with at one time: they stay in the L2
+MOST_TILES = 1 << 16  # that are dealt out one by one: of more, each block has enough of all kinds
+SHORT = 0.25  # of the longest tile, up to which a tile is kept for the end
+SWITCH = 0.5  # time that a tile of queries takes beside its tiles of keys, in tiles of keys
+
+
+# ----- division by numbers that are known before the launch -----
+#
+# A division takes a GPU some 200 cycles, and between two tiles of queries there are several, one
+# after another, while the tensor cores wait.
+
+
+def reciprocal(divisor: int) -> tuple[int, int]:
+    """(m, p) for which n // divisor is n * m >> p, for all n < 2**31 and m < 2**32 ("Division by
+    Invariant Integers using Multiplication", Granlund & Montgomery, PLDI 1994).
+    """
+    p = 31 + (divisor - 1).bit_length()
+    return -(-(1 << p) // divisor), p
+
+
+@device_function
+def quotient(number, of):
+    """`number` // divisor, where `of` is the divisor's reciprocal."""
+    product = types.uint64(types.uint32(number)) * types.uint64(types.uint32(of[0]))
+    return types.int32(product >> types.uint64(of[1]))
+
+
+@cache
+def tile_finder(kind: Kind, blocks: Blocks) -> Any:
+    """Device functions. `tile_number(order, n)`: the number of the block's n-th tile of queries;
+    too large if there is none. `tile_of(number, sizes)`: its first row, batch and head, and the
+    numbers [first, end) of its tiles of keys, of which there is at least one.
+    """
+    block_m, block_n, banded = blocks.block_m, blocks.block_n, kind.banded
+    i32 = types.int32
+
+    @device_function
+    def tile_number(order, n):
+        place = i32(n * cuda.gridDim.x + cuda.blockIdx.x)
+        return i32(ld_global_nc_b32(types.int64(order) + 4 * place)) if banded else place
+
+    @device_function
+    def tile_of(number, sizes):
+        heads, seqlen_q, seqlen_k, lower, upper = sizes[:5]
+        of_head = i32((seqlen_q + (block_m - 1)) // block_m)
+        batch_head = quotient(number, sizes[7:9])
+        batch = quotient(batch_head, sizes[9:11])
+        row0 = i32((number - batch_head * of_head) * block_m)
+        last_row = i32(min(row0 + block_m, seqlen_q) - 1)
+        first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
+        if first == end:
+            first, end = NO_KEYS // block_n, NO_KEYS // block_n + 1
+        return row0, batch, i32(batch_head - batch * heads), i32(first), i32(end)
+
+    return tile_number, tile_of
+
+
+def tile_costs(seqlen_q: int, seqlen_k: int, lower: int, upper: int, blocks: Blocks) -> list[float]:
+    """About how long each of a head's tiles of queries takes, in tiles of keys."""
+    costs = []
+    for row0 in range(0, seqlen_q, blocks.block_m):
+        last_row = min(row0 + blocks.block_m, seqlen_q) - 1
+        begin = min(max(row0 + lower, 0), seqlen_k)
+        end = min(max(last_row + upper, begin), seqlen_k)
+        costs.append(max(ceil_div(end, blocks.block_n) - begin // blocks.block_n, 1) + SWITCH)
+    return costs
+
+
+def order(costs: list[float], heads: int, together: int, processors: int) -> NDArray[np.int32]:
+    """Which tiles each block takes: element n * processors + b is block b's n-th tile.
+
+    Args:
+        costs: of the tiles of one head.
+        heads: how many heads there are.
+        together: heads whose tiles are dealt out together, so that their keys stay in the L2 cache.
+        processors: number of blocks.
+
+    """
+    count = heads * len(costs)
+    if count > MOST_TILES:
+        table = np.full((ceil_div(count, processors) + 2) * processors, NO_TILE, np.int32)
+        table[:count] = np.arange(count).reshape(heads, len(costs))[:, ::-1].ravel()
+        return table
+    busy = [(0.0, block) for block in range(processors)]
+    taken: list[list[int]] = [[] for _ in range(processors)]
+    longest_first = sorted(range(len(costs)), key=lambda tile: -costs[tile])
+    groups = [range(first, min(first + together, heads)) for first in range(0, heads, together)]
+    early = [tile for tile in longest_first if costs[tile] > SHORT * max(costs)]
+    # The short tiles of all heads come last: they level out what the long ones left uneven.
+    rounds = [(group, early) for group in groups] + [(range(heads), longest_first[len(early) :])]
+    for group, tiles in rounds:
+        for tile in tiles:
+            for head in group:
+                time, block = busy[0]
+                taken[block].append(head * len(costs) + tile)
+                heapq.heapreplace(busy, (time + costs[tile], block))
+    # Two more than there are: a block knows its next tile before it is done with one.
+    table = np.full((max(map(len, taken)) + 2, processors), NO_TILE, np.int32)
+    for block, tiles in enumerate(taken):
+        table[: len(tiles), block] = tiles
+    return table.ravel()
+
+
+__all__ = [
+    "AT_ONCE",
+    "NO_KEYS",
+    "NO_TILE",
+    "order",
+    "quotient",
+    "reciprocal",
+    "tile_costs",
+    "tile_finder",
+]

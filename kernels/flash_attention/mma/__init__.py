@@ -1,0 +1,1 @@
+"""FlashAttention on tensor cores, one warp at a time (`mma.sync`)."""

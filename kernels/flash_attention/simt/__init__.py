@@ -1,0 +1,1 @@
+"""FlashAttention on any CUDA GPU, with ordinary (SIMT) arithmetic."""
