@@ -6,7 +6,7 @@ block_k, copies the two tiles of a step to shared memory, and multiplies them th
 keeps thread_m x thread_n sums in registers, so that a number read from shared memory is used
 several times too.
 
-This is the kernel to read, and what products fall back to without cuBLAS (`minitorch.cublas`).
+This is the kernel to read, and what products fall back to without cuBLAS (`minitorch.cuda.cublas`).
 """
 
 from __future__ import annotations

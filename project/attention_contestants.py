@@ -14,7 +14,7 @@ from typing import Any
 
 from project.gpu_timing import Recorder, Work
 
-OURS = ("decode", "hopper", "mma", "simt")  # NAMEs of modules in minitorch.cuda_attention
+OURS = ("decode", "hopper", "mma", "simt")  # NAMEs of modules in minitorch.cuda.attention
 PYTORCH = {
     "flash": "FLASH_ATTENTION",
     "cudnn": "CUDNN_ATTENTION",

@@ -146,7 +146,7 @@ def test_a_module_of_the_users_own_is_not_described(tmp_path: Path) -> None:
 
 
 MODULE = """
-from minitorch.kernels import compile_cache, runtime
+from minitorch.kernels.gpu import compile_cache, runtime
 from minitorch.kernels.gpu.runtime import cuda, types
 
 FACTOR = 2
@@ -311,7 +311,7 @@ def test_numba_cuda_is_lent_a_name_that_numpy_took_away() -> None:
     code = (
         "import numpy\n"
         "vars(numpy).pop('row_stack', None)\n"
-        "from minitorch.kernels import runtime\n"
+        "from minitorch.kernels.gpu import runtime\n"
         "assert runtime.ROW_STACK_LENT and not hasattr(numpy, 'row_stack')\n"
         "import numba.cuda.np.arrayobj\n"
     )

@@ -408,8 +408,9 @@ def test_one_compiled_kernel_for_each_dtype() -> None:
 
 SCRIPT = """
 import numpy as np, time
-from minitorch.kernels import simd
-from minitorch.kernels.flash_attention import cpu, cpu_forward, cpu_backward
+from minitorch.kernels.cpu import simd
+from minitorch.kernels.flash_attention.cpu import backward as cpu_backward, forward as cpu_forward
+from minitorch.kernels.flash_attention.cpu import launch as cpu
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.philox import attention_dropout_mask
 from tests import references

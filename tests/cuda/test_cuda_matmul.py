@@ -34,7 +34,7 @@ def test_matmul(implementation: Any, shapes: Any, monkeypatch: pytest.MonkeyPatc
     """Each way to compute a product, with each factor as it is and transposed."""
     if implementation.name == "cuBLAS" and not cublas.is_available():
         pytest.skip("no cuBLAS here: pip install minitorch[cuda] on a machine with a GPU")
-    monkeypatch.setattr("minitorch.cuda_matmul.MATMULS", [implementation])
+    monkeypatch.setattr("minitorch.cuda.matmul.MATMULS", [implementation])
     for turn_a, turn_b in ((False, False), (True, False), (False, True)):
         (a, x), (b, y) = (turned(s, t) for s, t in zip(shapes, (turn_a, turn_b), strict=True))
         assert_same(a @ b, x.astype(np.float64) @ y.astype(np.float64), "float32", 4)
@@ -51,7 +51,7 @@ def turned(shape: tuple[int, ...], turn: bool, dtype: str = "float32") -> tuple[
 
 def test_larger_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of large matrices, which the shapes above do not reach."""
-    monkeypatch.setattr("minitorch.cuda_matmul.MATMULS", MATMULS[-1:])
+    monkeypatch.setattr("minitorch.cuda.matmul.MATMULS", MATMULS[-1:])
     monkeypatch.setattr("minitorch.kernels.matmul_cuda.SMALL", matmul_cuda.LARGE)
     (a, x), (b, y) = make((2, 19, 9)), make((9, 21))
     assert_same(a @ b, x.astype(np.float64) @ y.astype(np.float64), "float32", 4)
