@@ -15,7 +15,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python;
 # Parts that run side by side print one after the other (GNU make 4 and later).
 TOGETHER := --jobs=2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-.PHONY: help train test check lint types unit compile simulator bounds test-gpu sanitize bench \
+.PHONY: help train test test-all check lint types unit compile simulator bounds test-gpu sanitize bench \
 	bench-gpu doctor clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test       linter, formatter, type checker and tests; no GPU needed. Its parts:"
 	@echo "                lint, types, unit, compile (GPU kernels for five architectures),"
 	@echo "                simulator (GPU kernels in numba's simulator)"
+	@echo "make test-all   the same, with kernels in kinds that few users meet"
 	@echo "make bounds     the tests of CPU kernels with every index checked; compiles all anew"
 	@echo "make test-gpu   the GPU tests on the GPU"
 	@echo "make sanitize   the same, small ones, under compute-sanitizer: memcheck and racecheck"
@@ -38,6 +39,11 @@ train: $(VENV)/train.stamp
 	$(BIN)/python project/run_transformer.py train --out $(OUT) \
 	$(if $(FRESH),--overwrite,$(if $(wildcard $(OUT)/checkpoint.safetensors),--resume))
 
+# What `make test` leaves out, kernels in kinds that few users meet, `make test-all` runs as well.
+COMMON := -m "not thorough"
+test-all:
+	@$(MAKE) --no-print-directory test COMMON=
+
 # All parts run, whatever one of them says; the exit code is 0 only if all is well.
 test: $(VENV)/dev.stamp
 	@$(MAKE) --no-print-directory $(TOGETHER) compile unit simulator types lint
@@ -48,7 +54,7 @@ unit: $(VENV)/dev.stamp
 
 # Two processes, since it is the longest part; so is the simulator's.
 compile: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest tests/test_kernels_compile.py --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest tests/test_kernels_compile.py $(COMMON) --numprocesses 2 --dist worksteal
 
 # The simulator is chosen before numba is imported: it needs a process of its own. Where numba-cuda
 # is not installed (macOS) it is numba's own, in which some of the tests run once more.
@@ -93,6 +99,7 @@ check: lint types
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python project/code_budget.py
 
 types: $(VENV)/dev.stamp
 	$(BIN)/mypy
