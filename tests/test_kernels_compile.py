@@ -92,7 +92,7 @@ def rare_garbage_collection() -> Iterator[None]:
 
 
 def is_rare(instance: Instance) -> bool:
-    """Whether few users meet it: float64 on a GPU, and attention in bfloat16 on Turing, which has no
+    """Whether few users meet it: float64 on a GPU, or attention in bfloat16 on Turing, which has no
     instructions for that.
     """
     attention = instance.name.startswith("flash_")

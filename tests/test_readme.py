@@ -1,4 +1,4 @@
-"""The README is run: its code, its paths, its commands."""
+"""The READMEs are run: their code, their paths, their commands."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,16 @@ from project.readme_tables import condensed, rendered
 from project.transformer import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+FILES = (
+    "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "minitorch/README.md", "kernels/README.md",
+    "project/results/README.md",
+)  # fmt: skip
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
+README = TEXTS["README.md"]
+MOST_LINES = 220  # so that it is read to its end
+BLOCKS = re.findall(
+    r"^```(\w*)\n(.*?)^```$", README + TEXTS["minitorch/README.md"], re.MULTILINE | re.DOTALL
+)
 CODE = [text for language, text in BLOCKS if language == "python"]
 SHELL = [text for language, text in BLOCKS if not language]
 PROGRAM = "python project/run_transformer.py"
@@ -23,9 +31,14 @@ def test_code_runs(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_figures_are_those_of_the_result_files() -> None:
-    up_to_date = rendered(README) == README
+@pytest.mark.parametrize("name", FILES)
+def test_figures_are_those_of_the_result_files(name: str) -> None:
+    up_to_date = rendered(TEXTS[name]) == TEXTS[name]
     assert up_to_date, "run python project/readme_tables.py"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= MOST_LINES
 
 
 def test_pages_are_condensed(tmp_path: Path) -> None:
@@ -38,17 +51,18 @@ def test_pages_are_condensed(tmp_path: Path) -> None:
     assert new.endswith("<!-- end of results -->\nafter\n")
     assert rendered(new, tmp_path) == new
     assert "Title" not in condensed("# Title\n\ntext")
+    assert condensed("# Title\n\none\n\ntwo\n\nthree", [1, 3]) == "one\n\nthree\n"
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("name", FILES)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", TEXTS[name])
+    assert [link for link in links if not (ROOT / name).parent.joinpath(link).exists()] == []
 
 
-def test_files_named_in_the_text_exist() -> None:
-    names = re.findall(r"`((?:minitorch|kernels|tests|project)/[\w/]+\.\w+)`", README)
-    assert names
+@pytest.mark.parametrize("name", FILES)
+def test_files_named_in_the_text_exist(name: str) -> None:
+    names = re.findall(r"`((?:minitorch|kernels|tests|project)/[\w/]+\.\w+)`", TEXTS[name])
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
