@@ -8,6 +8,7 @@ A line counts if it holds code: not if it is blank, a comment, part of a docstri
 
 from __future__ import annotations
 
+import argparse
 import ast
 import sys
 import tokenize
@@ -76,6 +77,9 @@ def functions(path: Path, lines: set[int]) -> Iterator[Function]:
 
 def main() -> int:
     """Print the tables."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     folders: Counter[str] = Counter()
     files: Counter[str] = Counter()
     found: list[Function] = []
