@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import as_array, as_shape
+from .autodiff import is_grad_enabled
 from .dtypes import check_dtype, get_default_dtype
 from .rng import uniform
 from .tensor import Tensor
@@ -112,16 +113,30 @@ def tensor(
 
     Raises:
         ValueError: lists of different lengths, masked elements, or numbers beyond a float.
-        TypeError: elements that are no real numbers (complex, None, strings); another `dtype` or
-            `backend`.
+        TypeError: elements that are no real numbers (complex, None, strings), or Tensors that want
+            a gradient; another `dtype` or `backend`.
 
     """
     wanted = _dtype(dtype, backend)
+    if is_grad_enabled() and _wants_gradient(ls):
+        raise TypeError(
+            "ls holds a Tensor that wants a gradient, whose graph a copy of values would lose: "
+            "compute with it instead, or give its values, t.detach() or t.to_numpy()"
+        )
     array = as_array(ls, "ls")
     if dtype is not None or not hasattr(ls, "__array__"):
         array = array.astype(wanted)
     data = backend.ops.from_numpy(np.array(array, order="C"))
     return _leaf(data, backend, requires_grad is not False)
+
+
+def _wants_gradient(values: Any) -> bool:
+    """Whether a tensor wants a gradient, or one in nested lists does."""
+    if isinstance(values, Tensor):
+        return values.requires_grad()
+    if not isinstance(values, list | tuple):
+        return False
+    return any(_wants_gradient(x) for x in values if isinstance(x, Tensor | list | tuple))
 
 
 def tensor_from_numpy(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import as_ints
+from .autodiff import is_grad_enabled
 from .movement_functions import Slice
 
 if TYPE_CHECKING:
@@ -33,10 +34,16 @@ def set_item(self: Tensor, key: int | Sequence[int], val: float) -> None:
     """Change one element in place; a graph knows nothing of it.
 
     Raises:
-        TypeError: the index holds something else than whole numbers, or `val` is no number.
+        TypeError: the index holds something else than whole numbers, or `val` is no number, or a
+            Tensor whose graph would be lost.
         IndexingError: the index does not fit the shape.
 
     """
+    if isinstance(val, type(self)) and val.requires_grad() and is_grad_enabled():
+        raise TypeError(
+            "val is a Tensor that wants a gradient, and an element that is set has none: "
+            "give its value, val.item()"
+        )
     self._tensor.set(_count_from_start(as_ints(key, "index"), self.shape), val)
 
 

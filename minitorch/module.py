@@ -247,7 +247,7 @@ class Module:
         hint = ""
         if not key.startswith("_"):
             names = {*self._parameters, *self._modules, *self.__dict__, *dir(type(self))}
-            close = difflib.get_close_matches(key, names, 1)
+            close = difflib.get_close_matches(key, names - {key}, 1)
             hint = f": did you mean {close[0]}?" if close else ""
         raise AttributeError(f"{type(self).__name__} has no attribute {key}{hint}")
 

@@ -359,3 +359,21 @@ def test_only_the_exponent_wants_a_gradient() -> None:
     array = base.to_numpy()
     assert exponent.grad is not None
     np.testing.assert_allclose(exponent.grad.item(), (array**2 * np.log(array)).sum())
+
+
+@pytest.mark.parametrize("values", [lambda t: t, lambda t: [t, t], lambda t: [[1.0], (t * 2.0,)]])
+def test_copies_of_values_do_not_lose_a_graph(values: Callable[[Tensor], Any]) -> None:
+    t = minitorch.tensor([1.0], FAST)
+    with pytest.raises(TypeError, match="ls holds a Tensor that wants a gradient"):
+        minitorch.tensor(values(t), FAST)
+    assert minitorch.tensor(t.detach(), FAST).to_numpy().tolist() == [1.0]
+    with minitorch.no_grad():
+        assert minitorch.tensor([t], FAST).to_numpy().tolist() == [[1.0]]
+
+
+def test_an_element_that_is_set_loses_no_graph() -> None:
+    t, out = minitorch.tensor([3.0], FAST), minitorch.zeros((2,), FAST)
+    with pytest.raises(TypeError, match="val is a Tensor that wants a gradient"):
+        out[0] = t * 2.0
+    out[0] = t.detach()
+    assert out.to_numpy().tolist() == [3.0, 0.0]
