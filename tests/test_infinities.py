@@ -231,7 +231,9 @@ def test_large_logits_keep_the_logarithm(dim: int, large: float, backend: Tensor
     weights = rng.normal(size=(6, 40)).astype(np.float32)
 
     def check(name: str, grad: Any, values: Any, gradient: Any) -> None:
-        turned = (lambda a: a.T) if dim == 0 and name != "softmax_loss" else (lambda a: a)
+        def turned(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return a.T if dim == 0 and name != "softmax_loss" else a
+
         logits = minitorch.tensor(np.ascontiguousarray(turned(x)), backend)
         other: Any = dim
         if name == "softmax_loss":
