@@ -1,8 +1,10 @@
 """Cross entropy of rows of logits with one class each on a GPU, forward and backward.
 
-    loss = logsumexp(x) - x[target],     dx = dloss (softmax(x) - one_hot(target))
+    loss = log(sum(exp(x - max))) + (max - x[target]),     dx = dloss (softmax(x) - one_hot(target))
 
-The logits are read once each way; only the logsumexp of each row is kept for the backward pass.
+The maximum and the logarithm are not added first: a large maximum has no room for the logarithm.
+The logits are read once each way, but for the backward pass of long rows whose logsumexp is large;
+only the logsumexp of each row is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from .gpu.runtime import (
     precision,
     types,
 )
-from .softmax_cuda import FORWARD_BYTES, exponentials, row_total
+from .softmax_cuda import FORWARD_BYTES, exponentials, row_total, softmax_factor
 
+EXACT_BELOW = 64.0  # in a logsumexp below, rounding leaves room enough for the logarithm
 ERROR_BIT = 2  # of the device's word of errors: a target that is no class
 
 
@@ -47,8 +50,8 @@ def forward(
         target_name: precision of the targets.
         logits: (rows, classes), flat and contiguous.
         target: (rows,), whole numbers.
-        loss: (rows,), NaN where the target is no class.
-        logsumexp: (rows,).
+        loss: (rows,), NaN where the target is no class, a logit inf, or all are -inf.
+        logsumexp: (rows,), NaN where a logit is inf or all are -inf.
         error: int32 (1,), gets `ERROR_BIT` if a target is no class.
         rows: number of rows.
         classes: length of a row.
@@ -85,14 +88,12 @@ def forward_kernel(precision_name: str, target_name: str, shape: RowShape) -> An
             top, total = take(values, top, total)
         row_top, total, _ = combine(top, total)
         if row < rows and cuda.threadIdx.x == 0:
-            if total == real(0.0):
-                sum_log = real(nothing)
-            else:
-                sum_log = row_top + real(math.log(total))
-            logsumexp[row] = sum_log
+            log_sum = real(math.nan) if total == real(0.0) else real(math.log(total))
+            logsumexp[row] = row_top + log_sum
             number = to_number(target[row])
             if number >= 0 and number < classes and math.floor(number) == number:
-                loss[row] = sum_log - to_real(logits[row * classes + types.int64(number)])
+                chosen = to_real(logits[row * classes + types.int64(number)])
+                loss[row] = log_sum + (row_top - chosen)
             else:
                 cuda.atomic.or_(error, 0, ERROR_BIT)
                 loss[row] = real(math.nan)
@@ -124,11 +125,12 @@ def backward(
 
 @cache
 def backward_kernel(precision_name: str, target_name: str, shape: RowShape) -> Any:
-    """One row to a team; a row whose logits are all -inf has softmax 0."""
+    """One row to a team."""
     number, of_target = precision(precision_name), precision(target_name)
     real, to_number, exp = number.real, of_target.load, exponential(precision_name)
     load, store = tile_access(precision_name, shape)
-    count, width, rows_of_block = shape.values, shape.tile, shape.rows
+    factor_of = softmax_factor(precision_name, shape, EXACT_BELOW)
+    count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
     vector, step = shape.vector, shape.threads * shape.vector
     nothing = NEGATIVE_INFINITY
 
@@ -138,16 +140,19 @@ def backward_kernel(precision_name: str, target_name: str, shape: RowShape) -> A
         row = block_row(rows_of_block)
         if row < rows:
             grad, shift = dloss[row], logsumexp[row]
-            shift = real(0.0) if shift == nothing else shift
+            factor = factor_of(logits, row * classes, classes, values, shift)
             number = to_number(target[row])
             valid = number >= 0 and number < classes
             correct = types.int64(number) if valid else types.int64(-1)
-            for tile in range((classes + width - 1) // width):
-                load(logits, row * classes, tile, classes, values, nothing)
+            for tile in range((classes + width - 1) // width if tiled else 1):
+                if tiled:
+                    load(logits, row * classes, tile, classes, values, nothing)
+                    for i in range(count):
+                        values[i] = exp(values[i] - shift)
                 first = tile * width + cuda.threadIdx.x * vector
                 for i in range(count):
                     column = first + (i // vector) * step + i % vector
-                    share = exp(values[i] - shift)
+                    share = values[i] * factor
                     values[i] = grad * (share - real(1.0) if column == correct else share)
                 store(dlogits, row * classes, tile, classes, values)
 

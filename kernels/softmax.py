@@ -1,8 +1,10 @@
 """Softmax and logsumexp of the rows of a matrix, forward and backward.
 
     softmax:    y = exp(x - max) / sum(exp(x - max)),     dx = y (dy - sum(dy y))
-    logsumexp:  l = max + log(sum(exp(x - max))),         dx = dl exp(x - l)
+    logsumexp:  l = max + log(sum(exp(x - max))),         dx = dl exp(x - l) / sum(exp(x - l))
 
+The last sum would be 1 but for the rounding of l, which has no room for the logarithm where the
+maximum is large.
 A row that is -inf throughout has softmax 0 and logsumexp -inf. A mask is added on the way.
 """
 
@@ -37,10 +39,20 @@ def logsumexp_forward(x: Array) -> Array:
     """logsumexp along the last dimension: (..., D) -> (...); inf where an element is, NaN where one
     is NaN.
     """
+    top, log_sum = logsumexp_parts(x)
+    total: Array = np.add(top, log_sum, out=top)
+    return total
+
+
+def logsumexp_parts(x: Array) -> tuple[Array, Array]:
+    """What logsumexp is the sum of, both (...): the maximum, and log(sum(exp(x - max))).
+
+    They are 0 and -inf where all elements are -inf; inf or NaN, and 0, where one is inf.
+    """
     rows = as_rows(x)
-    out = np.empty(len(rows), x.dtype)
-    run_over_rows(*rows.shape, logsumexp_worker, rows, out)
-    return out.reshape(x.shape[:-1])
+    top, log_sum = np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
+    run_over_rows(*rows.shape, logsumexp_worker, rows, top, log_sum)
+    return top.reshape(x.shape[:-1]), log_sum.reshape(x.shape[:-1])
 
 
 def logsumexp_backward(dl: Array, x: Array, logsumexp: Array) -> Array:
@@ -102,8 +114,8 @@ def softmax_backward_worker(dy, y, out, next_row, block, key=KEY):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def logsumexp_worker(x, out, next_row, block, key=KEY):
-    """x (rows, D), out (rows,)."""
+def logsumexp_worker(x, top, log_sum, next_row, block, key=KEY):
+    """x (rows, D); top and log_sum (rows,), see `logsumexp_parts`."""
     zero = x.dtype.type(0)
     buffer = np.empty(x.shape[1], x.dtype)
     while True:
@@ -114,12 +126,12 @@ def logsumexp_worker(x, out, next_row, block, key=KEY):
             row = x[r]
             m = row_max(row)
             if m == x.dtype.type(np.inf):  # inf - inf is NaN, exp is for numbers up to 0
-                out[r] = infinity_or_nan(row)
+                top[r], log_sum[r] = infinity_or_nan(row), zero
                 continue
             m = m if m > x.dtype.type(-np.inf) else zero
             for j in range(len(buffer)):
                 buffer[j] = exp(row[j] - m)
-            out[r] = m + np.log(row_sum(buffer))
+            top[r], log_sum[r] = m, np.log(row_sum(buffer))
 
 
 @njit(error_model="numpy")
@@ -133,14 +145,20 @@ def infinity_or_nan(row):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def logsumexp_backward_worker(dl, x, logsumexp, out, next_row, block, key=KEY):
-    """dx = dl exp(x - l); x, out (rows, D), dl and l (rows,). A row of l = -inf has gradient 0."""
-    zero = x.dtype.type(0)
+    """dx = dl exp(x - l) / sum(exp(x - l)); x, out (rows, D), dl and l (rows,). A row of l = -inf
+    has gradient 0; where l is inf nothing is divided.
+    """
+    zero, one = x.dtype.type(0), x.dtype.type(1)
     while True:
         first = fetch_add(next_row, 0, block)
         if first >= len(x):
             return
         for r in range(first, min(first + block, len(x))):
             row, dx, g, l = x[r], out[r], dl[r], logsumexp[r]
+            finite = np.isfinite(l)
             l = zero if l == x.dtype.type(-np.inf) else l
             for j in range(len(dx)):
-                dx[j] = g * exp(row[j] - l)
+                dx[j] = exp(row[j] - l)
+            inverse = one / row_sum(dx) if finite else one
+            for j in range(len(dx)):
+                dx[j] = g * (dx[j] * inverse)

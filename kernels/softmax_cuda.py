@@ -1,7 +1,10 @@
 """Softmax and logsumexp of the rows of a matrix on a GPU, forward and backward.
 
     softmax:    y = exp(x - max) / sum(exp(x - max)),     dx = y (dy - sum(dy y))
-    logsumexp:  l = max + log(sum(exp(x - max))),         dx = dl exp(x - l)
+    logsumexp:  l = max + log(sum(exp(x - max))),         dx = dl exp(x - l) / sum(exp(x - l))
+
+The last sum would be 1 but for the rounding of l, which has no room for the logarithm where the
+maximum is large.
 
 A row is read once: each thread keeps the exponentials under the maximum that it has seen itself,
 and one factor a thread brings them to the row's maximum (the online softmax; Milakov &
@@ -273,6 +276,37 @@ def backward_kernel(precision_name: str, shape: RowShape) -> Any:
 
 
 @cache
+def softmax_factor(precision_name: str, shape: RowShape, exact_below: float = 0.0) -> Any:
+    """Device function `(x, start, columns, values, l) -> 1 / sum(exp(x - l))` of a team's row.
+
+    The values become exp(x - l), those of the last tile if the row has several. The factor is 1
+    where l is not finite. A row of several tiles is not read for it where abs(l) < `exact_below`:
+    the factor is 1. All threads of a team call it, with the same numbers.
+    """
+    real, exp = precision(precision_name).real, exponential(precision_name)
+    load, _ = tile_access(precision_name, shape)
+    add = team_sum(precision_name, shape.threads)
+    count, width, tiled = shape.values, shape.tile, shape.tiled
+    nothing, most = NEGATIVE_INFINITY, float(np.finfo(real.name).max)
+
+    @device_function
+    def factor(x, start, columns, values, l):
+        if tiled and abs(l) < real(exact_below):
+            return real(1.0)
+        shift = real(0.0) if l == nothing else l
+        total = real(0.0)
+        for tile in range((columns + width - 1) // width if tiled else 1):
+            load(x, start, tile, columns, values, nothing)
+            for i in range(count):
+                values[i] = exp(values[i] - shift)
+                total += values[i]
+        total = add(total)
+        return real(1.0) / total if abs(l) <= real(most) else real(1.0)
+
+    return factor
+
+
+@cache
 def logsumexp_kernel(precision_name: str, shape: RowShape) -> Any:
     """l = max + log(sum(exp(x - max))), one row to a team."""
     number = precision(precision_name)
@@ -304,11 +338,12 @@ def logsumexp_kernel(precision_name: str, shape: RowShape) -> Any:
 
 @cache
 def logsumexp_backward_kernel(precision_name: str, shape: RowShape) -> Any:
-    """dx = dl exp(x - l), one row to a team; a row of l = -inf has gradient 0."""
+    """dx = dl exp(x - l) / sum(exp(x - l)), one row to a team; a row of l = -inf has gradient 0."""
     number = precision(precision_name)
     real, to_real, exp = number.real, number.load, exponential(precision_name)
     load, store = tile_access(precision_name, shape)
-    count, width, rows_of_block = shape.values, shape.tile, shape.rows
+    factor_of = softmax_factor(precision_name, shape)
+    count, width, rows_of_block, tiled = shape.values, shape.tile, shape.rows, shape.tiled
     nothing = NEGATIVE_INFINITY
 
     @kernel(shape.threads * shape.rows)
@@ -317,11 +352,15 @@ def logsumexp_backward_kernel(precision_name: str, shape: RowShape) -> Any:
         row = block_row(rows_of_block)
         if row < rows:
             grad, shift = to_real(dl[row]), to_real(logsumexp[row])
+            factor = factor_of(x, row * columns, columns, values, shift)
             shift = real(0.0) if shift == nothing else shift
-            for tile in range((columns + width - 1) // width):
-                load(x, row * columns, tile, columns, values, nothing)
+            for tile in range((columns + width - 1) // width if tiled else 1):
+                if tiled:
+                    load(x, row * columns, tile, columns, values, nothing)
+                    for i in range(count):
+                        values[i] = exp(values[i] - shift)
                 for i in range(count):
-                    values[i] = grad * exp(values[i] - shift)
+                    values[i] = grad * (values[i] * factor)
                 store(dx, row * columns, tile, columns, values)
 
     return logsumexp_backward

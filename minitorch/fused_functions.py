@@ -32,13 +32,15 @@ class Softmax(Function):
 
 
 class LogSoftmax(Function):
-    """a - logsumexp(a) along a dimension; NaN where the logsumexp is infinite, as in PyTorch."""
+    """(a - max) - logsumexp(a - max) along a dimension; NaN where one is inf or all are -inf, as in
+    PyTorch. The maximum goes first: beside a large one the logarithm of the sum has no room.
+    """
 
     @staticmethod
     def forward(ctx: Context, input: Tensor, dim: Any) -> Tensor:
         axis = check_dim(dim, input.dims)
-        total = input.f.logsumexp_forward(input, axis)
-        out = input - (total + (total - total))
+        below = input - input.f.max_reduce(input, axis)
+        out = below - input.f.logsumexp_forward(below, axis)
         ctx.save_for_backward(out, axis)
         return out
 

@@ -57,18 +57,25 @@ def _mean(x: Array) -> Array:
     return mean
 
 
-def _logsumexp(x: Array, axis: int) -> Array:
-    """log(sum(exp(x))) along `axis`, which is kept; infinite where a number or the sum is."""
+def _logsumexp(x: Array, axis: int) -> tuple[Array, Array]:
+    """Two parts of log(sum(exp(x))) along `axis`, which is kept: the maximum and the logarithm of
+    the sum under it. Their sum, infinite where a number or the sum is, has no room for the second
+    where the first is large.
+    """
     maximum = _max_or_zero(x, axis)
     shift = np.where(np.isfinite(maximum), maximum, x.dtype.type(0))
     total: Array = np.exp(x - shift).sum(axis, keepdims=True)
-    return np.asarray(np.log(total) + shift)
+    return shift, np.log(total)
 
 
 def _softmax_from(x: Array, logsumexp: Array) -> Array:
-    """exp(x - logsumexp); zeros where everything is -inf."""
-    shift = np.where(np.isneginf(logsumexp), x.dtype.type(0), logsumexp)
-    return np.asarray(np.exp(x - shift))
+    """exp(x - logsumexp), divided by its sum, since a large logsumexp is rounded; zeros where
+    everything is -inf.
+    """
+    finite = np.isfinite(logsumexp)
+    e = np.exp(x - np.where(np.isneginf(logsumexp), x.dtype.type(0), logsumexp))
+    axes = tuple(d for d in range(x.ndim) if logsumexp.shape[d] != x.shape[d])
+    return np.asarray(e / np.where(finite, e.sum(axes, keepdims=True), e.dtype.type(1)))
 
 
 class FusedOps:
@@ -104,7 +111,8 @@ class FusedOps:
     @quiet
     def logsumexp_forward(x: Tensor, dim: int) -> Tensor:
         """log(sum(exp(x))) along `dim`, which is kept with size 1."""
-        return like(x, _logsumexp(x._tensor.array, dim))
+        maximum, log_sum = _logsumexp(x._tensor.array, dim)
+        return like(x, maximum + log_sum)
 
     @staticmethod
     @quiet
@@ -230,18 +238,19 @@ class FusedOps:
         np.add.at(dweight, whole_numbers(ids), g)
         return like(grad, dweight)
 
-    # ----- cross entropy: loss = logsumexp(logits) - logits[target] -----
+    # ----- cross entropy: loss = log(sum(exp(logits - max))) + (max - logits[target]) -----
 
     @staticmethod
     @quiet
     def cross_entropy_forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """logits (N, C), target (N,) -> the loss and the logsumexp of each row, both (N,). They are
-        NaN where a logit is inf: no softmax has a limit there.
+        NaN where a logit is inf or all are -inf: no softmax has a limit there.
         """
         x, t = logits._tensor.array, whole_numbers(target)
-        logsumexp = _logsumexp(x, 1)[:, 0]
-        logsumexp[np.isposinf(logsumexp)] = np.nan
-        return like(logits, logsumexp - x[np.arange(len(t)), t]), like(logits, logsumexp)
+        maximum, log_sum = (part[:, 0] for part in _logsumexp(x, 1))
+        log_sum = np.where(np.isinf(log_sum), x.dtype.type(np.nan), log_sum)
+        loss = log_sum + (maximum - x[np.arange(len(t)), t])
+        return like(logits, loss), like(logits, maximum + log_sum)
 
     @staticmethod
     @quiet

@@ -204,6 +204,56 @@ def test_a_row_of_minus_infinity(backend: TensorBackend) -> None:
     assert np.isnan(minitorch.logsoftmax(x, 1).to_numpy()).all()
 
 
+@pytest.mark.parametrize("backend", [SIMPLE, FAST])
+def test_the_loss_of_a_row_of_minus_infinity(backend: TensorBackend) -> None:
+    """NaN as in PyTorch, its gradient as well; the row beside it is as ever."""
+    x = minitorch.tensor([[-inf, -inf], [0.0, 0.0]], backend)
+    loss = minitorch.softmax_loss(x, minitorch.tensor([0, 1], backend, False))
+    np.testing.assert_allclose(loss.to_numpy(), [nan, math.log(2)])
+    loss.sum().backward()
+    assert x.grad is not None
+    np.testing.assert_allclose(x.grad.to_numpy(), [[nan, nan], [0.5, -0.5]])
+
+
+@pytest.mark.parametrize("backend", [SIMPLE, FAST])
+@pytest.mark.parametrize("large", [0.0, 1e3, -1e5, 1e6, 1e8, -1e8, 3e38])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_large_logits_keep_the_logarithm(dim: int, large: float, backend: TensorBackend) -> None:
+    """A float32 of 1e8 has steps of 8: no room for the logarithm of a sum of 40 numbers."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(6, 40)) + large).astype(np.float32)
+    x[:, 7] -= np.float32(1e-7 * abs(large) + 30)  # a class far below the others
+    exact, target, every = x.astype(np.float64), rng.integers(0, 40, 6), np.arange(6)
+    target[0] = 7
+    below = exact - exact.max(1, keepdims=True)
+    log_sum = np.log(np.exp(below).sum(1, keepdims=True))
+    share, one_hot = np.exp(below - log_sum), np.eye(40)[target]
+    weights = rng.normal(size=(6, 40)).astype(np.float32)
+
+    def check(name: str, grad: Any, values: Any, gradient: Any) -> None:
+        def turned(a: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return a.T if dim == 0 and name != "softmax_loss" else a
+
+        logits = minitorch.tensor(np.ascontiguousarray(turned(x)), backend)
+        other: Any = dim
+        if name == "softmax_loss":
+            other = minitorch.tensor(target, backend, False)
+        out = getattr(minitorch, name)(logits, other)
+        np.testing.assert_allclose(turned(out.to_numpy()), values, rtol=3e-6, atol=1e-6)
+        out.backward(minitorch.tensor(np.ascontiguousarray(turned(grad)), backend, False))
+        assert logits.grad is not None
+        np.testing.assert_allclose(
+            turned(logits.grad.to_numpy()), gradient, rtol=1e-5, atol=2e-6 * np.abs(grad).sum()
+        )
+
+    column = weights[:, :1]
+    losses = (log_sum - below)[every, target]
+    check("softmax_loss", weights[:, 0], losses, column * (share - one_hot))
+    sums = weights.sum(1, keepdims=True, dtype=np.float64)
+    check("logsoftmax", weights, below - log_sum, weights - share * sums)
+    check("logsumexp", column, exact.max(1, keepdims=True) + log_sum, column * share)
+
+
 @pytest.mark.parametrize("length", [5, 33, 1000])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_infinity_anywhere_in_a_row(length: int, dtype: Any) -> None:

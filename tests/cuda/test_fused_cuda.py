@@ -109,6 +109,8 @@ def test_rows_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "row_shape", short_teams)
     check_softmax(5, "float32", 3, 1300)
     check_cross_entropy(5, "float32", 3, 1300)
+    check_cross_entropy(5, "float32", 3, 1300, large=1e8)
+    check_logsumexp_of_large_numbers("float32", 1300, 1e8)
     check_layernorm(5, "float32", "float32", 3, 1300)
     layernorm_cuda.backward_shape.cache_clear()
     layernorm_cuda.backward_blocks.cache_clear()
@@ -170,6 +172,23 @@ def check_softmax(seed: int, name: str, rows: int, columns: int) -> None:
     dx = empty(name, rows, columns)
     softmax_cuda.logsumexp_backward(name, to_device(dtotal), to_device(x), total, dx, rows, columns)
     assert_close(to_host(dx, name, rows, columns), exact(dtotal)[:, None] * expected, name)
+
+
+@pytest.mark.parametrize("large", [-1e4, 1e4])
+@pytest.mark.parametrize("name", NAMES)
+def test_logsumexp_of_large_numbers(name: str, large: float) -> None:
+    check_logsumexp_of_large_numbers(name, 40, large)
+
+
+def check_logsumexp_of_large_numbers(name: str, columns: int, large: float) -> None:
+    """Gradients are right though the logsumexp has no room for the logarithm."""
+    x = random(3, name, 2, columns) + DTYPES[name].type(large)
+    total, dx = empty(name, 2), empty(name, 2, columns)
+    softmax_cuda.logsumexp_forward(name, to_device(x), total, 2, columns)
+    dtotal = random(4, name, 2)
+    softmax_cuda.logsumexp_backward(name, to_device(dtotal), to_device(x), total, dx, 2, columns)
+    expected = exact(dtotal)[:, None] * softmax_reference(exact(x))
+    assert_close(to_host(dx, name, 2, columns), expected, name)
 
 
 @few
@@ -410,9 +429,29 @@ def test_cross_entropy_of_many_classes(name: str, classes: int) -> None:
     check_cross_entropy(4, name, 2, classes)
 
 
-def check_cross_entropy(seed: int, name: str, rows: int, classes: int) -> None:
+@pytest.mark.parametrize("large", [-1e4, 1e4])
+@pytest.mark.parametrize("name", NAMES)
+def test_cross_entropy_of_large_logits(name: str, large: float) -> None:
+    check_cross_entropy(6, name, 3, 70, large)
+
+
+def test_cross_entropy_of_a_row_of_minus_infinity() -> None:
+    """Loss and gradient are NaN, as in PyTorch; the row beside it is as ever."""
+    x = np.array([[-np.inf, -np.inf], [0, 0]], np.float32)
+    target, error = to_device(np.zeros(2, np.float32)), to_device(np.zeros(1, np.int32))
+    loss, logsumexp, dx = empty("float32", 2), empty("float32", 2), empty("float32", 2, 2)
+    kind, device = ("float32", "float32"), to_device(x)
+    cross_entropy_cuda.forward(*kind, device, target, loss, logsumexp, error, 2, 2)
+    assert_close(to_host(loss, "float32", 2), np.array([np.nan, np.log(2)]), "float32")
+    dloss = to_device(np.ones(2, np.float32))
+    cross_entropy_cuda.backward(*kind, dloss, device, target, logsumexp, dx, 2, 2)
+    expected = np.array([[np.nan, np.nan], [-0.5, 0.5]])
+    assert_close(to_host(dx, "float32", 2, 2), expected, "float32")
+
+
+def check_cross_entropy(seed: int, name: str, rows: int, classes: int, large: float = 0.0) -> None:
     real = real_name(name)
-    x = random(seed, name, rows, classes) * DTYPES[name].type(4)
+    x = random(seed, name, rows, classes) * DTYPES[name].type(4) + DTYPES[name].type(large)
     target = np.random.default_rng(seed).integers(0, classes, rows)
     dloss = random(seed + 1, real, rows)
     loss, logsumexp = empty(real, rows), empty(real, rows)
@@ -422,16 +461,17 @@ def check_cross_entropy(seed: int, name: str, rows: int, classes: int) -> None:
         name, "float32", to_device(x), device_target, loss, logsumexp, error, rows, classes
     )
     a, every = exact(x), np.arange(rows)
-    expected = np.log(np.exp(a).sum(-1))
-    assert_close(to_host(logsumexp, real, rows), expected, real)
-    assert_close(to_host(loss, real, rows), expected - a[every, target], real)
+    below = a - a.max(-1, keepdims=True)
+    log_sum = np.log(np.exp(below).sum(-1))
+    assert_close(to_host(logsumexp, real, rows), a.max(-1) + log_sum, real)
+    assert_close(to_host(loss, real, rows), log_sum - below[every, target], real)
     assert error.copy_to_host()[0] == 0
 
     dx = empty(name, rows, classes)
     cross_entropy_cuda.backward(
         name, "float32", to_device(dloss), to_device(x), device_target, logsumexp, dx, rows, classes
     )
-    share = np.exp(a - expected[:, None])
+    share = np.exp(below - log_sum[:, None])
     share[every, target] -= 1
     assert_close(to_host(dx, name, rows, classes), exact(dloss)[:, None] * share, name)
 
