@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from contextvars import ContextVar
@@ -70,11 +71,11 @@ class no_grad:
         if isinstance(function, type) or not callable(function):
             name = function.__name__ if isinstance(function, type) else type(function).__name__
             raise TypeError(f"no_grad decorates functions and methods, got {name}")
-        if inspect.isgeneratorfunction(function):
+        if _is(inspect.isgeneratorfunction, function):
             return _generator(function)
-        if inspect.iscoroutinefunction(function):
+        if _is(inspect.iscoroutinefunction, function):
             return _coroutine(function)
-        if inspect.isasyncgenfunction(function):
+        if _is(inspect.isasyncgenfunction, function):
             return _async_generator(function)
 
         @functools.wraps(function)
@@ -83,6 +84,13 @@ class no_grad:
                 return function(*args, **kwargs)
 
         return without_graph
+
+
+def _is(kind: Callable[[Any], bool], function: Any) -> bool:
+    """Whether a function, or an object that is called as one, is of a kind."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return kind(function) or kind(type(function).__call__)
 
 
 def _steps(steps: Any) -> Generator[Any, Any, Any]:
@@ -124,11 +132,25 @@ def _coroutine(function: Callable[..., Any]) -> Callable[..., Any]:
     return without_graph
 
 
+def _first_step(generator: AsyncGenerator[Any, Any]) -> Any:
+    """Begin an asynchronous generator that only the one around it closes.
+
+    The event loop hears of each that begins, by these hooks, and closes at its end those that are
+    left, all at once: it would close the inner one a second time.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(firstiter=None, finalizer=None)
+    try:
+        return generator.asend(None)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+
+
 def _async_generator(function: Callable[..., Any]) -> Callable[..., AsyncGenerator[Any, Any]]:
     @functools.wraps(function)
     async def without_graph(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         inner = function(*args, **kwargs)
-        step = inner.asend(None)
+        step = _first_step(inner)
         while True:
             try:
                 item = await _awaited(step)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -167,7 +167,7 @@ def check_shapes(arrays: Mapping[str, Array], like: Mapping[str, Any], source: s
     unknown = [name for name in arrays if name not in like]
     if missing or unknown:
         raise CheckpointError(
-            f"{source} holds another model: missing {_some(missing)}, not wanted {_some(unknown)}"
+            f"{source} holds another model: missing {some(missing)}, not wanted {some(unknown)}"
         )
     for name, wanted in like.items():
         if tuple(arrays[name].shape) != tuple(wanted.shape):
@@ -230,10 +230,11 @@ def _contiguous(array: Any) -> Array:
     return np.asarray(plain, dtype=plain.dtype.newbyteorder("="), order="C")
 
 
-def _some(names: list[str]) -> str:
+def some(names: Sequence[str], separator: str = ", ") -> str:
+    """The first three of what a message lists, and how many more there are."""
     if not names:
         return "nothing"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return separator.join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _safetensors() -> ModuleType:

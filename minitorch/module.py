@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from .checkpoint import some
 from .tensor_ops import TensorBackend
 
 Array = npt.NDArray[Any]
@@ -306,7 +307,7 @@ class Module:
 
         Raises:
             ValueError: names are missing or not known (if strict), or shapes differ. The message
-                lists all of them, and nothing has been changed.
+                lists the first of each, and nothing has been changed.
 
         """
         parameters = dict(self._walk(""))
@@ -314,14 +315,18 @@ class Module:
         missing = [name for name in parameters if name not in state]
         unexpected = [name for name in state if name not in parameters]
         if strict and missing:
-            problems.append(f"missing: {', '.join(missing)}")
+            problems.append(f"missing: {some(missing)}")
         if strict and unexpected:
-            problems.append(f"unexpected: {', '.join(unexpected)}")
+            problems.append(f"unexpected: {some(unexpected)}")
         arrays = {name: np.asarray(state[name]) for name in parameters if name in state}
-        for name, array in arrays.items():
-            wanted = getattr(parameters[name].value, "shape", ())
-            if array.shape != wanted:
-                problems.append(f"{name} has shape {array.shape}, wanted {wanted}")
+        wanted = {name: getattr(parameters[name].value, "shape", ()) for name in arrays}
+        shapes = [
+            f"{name} has shape {array.shape}, wanted {wanted[name]}"
+            for name, array in arrays.items()
+            if array.shape != wanted[name]
+        ]
+        if shapes:
+            problems.append(some(shapes, "; "))
         if problems:
             raise ValueError(f"state does not fit {type(self).__name__}: {'; '.join(problems)}")
         for name, array in arrays.items():

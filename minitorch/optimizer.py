@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .autodiff import no_grad
+from .checkpoint import some
 from .factories import tensor
 from .module import Parameter
 from .scalar import Scalar
@@ -117,13 +118,27 @@ class ParamGroup(dict[str, Any]):
             self[name] = value
 
 
+def _members(name: str, given: Any) -> list[Any]:
+    """What an optimiser, or a group, was given, as a list.
+
+    Raises:
+        TypeError: it is a module, its method `parameters` that was not called, or no iterable.
+
+    """
+    if callable(given) or not isinstance(given, Iterable):
+        what = getattr(given, "__name__", _type(given))
+        called = ": write model.parameters()" if callable(given) else ""
+        raise TypeError(f"{name} must be a list of Parameters, got {what}{called}")
+    return list(given)
+
+
 def _make_groups(parameters: Any, options: Mapping[str, Any]) -> list[ParamGroup]:
     """The groups that an optimiser was given, each with all options."""
     if isinstance(parameters, Parameter | Tensor | Scalar | Mapping | str):
         raise TypeError(
             f"parameters must be a list of Parameters or of groups, got one {_type(parameters)}"
         )
-    given = list(parameters)
+    given = _members("parameters", parameters)
     grouped = [isinstance(item, Mapping) for item in given]
     if not any(grouped):
         given = [{"params": given}]
@@ -137,7 +152,8 @@ def _make_groups(parameters: Any, options: Mapping[str, Any]) -> list[ParamGroup
             known = ", ".join(("params", *options))
             raise ValueError(f"parameter group {number} has {found}; it may have {known}")
         members = group["params"]
-        members = [members] if isinstance(members, Parameter) else list(members)
+        single = isinstance(members, Parameter)
+        members = [members] if single else _members(f"params of group {number}", members)
         for member in members:
             if not isinstance(member, Parameter):
                 raise TypeError(f"parameters must be Parameters, got {_type(member)}")
@@ -325,22 +341,23 @@ def _misfits(arrays: Mapping[str, Array], wanted: Mapping[str, tuple[int, ...]])
     """What is wrong with a state whose arrays should have these names and shapes."""
     missing = [name for name in wanted if name not in arrays]
     unexpected = [name for name in arrays if name not in wanted]
-    problems = [f"missing: {', '.join(missing)}"] if missing else []
+    problems = [f"missing: {some(missing)}"] if missing else []
     if unexpected:
-        problems.append(f"unexpected: {', '.join(unexpected)}")
+        problems.append(f"unexpected: {some(unexpected)}")
+    values = []
     for name, shape in wanted.items():
         array = arrays.get(name)
         if array is None:
             continue
         if array.shape != shape:
-            problems.append(f"{name} has shape {array.shape}, wanted {shape}")
+            values.append(f"{name} has shape {array.shape}, wanted {shape}")
         elif array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
-            problems.append(f"{name} holds {array.dtype.name}, wanted real numbers")
+            values.append(f"{name} holds {array.dtype.name}, wanted real numbers")
         elif name == "lr" and not ((array >= 0) & np.isfinite(array)).all():
-            problems.append(f"lr is {array}, wanted at least 0 and finite")
+            values.append(f"lr is {array}, wanted at least 0 and finite")
         elif name == "steps" and not ((array >= 0) & (array % 1 == 0)).all():
-            problems.append(f"steps are {array}, wanted whole numbers from 0")
-    return problems
+            values.append(f"steps are {array}, wanted whole numbers from 0")
+    return [*problems, some(values, "; ")] if values else problems
 
 
 def _zeros_like(parameter: Parameter) -> Array:

@@ -130,6 +130,13 @@ def _states() -> tuple[Any, Any, Any]:
     return random.getstate(), numpys, dict(_attention_seeds.bit_generator.state)
 
 
+def _set_states(python: Any, numpys: Any, ours: Any) -> None:
+    """Put the three generators into states that `_states` gave."""
+    random.setstate(python)
+    np.random.set_state(numpys)
+    _attention_seeds.bit_generator.state = ours
+
+
 def fingerprint() -> tuple[Any, ...]:
     """What differs after any number has been drawn."""
     python, (_, keys, *rest), ours = _states()
@@ -143,9 +150,7 @@ def random_state_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpys)
-        _attention_seeds.bit_generator.state = ours
+        _set_states(python, numpys, ours)
 
 
 def get_rng_state() -> dict[str, Any]:
@@ -162,9 +167,24 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put all three generators back into a state that `get_rng_state` returned."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    _attention_seeds.bit_generator.state = state["attention"]
+    """Put all three generators back into a state that `get_rng_state` returned.
+
+    Raises:
+        ValueError: `state` is none; nothing has been changed.
+
+    """
+    before = _states()
+    try:
+        version, internal, gauss = state["python"]
+        name, keys, position, has_gauss, cached = state["numpy"]
+        if not 0 <= position <= len(keys):  # numpy would read outside the keys
+            raise ValueError(f"position {position}")
+        if not isinstance(gauss, float | None):
+            raise TypeError("the second number of a pair")
+        numpys = (name, np.array(keys, dtype=np.uint32), position, has_gauss, cached)
+        _set_states((version, tuple(internal), gauss), numpys, state["attention"])
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        _set_states(*before)
+        raise ValueError(
+            "the state of the random numbers is damaged: it is none that get_rng_state returned"
+        ) from error

@@ -174,6 +174,12 @@ def test_loading_keeps_the_dtype() -> None:
     assert leaf.weight.value.dtype == np.float32
 
 
+def test_a_long_list_of_misfits_is_cut() -> None:
+    leaf = Leaf()
+    with pytest.raises(ValueError, match=r"unexpected: a0, a1, a2 and 37 more$"):
+        leaf.load_state_dict({**leaf.state_dict(), **{f"a{n}": np.ones(1) for n in range(40)}})
+
+
 def test_loading_takes_arrays_of_any_layout() -> None:
     leaf = Leaf()
     leaf.weight.update(tensor(np.zeros((2, 3))))

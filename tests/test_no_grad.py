@@ -1,7 +1,9 @@
 """`no_grad` as a block and as a decorator: it holds where it was asked for, and nowhere else."""
 
 import asyncio
+import functools
 import inspect
+import sys
 import threading
 from collections.abc import AsyncGenerator, Generator, Iterator
 from typing import Any
@@ -220,3 +222,63 @@ def test_an_asynchronous_generator() -> None:
     asyncio.run(main())
     assert log == [None, ("closed", False), "sent", ("closed", False), ("closed", False)]
     assert is_grad_enabled()
+
+
+def test_an_asynchronous_generator_that_is_left_early() -> None:
+    """The loop closes it once: at its end, or when nobody holds it any more."""
+    complaints: list[Any] = []
+    closed: list[bool] = []
+
+    @no_grad()
+    async def numbers() -> AsyncGenerator[bool, None]:
+        try:
+            while True:
+                yield is_grad_enabled()
+                await asyncio.sleep(0)
+        finally:
+            await asyncio.sleep(0)
+            closed.append(is_grad_enabled())
+
+    kept = []
+
+    async def main(keeps: bool) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: complaints.append(told))
+        hooks = sys.get_asyncgen_hooks()
+        steps = numbers()
+        async for inside in steps:
+            assert not inside and sys.get_asyncgen_hooks() == hooks
+            break
+        if keeps:
+            kept.append(steps)
+        del steps
+        for _ in range(4):  # the loop closes it now if nobody holds it
+            await asyncio.sleep(0)
+        assert closed == ([] if keeps else [False, False])
+
+    asyncio.run(main(True))
+    assert complaints == [] and closed == [False]
+    asyncio.run(main(False))
+    assert complaints == [] and closed == [False, False] and is_grad_enabled()
+
+
+def test_objects_that_are_called() -> None:
+    class Coroutine:
+        async def __call__(self) -> bool:
+            await asyncio.sleep(0)
+            return is_grad_enabled()
+
+    class Steps:
+        def __call__(self) -> Iterator[bool]:
+            yield is_grad_enabled()
+
+    class AsyncSteps:
+        async def __call__(self) -> AsyncGenerator[bool, None]:
+            yield is_grad_enabled()
+
+    async def main() -> None:
+        assert await no_grad()(Coroutine())() is False
+        assert await no_grad()(functools.partial(Coroutine()))() is False
+        assert [inside async for inside in no_grad()(AsyncSteps())()] == [False]
+
+    asyncio.run(main())
+    assert list(no_grad()(Steps())()) == [False] and is_grad_enabled()

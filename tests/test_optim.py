@@ -10,6 +10,7 @@ import pytest
 from minitorch.factories import tensor
 from minitorch.fast_ops import FastOps
 from minitorch.module import Parameter
+from minitorch.modules_basic import Linear
 from minitorch.optim import SGD, Adam, AdamW, CosineSchedule, Optimizer, clip_grad_norm_
 from minitorch.scalar import Scalar
 from minitorch.tensor_ops import SimpleBackend, TensorBackend
@@ -170,6 +171,13 @@ def test_parameter_groups_that_make_no_sense() -> None:
             AdamW(groups)
     for wrong in (first, first.value, [first, {"params": [second]}], [first.value], "ab"):
         with pytest.raises(TypeError, match="parameters must be"):
+            AdamW(wrong)  # type: ignore[arg-type]
+    model = Linear(2, 3)
+    for wrong in (model, model.parameters, [{"params": model}], Linear):
+        with pytest.raises(TypeError, match=r"must be .* got \w+: write model.parameters\(\)"):
+            AdamW(wrong)  # type: ignore[arg-type]
+    for wrong in (3, None, [{"params": 3}]):
+        with pytest.raises(TypeError, match=r"must be a list of Parameters, got \w+$"):
             AdamW(wrong)  # type: ignore[arg-type]
     group = AdamW([first]).param_groups[0]
     for name, value in (("lr", -1.0), ("eps", math.inf), ("params", [second])):

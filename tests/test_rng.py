@@ -1,5 +1,6 @@
 """Random numbers: `rand` gives Python's own, however many are wanted."""
 
+import copy
 import random
 from typing import Any
 
@@ -56,3 +57,39 @@ def test_numpys_generator_is_left_alone() -> None:
     np.random.seed(1)
     minitorch.rand((100, 100))
     assert np.random.random() == expected
+
+
+def _state_with(part: str, place: int, value: Any) -> Any:
+    state = copy.deepcopy(rng.get_rng_state())
+    state[part][place] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "value"),
+    [
+        ("python", 0, 99),
+        ("python", 1, [1, 2]),
+        ("python", 2, "x"),
+        ("numpy", 0, "PCG64"),
+        ("numpy", 1, [1, 2]),
+        ("numpy", 2, 10**6),
+        ("numpy", 2, -5),
+        ("numpy", 4, "x"),
+    ],
+)
+def test_a_damaged_state_changes_nothing(part: str, place: int, value: Any) -> None:
+    damaged, before = _state_with(part, place, value), rng.fingerprint()
+    with pytest.raises(ValueError, match="get_rng_state"):
+        rng.set_rng_state(damaged)
+    assert rng.fingerprint() == before
+
+
+def test_a_damaged_last_part_changes_no_first() -> None:
+    before_draw, random_before = rng.get_rng_state(), random.random()
+    before = rng.fingerprint()
+    with pytest.raises(ValueError, match="get_rng_state"):
+        rng.set_rng_state({**before_draw, "attention": {"bit_generator": "PCG64"}})
+    assert rng.fingerprint() == before
+    rng.set_rng_state(before_draw)
+    assert random.random() == random_before

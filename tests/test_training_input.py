@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,9 @@ def test_damaged_metadata(
         assert message(capsys, [*command, f"--out={folder.path}"]).startswith("error: ")
 
 
-@pytest.mark.parametrize("rng", ["12", "null", "{}", '{"python": 1}', '{"python": [3, [1], null]}'])
+@pytest.mark.parametrize(
+    "rng", ["12", "null", "{}", "[]", '"x"', '{"python": 1}', '{"python": [3, [1], null]}']
+)
 def test_damaged_states_of_the_generators(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: str
 ) -> None:
@@ -176,7 +179,23 @@ def test_damaged_states_of_the_generators(
     folder = RunFolder(str(tmp_path / "run"))
     folder.save(trainer.snapshot())
     edited(folder.checkpoint, rng=rng)
-    assert "does not fit" in message(capsys, ["train", "--resume", f"--out={folder.path}"])
+    told = message(capsys, ["train", "--resume", f"--out={folder.path}"])
+    assert told.endswith(
+        "does not fit: the state of the random numbers is damaged: it is none that get_rng_state "
+        "returned"
+    )
+
+
+def test_a_checkpoint_of_more_layers_is_told_briefly(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = RunOptions().replaced({**TINY, "data": str(text), "layers": 9})
+    trainer = training.Trainer(options, data.load(options.data, 8))
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.save(trainer.snapshot())
+    edited(folder.checkpoint, options=json.dumps({"model": {**asdict(options.model), "layers": 1}}))
+    told = message(capsys, ["sample", f"--out={folder.path}"])
+    assert "unexpected: " in told and " more" in told and len(told) < 400
 
 
 def test_a_damaged_weight_is_noticed(

@@ -127,6 +127,55 @@ def test_a_run_is_only_overwritten_when_that_is_asked_for(
     assert "cannot be read" in message(capsys, ["train", f"--out={out}", *words(**TINY, data=text)])
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "loss.png", "step_7.safetensors", ".lock"])
+@pytest.mark.parametrize("here", [True, False])
+def test_files_of_the_user_are_left_alone(
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    here: bool,
+) -> None:
+    monkeypatch.setattr(training.Trainer, "__init__", lambda *_: pytest.fail("too late"))
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / name).write_text("of the user")
+    (out / ".checkpoint.safetensors.backup-of-mine").write_text("of the user")
+    monkeypatch.chdir(out)
+    given = "." if here else out
+    told = message(capsys, ["train", f"--out={given}", *words(**TINY, data=text)])
+    assert name in told and "another --out" in told
+    assert ("--overwrite" in told) == (name != ".lock")
+    assert (out / name).read_text() == "of the user"
+    assert (out / ".checkpoint.safetensors.backup-of-mine").read_text() == "of the user"
+
+
+def test_what_an_interrupted_start_has_left_blocks_no_new_one(text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with locked(out):
+        pass
+    half = out / ".checkpoint.safetensors.a_b1c2d3"
+    half.touch()
+    assert start(text, out) == 0 and not half.exists()
+
+
+@pytest.mark.parametrize("option", ["--overwrite", "--seed=1"])
+def test_a_folder_in_the_place_of_a_file_is_found_before_anything_else(
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+) -> None:
+    monkeypatch.setattr(training.Trainer, "__init__", lambda *_: pytest.fail("too late"))
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "run" / "loss.png").touch()
+    command = ["train", f"--out={tmp_path / 'run'}", *words(**TINY, data=text), option]
+    assert "metrics.jsonl is a folder" in message(capsys, command)
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
 def test_a_running_run_is_left_alone(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,7 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         "in a run that had as many from the start",
     )
     start.add_argument(
-        "--overwrite", action="store_true", help="start anew where --out has a run already"
+        "--overwrite",
+        action="store_true",
+        help="start anew where --out has a run, or files of its names, already: they are lost",
     )
     run.add_argument(
         "--record", metavar="FILE", default="", help="also write the result as a Markdown page"

@@ -59,7 +59,7 @@ def train_command(
         given: the options named on the command line.
         out: the run's folder.
         resume: whether to go on with what is in it.
-        overwrite: whether a run that is in it may be lost.
+        overwrite: whether a run, or other files of its names, that are in it may be lost.
         record: a file for the result as a Markdown page, or "".
         terminal: where to print.
 
@@ -76,8 +76,8 @@ def train_command(
         RunOptions().replaced(given).check()
     with locked(folder.path):
         folder.remove_halves()
-        if not (resume or overwrite):
-            folder.check_new()
+        if not resume:
+            folder.check_new(overwrite)
         snapshot = folder.load() if resume else None
         options = _resumed_options(snapshot, given) if snapshot else RunOptions().replaced(given)
         trainer = _trainer(options, snapshot)
@@ -86,7 +86,8 @@ def train_command(
             _say_what_changed(snapshot, trainer, terminal)
         else:
             _show_sample(trainer, "sample before training", terminal)
-            folder.clear()
+            if overwrite:
+                folder.clear()
         with terminal.progress(options.training.steps, trainer.step):
             finished = train(trainer, folder, terminal)
         if not finished:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from minitorch.checkpoint import (
     CheckpointError,
     load_checkpoint,
     save_checkpoint,
+    some,
     write_atomically,
 )
 
@@ -113,10 +115,32 @@ class RunFolder:
         self.saved_step = snapshot.step
         return snapshot
 
-    def check_new(self) -> None:
-        """Raise `UserError` if there is a run here, which a new one would overwrite."""
-        if not self.checkpoint.exists():
+    def check_new(self, overwrite: bool) -> None:
+        """Check that a new run loses nothing here, before it removes or replaces anything.
+
+        Args:
+            overwrite: whether files that are here may be lost.
+
+        Raises:
+            UserError: there is a run here, or other files of its names; or, whatever `overwrite`
+                says, a folder where a file is to be.
+
+        """
+        there = self._files()
+        for path in there:
+            if path.is_dir() and not path.is_symlink():
+                raise UserError(
+                    f"{path} is a folder, and a run has a file there: move it, or choose another "
+                    "--out"
+                )
+        if overwrite or not there:
             return
+        if self.checkpoint not in there:
+            names = some([path.name for path in there])
+            raise UserError(
+                f"{self.path} has files that a run would remove or replace, {names}: choose "
+                "another --out, or lose them with --overwrite"
+            )
         try:
             snapshot = load_snapshot(self.checkpoint)
             state = f"at step {snapshot.step} of {snapshot.options.training.steps}"
@@ -127,6 +151,12 @@ class RunFolder:
             "--steps), start anew with --overwrite, or choose another --out"
         )
 
+    def _files(self) -> list[Path]:
+        """What is here, links that lead nowhere too, under the names of a run's files."""
+        copies = sorted(self.path.glob("step_*.safetensors"))
+        named = (self.checkpoint, self.metrics, self.picture, *copies)
+        return [path for path in named if os.path.lexists(path)]
+
     def clear(self) -> None:
         """Remove the files of a run that is overwritten, and what a kill has left half-written.
 
@@ -135,8 +165,7 @@ class RunFolder:
 
         """
         try:
-            copies = self.path.glob("step_*.safetensors")
-            for path in (self.checkpoint, self.metrics, self.picture, *copies):
+            for path in self._files():
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"cannot overwrite the run in {self.path}: {error}") from error
@@ -144,7 +173,7 @@ class RunFolder:
 
     def remove_halves(self) -> None:
         """Remove checkpoints that a kill has left half-written under temporary names."""
-        for path in self.path.glob(f".{CHECKPOINT}.*"):
+        for path in self.path.glob(f".{CHECKPOINT}.{'[a-z0-9_]' * 8}"):  # as `tempfile` names them
             with suppress(OSError):
                 path.unlink()
 

@@ -21,7 +21,8 @@ def locked(folder: Path) -> Iterator[None]:
     of several that start together one gets it. The file stays, with the number of its last holder.
 
     Raises:
-        UserError: another process has the lock, or the folder cannot be written.
+        UserError: another process has the lock, the folder cannot be written, or the file of the
+            lock's name is another program's.
 
     """
     try:
@@ -37,6 +38,10 @@ def locked(folder: Path) -> Iterator[None]:
                 f"a run is going on in {folder} (process {holder or 'unknown'}): wait for it, or "
                 "choose another --out"
             )
+        if os.read(handle, 100).strip(b"0123456789\r\n\0"):  # more than a holder's number
+            raise UserError(
+                f"{folder / LOCK} is no lock of this program: move it, or choose another --out"
+            )
         _name_holder(handle, folder)
         yield
     finally:
@@ -45,6 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _name_holder(handle: int, folder: Path) -> None:
     try:
+        os.lseek(handle, 0, os.SEEK_SET)
         os.ftruncate(handle, 0)
         os.write(handle, f"{os.getpid()}\n".encode())
     except OSError as error:
