@@ -372,7 +372,8 @@ def test_copies_of_values_do_not_lose_a_graph(values: Callable[[Tensor], Any]) -
 
 
 def test_an_element_that_is_set_loses_no_graph() -> None:
-    t, out = minitorch.tensor([3.0], FAST), minitorch.zeros((2,), FAST)
+    t: Any = minitorch.tensor([3.0], FAST)
+    out = minitorch.zeros((2,), FAST)
     with pytest.raises(TypeError, match="val is a Tensor that wants a gradient"):
         out[0] = t * 2.0
     out[0] = t.detach()
