@@ -1,12 +1,9 @@
 """What FlashAttention's backward pass does first: delta, and what makes P of a score.
 
     delta = rowsum(dO * O) - dL                             dL, the gradient of the logsumexp
-    P = exp(S - m) / l = rest * exp(S - L)                  L = m + log(l)
 
-("FlashAttention-2", Dao, 2023, algorithm 2, line 4.) With L alone P costs one instruction less for
-each score. But L is rounded: where scores are large it has no room for log(l), and P of a row with
-one key that counts would not be 1. `rest` puts that right. It is 1 in all rows but those, which
-hardly anyone has, and the products that it takes are only made if there is such a row.
+("FlashAttention-2", Dao, 2023, algorithm 2, line 4.) L and rest of a row, which make P, are told in
+softmax.py.
 
 A few threads share a row and read 16 bytes at a time: it is as fast as memory.
 """

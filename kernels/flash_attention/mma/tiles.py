@@ -68,7 +68,7 @@ class Kind:
 
     @property
     def unit(self) -> float:
-        """As of the SIMT kernels (`cuda_tiles.Kind`)."""
+        """As of the SIMT kernels (`Kind` in simt/tiles.py)."""
         return 1.0 if self.additive else LOG2_E
 
     @property

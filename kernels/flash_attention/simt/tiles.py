@@ -4,8 +4,8 @@ A tile lies in shared memory in rows that are a little longer than its width, so
 neighbouring threads read at once begin in different banks. What is beyond the end of a sequence is
 filled with zeros. All tiles of a block are parts of one array, `memory`; a tile is an offset.
 
-Which tiles a block visits is decided by `tile_range` and `tile_start` alone, and which scores count
-by `masked_score` alone.
+Which tiles a block visits is decided in schedule.py alone, and which scores count by `masked_score`
+alone.
 """
 
 from __future__ import annotations
