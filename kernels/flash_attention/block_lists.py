@@ -1,0 +1,264 @@
+"""Which blocks of the score matrix count: for each row of blocks a list of those that are not empty.
+
+A block is `block_m` queries by `block_n` keys. An entry of a list is a number
+
+    column << 1 | full
+
+where a full block is one whose scores all count, so that nobody looks at the mask there. Lists are
+in the order of the columns, one after another ("CSR"): entries[offsets[row] : offsets[row + 1]] are
+those of a row, and the rows of one head after those of another. Nothing is of the size of the score
+matrix.
+
+The lists of a mask function come from its graph by interval arithmetic (score_intervals.py): large
+ranges of positions first, and only those that are neither empty nor full in halves, down to the
+blocks. What is still open there is looked at in halves of blocks, until both a score that counts
+and one that does not are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..score_graph import Graph, evaluate
+from ..score_intervals import IntervalOperations
+
+Array = NDArray[Any]
+EMPTY, PARTIAL, FULL = 0, 1, 2
+COARSEST = 32  # blocks along the side of the ranges that are looked at first
+MOST_RANGES = 1 << 21  # that are looked at within open blocks; if there are more they stay partial
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLists:
+    """Lists of blocks.
+
+    Args:
+        offsets: (heads * rows + 1,), int64.
+        entries: int32.
+        heads: how many matrices there are.
+        rows: of blocks, of a matrix.
+        columns: of blocks.
+
+    """
+
+    offsets: Array
+    entries: Array
+    heads: int
+    rows: int
+    columns: int
+
+    @staticmethod
+    def of(
+        head: Array, row: Array, column: Array, full: Array, heads: int, rows: int, columns: int
+    ) -> BlockLists:
+        """Lists of blocks that are given in any order, each once."""
+        bits = max(columns - 1, 1).bit_length()
+        keys = ((head.astype(np.int64) * rows + row) << bits | column) << 1 | full
+        keys.sort()
+        starts = np.arange(heads * rows + 1, dtype=np.int64) << (bits + 1)
+        entries = (keys & ((1 << (bits + 1)) - 1)).astype(np.int32)
+        return BlockLists(np.searchsorted(keys, starts), entries, heads, rows, columns)
+
+    @staticmethod
+    def from_states(states: Array) -> BlockLists:
+        """Lists of a matrix (heads, rows, columns) of EMPTY, PARTIAL and FULL."""
+        head, row, column = np.nonzero(states)
+        full = states[head, row, column] == FULL
+        return BlockLists.of(head, row, column, full, *states.shape)
+
+    @property
+    def places(self) -> tuple[Array, Array, Array, Array]:
+        """Head, row, column and whether it is full, of each block."""
+        lines = np.repeat(np.arange(self.heads * self.rows), np.diff(self.offsets))
+        return lines // self.rows, lines % self.rows, self.entries >> 1, self.entries & 1 == 1
+
+    def states(self) -> Array:
+        """EMPTY, PARTIAL or FULL: (heads, rows, columns), uint8."""
+        found = np.zeros((self.heads, self.rows, self.columns), np.uint8)
+        head, row, column, full = self.places
+        found[head, row, column] = PARTIAL + full
+        return found
+
+    def transposed(self) -> BlockLists:
+        """For each column of blocks its rows."""
+        head, row, column, full = self.places
+        return BlockLists.of(head, column, row, full, self.heads, self.columns, self.rows)
+
+    def retiled(
+        self, block: tuple[int, int], tile: tuple[int, int], sizes: tuple[int, int]
+    ) -> BlockLists:
+        """The lists for tiles of another size: a tile is empty if all blocks are that it overlaps,
+        and full if all are full.
+
+        Args:
+            block: sizes of the blocks now, (block_m, block_n).
+            tile: wanted sizes.
+            sizes: seqlen_q and seqlen_k.
+
+        """
+        if block == tile:
+            return self
+        states = self.states()
+        some, every = states > EMPTY, states == FULL
+        for axis, (have, want, size) in enumerate(zip(block, tile, sizes, strict=True), start=1):
+            begin = np.arange(0, size, want)
+            first, last = begin // have, (np.minimum(begin + want, size) - 1) // have
+            some = _over_ranges(some, first, last, axis) > 0
+            every = _over_ranges(every, first, last, axis) == _broadcast(last - first + 1, axis)
+        return BlockLists.from_states(some.astype(np.uint8) + every)
+
+
+def _broadcast(x: Array, axis: int) -> Array:
+    return x.reshape([-1 if n == axis else 1 for n in range(3)])
+
+
+def _over_ranges(x: Array, first: Array, last: Array, axis: int) -> Array:
+    """Sums of x[first : last + 1] along an axis."""
+    width = [(1, 0) if n == axis else (0, 0) for n in range(3)]
+    sums = np.cumsum(np.pad(x, width), axis, dtype=np.int32)
+    return np.take(sums, last + 1, axis) - np.take(sums, first, axis)
+
+
+# ----- of a mask function -----
+
+
+class _Ranges(NamedTuple):
+    """Ranges of positions, as many as one likes: of head h the queries q0 ... q1, keys k0 ... k1."""
+
+    head: Array
+    q0: Array
+    q1: Array
+    k0: Array
+    k1: Array
+
+    def __getitem__(self, chosen: Any) -> _Ranges:  # type: ignore[override]
+        return _Ranges(*(x[chosen] for x in tuple(self)))
+
+
+def lists_of_mask(
+    graph: Graph,
+    arrays: Sequence[Array],
+    parameters: Sequence[Any],
+    sizes: tuple[int, int, int, int],
+    block: tuple[int, int],
+) -> BlockLists:
+    """The lists of a mask function.
+
+    Args:
+        graph: its graph.
+        arrays, parameters: what the graph is given.
+        sizes: batch, heads, seqlen_q, seqlen_k.
+        block: queries and keys of a block.
+
+    """
+    batch, heads, seqlen_q, seqlen_k = sizes
+    rows, columns = -(-seqlen_q // block[0]), -(-seqlen_k // block[1])
+    look = _Looker(graph, arrays, parameters, heads)
+    found: list[tuple[Array, Array, Array, Array]] = []
+    head, row, column = (
+        x.ravel() for x in np.meshgrid(
+            np.arange(batch * heads), np.arange(-(-rows // COARSEST)),
+            np.arange(-(-columns // COARSEST)), indexing="ij",
+        )
+    )  # fmt: skip
+    side = COARSEST
+    while True:
+        ranges = _Ranges(
+            head,
+            row * (side * block[0]), np.minimum((row + 1) * (side * block[0]), seqlen_q) - 1,
+            column * (side * block[1]), np.minimum((column + 1) * (side * block[1]), seqlen_k) - 1,
+        )  # fmt: skip
+        surely, possibly = look(ranges)
+        blocks = _halves(head[surely], row[surely], column[surely], side, rows, columns)
+        found.append((*blocks, np.ones(len(blocks[0]), bool)))
+        mixed = possibly & ~surely
+        if side == 1:
+            break
+        head, row, column = _halves(
+            head[mixed], row[mixed], column[mixed], 2, rows, columns, side // 2
+        )
+        side //= 2
+    some, every = look.closely(ranges[mixed])
+    left = tuple(x[mixed][some] for x in (head, row, column))
+    found.append((*left, every[some]))
+    parts = [np.concatenate(x) for x in zip(*found, strict=True)]
+    return BlockLists.of(*parts, batch * heads, rows, columns)
+
+
+def _halves(
+    head: Array, row: Array, column: Array, parts: int, rows: int, columns: int, side: int = 1
+) -> tuple[Array, Array, Array]:
+    """Each range in parts * parts smaller ones, of `side` blocks; those outside the matrix go."""
+    i, j = (x.ravel() for x in np.meshgrid(np.arange(parts), np.arange(parts), indexing="ij"))
+    r, c = (row[:, None] * parts + i).ravel(), (column[:, None] * parts + j).ravel()
+    inside = (r * side < rows) & (c * side < columns)
+    return np.repeat(head, parts * parts)[inside], r[inside], c[inside]
+
+
+class _Looker:
+    """What a mask function says of ranges."""
+
+    def __init__(
+        self, graph: Graph, arrays: Sequence[Array], parameters: Sequence[Any], heads: int
+    ) -> None:
+        self.graph, self.heads = graph, heads
+        self.operations = IntervalOperations(arrays, parameters)
+
+    def __call__(self, ranges: _Ranges) -> tuple[Array, Array]:
+        """Whether all scores of each range surely count, and whether any possibly does."""
+        b, h = ranges.head // self.heads, ranges.head % self.heads
+        inputs = {
+            "b": (b, b),
+            "h": (h, h),
+            "q": (ranges.q0, ranges.q1),
+            "k": (ranges.k0, ranges.k1),
+        }
+        with np.errstate(all="ignore"):
+            ((surely, possibly),) = evaluate(self.graph, self.operations, inputs)
+        shape = ranges.q0.shape
+        return np.broadcast_to(surely, shape), np.broadcast_to(possibly, shape)
+
+    def closely(self, ranges: _Ranges) -> tuple[Array, Array]:
+        """Of open ranges whether any score counts, and whether all do: in halves, until it is known.
+
+        Where it takes too long the answer is (True, False), with which a kernel looks itself.
+        """
+        count = len(ranges.head)
+        some, lacks = np.zeros(count, bool), np.zeros(count, bool)
+        owner = np.arange(count)
+        while len(owner):
+            if len(owner) > MOST_RANGES:
+                some[owner], lacks[owner] = True, True
+                break
+            ranges, owner = _bisected(ranges, owner)
+            surely, possibly = look = self(ranges)
+            del look
+            some[owner[surely]] = True
+            lacks[owner[~possibly]] = True
+            single = (ranges.q0 == ranges.q1) & (ranges.k0 == ranges.k1)
+            vague = single & possibly & ~surely  # NaN, or a load that intervals do not follow
+            some[owner[vague]], lacks[owner[vague]] = True, True
+            open_ = possibly & ~surely & ~(some & lacks)[owner]
+            ranges, owner = ranges[open_], owner[open_]
+        return some, ~lacks
+
+
+def _bisected(ranges: _Ranges, owner: Array) -> tuple[_Ranges, Array]:
+    """Each range in up to four, and whose part each is."""
+    q_mid, k_mid = (ranges.q0 + ranges.q1) // 2, (ranges.k0 + ranges.k1) // 2
+    parts = []
+    for q0, q1 in ((ranges.q0, q_mid), (q_mid + 1, ranges.q1)):
+        for k0, k1 in ((ranges.k0, k_mid), (k_mid + 1, ranges.k1)):
+            parts.append((ranges.head, q0, q1, k0, k1, owner))
+    joined = [np.concatenate(x) for x in zip(*parts, strict=True)]
+    inside = (joined[1] <= joined[2]) & (joined[3] <= joined[4])
+    *bounds, owner = (x[inside] for x in joined)
+    return _Ranges(*bounds), owner
+
+
+__all__ = ["EMPTY", "FULL", "PARTIAL", "BlockLists", "lists_of_mask"]
