@@ -1,14 +1,14 @@
 """A score function or a mask function as a graph of operations on numbers, and its derivative.
 
 The function of one attention score, f(score, b, h, q, k), or of its place alone, is written in
-Python by the user (`minitorch.score_trace` runs it once) and is here a list of nodes, in an order in
-which each comes after those that it takes. The graph is a value: two functions that do the same have
-equal graphs, with equal hashes, and so one kernel. The numbers and arrays that a function closes
-over are not in it: they are what a kernel is given when it is launched.
+Python by the user (`minitorch.score_trace` runs it once) and is here a list of nodes, in an order
+in which each comes after those that it takes. The graph is a value: two functions that do the same
+have equal graphs, with equal hashes, and so one kernel. The numbers and arrays that a function
+closes over are not in it: they are what a kernel is given when it is launched.
 
-Everything that is done with a graph is one walk over its nodes, `evaluate`, with a set of operations
-of one's choice: numpy's (below) for whole matrices of scores, others for the registers of a kernel,
-or for intervals. Names of operations are numpy's.
+Everything that is done with a graph is one walk over its nodes, `evaluate`, with a set of
+operations of one's choice: numpy's (below) for whole matrices of scores, others for the registers
+of a kernel, or for intervals. Names of operations are numpy's.
 
 The derivative is reverse mode on the graph (Griewank & Walther, "Evaluating Derivatives", 2008,
 chapter 3): nodes are added, in one graph with the value, which it shares what it can with.
@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 Kind = Literal["real", "whole", "truth"]  # floating point as the scores, int32, bool
 INPUTS: dict[str, Kind] = {"score": "real", "b": "whole", "h": "whole", "q": "whole", "k": "whole"}
-POSITIONS = ("b", "h", "q", "k")
 
 # Operations by what they take and give; every name is a function of numpy.
 ARITHMETIC = ("add", "subtract", "multiply", "minimum", "maximum")  # of two of a kind
@@ -397,6 +396,8 @@ def _adjoints(builder: Builder, graph: Graph) -> dict[int, int]:
         node = graph.nodes[n]
         if n not in found or node.kind != "real" or node.name not in RULES:
             continue
+        if _is(builder.value(found[n]), 0):  # nothing depends on it: not even 0 * infinity
+            continue
         for operand, gradient in RULES[node.name](builder, found[n], n, *node.operands):
             known = found.get(operand)
             found[operand] = gradient if known is None else builder.apply("add", known, gradient)
@@ -482,7 +483,7 @@ RULES: dict[str, Rule] = {
 
 
 __all__ = [
-    "ARITHMETIC", "COMPARISONS", "INPUTS", "OF_REALS", "OF_TRUTHS", "OF_WHOLE", "POSITIONS", "Builder",
+    "ARITHMETIC", "COMPARISONS", "INPUTS", "OF_REALS", "OF_TRUTHS", "OF_WHOLE", "Builder",
     "CapturedArray", "Derivative", "Graph", "Kind", "Load", "Node", "NumpyOperations", "clamped",
     "constant_value", "differentiate", "evaluate",
 ]  # fmt: skip

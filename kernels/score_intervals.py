@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .score_graph import Graph, Kind, constant_value, evaluate
+from .score_graph import Graph, Kind, evaluate
 
+Array = NDArray[Any]
 Interval = tuple[Any, Any]
 INT32 = np.iinfo(np.int32)
 
@@ -30,13 +31,15 @@ class IntervalOperations:
 
     """
 
-    def __init__(self, arrays: Sequence[NDArray[Any]], parameters: Sequence[Any]) -> None:
+    def __init__(self, arrays: Sequence[Array], parameters: Sequence[Any]) -> None:
         self.arrays, self.parameters = arrays, parameters
-        self._tables: dict[tuple[int, int], tuple[NDArray[Any], NDArray[Any]]] = {}
+        self._tables: dict[tuple[int, int], tuple[Array, Array]] = {}
 
     def constant(self, value: Any, kind: Kind) -> Interval:
         """A number that is known."""
-        x = np.asarray(value, {"real": np.float64, "whole": np.int64, "truth": np.bool_}[kind])
+        x: Array = np.asarray(
+            value, {"real": np.float64, "whole": np.int64, "truth": np.bool_}[kind]
+        )
         return x, x
 
     def parameter(self, number: int, kind: Kind) -> Interval:
@@ -46,7 +49,8 @@ class IntervalOperations:
     def cast(self, x: Interval, have: Kind, kind: Kind) -> Interval:
         """As another kind. What is real is cut off towards 0, and to what int32 holds."""
         if kind == "whole" and have == "real":
-            return tuple(np.trunc(np.clip(v, INT32.min, INT32.max)).astype(np.int64) for v in x)  # type: ignore[return-value]
+            low, high = (np.trunc(np.clip(end, INT32.min, INT32.max)) for end in x)
+            return low.astype(np.int64), high.astype(np.int64)
         dtype = {"real": np.float64, "whole": np.int64, "truth": np.bool_}[kind]
         return np.asarray(x[0]).astype(dtype), np.asarray(x[1]).astype(dtype)
 
@@ -234,7 +238,7 @@ class IntervalOperations:
         return low, np.where(surely, x[1], np.where(possibly, np.maximum(x[1], y[1]), y[1]))
 
 
-def _numbers(x: NDArray[Any]) -> NDArray[Any]:
+def _numbers(x: Array) -> Array:
     """As the walk computes with them: float64, int64 or bool."""
     if x.dtype.kind == "b":
         return x
@@ -270,7 +274,7 @@ def _from_zero(function: Any, x: Interval) -> Interval:
     return _without_nan(np.where(below, -np.inf, low), np.where(below, np.inf, high))
 
 
-def _table(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _table(array: Array) -> tuple[Array, Array]:
     """least[level, ..., i] and largest: of array[..., i : i + 2**level]."""
     length = array.shape[-1]
     least, largest = ([bound] for bound in _without_nan(*[_numbers(array)] * 2))
@@ -288,13 +292,15 @@ def _table(array: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
 
 def complaint(
     graph: Graph,
-    arrays: Sequence[NDArray[Any]],
+    arrays: Sequence[Array],
     parameters: Sequence[Any],
     names: Sequence[str],
     sizes: dict[str, int],
 ) -> str:
-    """What is wrong with a graph for positions 0 ... sizes - 1, "" if nothing: an index that is made
-    of positions and leaves its array, or a whole number that has more than 32 bits.
+    """What is wrong with a graph for positions 0 ... sizes - 1, "" if nothing.
+
+    An index that is made of positions may leave its array, or a whole number have more than 32
+    bits.
 
     Args:
         graph: of a score or mask function.

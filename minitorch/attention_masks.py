@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .arguments import as_int, as_ints, as_size
 from .block_mask import BlockMask, MaskMod, or_masks
-from .kernels.flash_attention.block_lists import FULL, BlockLists
+from .kernels.flash_attention.block_lists import BlockLists, within
 
 Ints = npt.NDArray[np.integer[Any]]
 
@@ -118,7 +118,7 @@ def prefix_lm(prefix: int | Sequence[int]) -> MaskMod:
 
 
 def document_ids(lengths: Sequence[int]) -> npt.NDArray[np.int32]:
-    """The number of its document for each token of documents of these lengths, one after another."""
+    """The number of its document for each token, of documents of these lengths in a row."""
     sizes = as_ints(lengths, "lengths")
     return np.repeat(np.arange(len(sizes), dtype=np.int32), [as_size(n, "lengths") for n in sizes])
 
@@ -198,7 +198,7 @@ def shared_prefix(prefix: int, lengths: Sequence[int]) -> MaskMod:
 
 
 def block_diffusion(length: int, block_size: int) -> MaskMod:
-    """The training mask of block diffusion: noisy tokens 0 ... length - 1, then the same text clean.
+    """The training mask of block diffusion: `length` noisy tokens, then the same text clean.
 
     Noisy blocks see themselves and the clean blocks before them, clean ones are causal by blocks
     (Arriola et al., "Block Diffusion", 2025, figure 3).
@@ -308,7 +308,8 @@ def bigbird(
     places = [_bigbird_places(rng, blocks, window, at_start, at_end, count) for _ in range(pages)]
     head = np.repeat(np.arange(pages), [len(rows) for rows, _ in places])
     row, column = (np.concatenate([page[n] for page in places]) for n in (0, 1))
-    lists = BlockLists.of(head, row, column, np.ones(len(row), bool), pages, blocks, blocks)
+    full = within(row, column, (block, block), (length, length))
+    lists = BlockLists.of(head, row, column, full, pages, blocks, blocks)
     return BlockMask(lists, None, (1, pages, length, length), (block, block))
 
 

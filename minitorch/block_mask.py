@@ -7,8 +7,8 @@
     print(mask.sparsity(), mask)
 
 Names and meanings are those of `torch.nn.attention.flex_attention`. The lists are made from the
-function's graph by interval arithmetic (kernels/flash_attention/block_lists.py): nothing of the size
-of the score matrix is ever made, and 131072 tokens take milliseconds.
+function's graph by interval arithmetic (kernels/flash_attention/block_lists.py): nothing of the
+size of the score matrix is ever made.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ WIDEST = 48  # blocks of a line that is printed
 
 
 class BlockMask:
-    """Which scores of attention count, block by block. `create_block_mask` and `from_kv_blocks` make
-    one; it has copies of the arrays that its function closes over, and never changes.
+    """Which scores of attention count, block by block.
+
+    `create_block_mask` and `from_kv_blocks` make one. It has copies of the arrays that its function
+    closes over, and never changes.
 
     Args:
         lists: the blocks that are not empty.
@@ -119,7 +121,8 @@ class BlockMask:
         states = self._lists.states()[
             heads[:, None, None], q // self.BLOCK_SIZE[0], k // self.BLOCK_SIZE[1]
         ]
-        return (states == FULL) | ((states == PARTIAL) & allowed)
+        found: npt.NDArray[np.bool_] = (states == FULL) | ((states == PARTIAL) & allowed)
+        return found
 
     @cached_property
     def _states(self) -> Array:
@@ -129,7 +132,7 @@ class BlockMask:
     # ----- PyTorch's lists -----
 
     def _padded(self, lists: BlockLists, full: bool) -> tuple[Array, Array]:
-        """Number of entries of each row, and their columns, at the front of as many as there are."""
+        """Number of entries of each row, and their columns, in front of as many zeros."""
         head, row, column, is_full = (x for x in lists.places)
         chosen = is_full == full
         counts = np.zeros((lists.heads, lists.rows), np.int32)
@@ -234,7 +237,7 @@ class BlockMask:
         if (full_kv_num_blocks is None) != (full_kv_indices is None):
             raise ValueError("full_kv_num_blocks and full_kv_indices: give both, or none")
         states = np.zeros((batch * heads, rows, columns), np.uint8)
-        _enter(states, "kv", kv_num_blocks, indices, PARTIAL if mask_mod else FULL)
+        _enter(states, "kv", kv_num_blocks, indices, PARTIAL)
         if full_kv_indices is not None:
             _enter(states, "full_kv", full_kv_num_blocks, np.asarray(full_kv_indices), FULL)
         shape = (batch, heads, seqlen_q, seqlen_k)

@@ -1,13 +1,14 @@
-"""Which blocks of the score matrix count: for each row of blocks a list of those that are not empty.
+"""Which blocks of the score matrix count: a list for each row of blocks.
 
-A block is `block_m` queries by `block_n` keys. An entry of a list is a number
+A block is `block_m` queries by `block_n` keys. A list has the blocks of its row that are not empty,
+in the order of their columns. An entry is a number
 
     column << 1 | full
 
-where a full block is one whose scores all count, so that nobody looks at the mask there. Lists are
-in the order of the columns, one after another ("CSR"): entries[offsets[row] : offsets[row + 1]] are
-those of a row, and the rows of one head after those of another. Nothing is of the size of the score
-matrix.
+where a full block is one whose scores all count, so that nobody looks at the mask there; one that
+reaches over the end of the queries or keys is not full. Lists lie one after another ("CSR"):
+entries[offsets[row] : offsets[row + 1]] are those of a row, and the rows of one head after those of
+another. Nothing is of the size of the score matrix.
 
 The lists of a mask function come from its graph by interval arithmetic (score_intervals.py): large
 ranges of positions first, and only those that are neither empty nor full in halves, down to the
@@ -110,6 +111,7 @@ class BlockLists:
             first, last = begin // have, (np.minimum(begin + want, size) - 1) // have
             some = _over_ranges(some, first, last, axis) > 0
             every = _over_ranges(every, first, last, axis) == _broadcast(last - first + 1, axis)
+            every &= _broadcast(begin + want <= size, axis)
         return BlockLists.from_states(some.astype(np.uint8) + every)
 
 
@@ -128,7 +130,7 @@ def _over_ranges(x: Array, first: Array, last: Array, axis: int) -> Array:
 
 
 class _Ranges(NamedTuple):
-    """Ranges of positions, as many as one likes: of head h the queries q0 ... q1, keys k0 ... k1."""
+    """Ranges of positions, as many as one likes: of a head queries q0 ... q1, keys k0 ... k1."""
 
     head: Array
     q0: Array
@@ -136,7 +138,8 @@ class _Ranges(NamedTuple):
     k0: Array
     k1: Array
 
-    def __getitem__(self, chosen: Any) -> _Ranges:  # type: ignore[override]
+    def of(self, chosen: Array) -> _Ranges:
+        """Some of them."""
         return _Ranges(*(x[chosen] for x in tuple(self)))
 
 
@@ -183,11 +186,18 @@ def lists_of_mask(
             head[mixed], row[mixed], column[mixed], 2, rows, columns, side // 2
         )
         side //= 2
-    some, every = look.closely(ranges[mixed])
-    left = tuple(x[mixed][some] for x in (head, row, column))
-    found.append((*left, every[some]))
-    parts = [np.concatenate(x) for x in zip(*found, strict=True)]
-    return BlockLists.of(*parts, batch * heads, rows, columns)
+    some, every = look.closely(ranges.of(mixed))
+    head, row, column = (x[mixed][some] for x in (head, row, column))
+    found.append((head, row, column, every[some]))
+    head, row, column, full = (np.concatenate(x) for x in zip(*found, strict=True))
+    full &= within(row, column, block, (seqlen_q, seqlen_k))
+    return BlockLists.of(head, row, column, full, batch * heads, rows, columns)
+
+
+def within(row: Array, column: Array, block: tuple[int, int], sizes: tuple[int, int]) -> Array:
+    """Whether blocks end before the queries and the keys do."""
+    inside: Array = ((row + 1) * block[0] <= sizes[0]) & ((column + 1) * block[1] <= sizes[1])
+    return inside
 
 
 def _halves(
@@ -224,7 +234,7 @@ class _Looker:
         return np.broadcast_to(surely, shape), np.broadcast_to(possibly, shape)
 
     def closely(self, ranges: _Ranges) -> tuple[Array, Array]:
-        """Of open ranges whether any score counts, and whether all do: in halves, until it is known.
+        """Of open ranges whether any score counts, and whether all do: in halves, until known.
 
         Where it takes too long the answer is (True, False), with which a kernel looks itself.
         """
@@ -236,15 +246,14 @@ class _Looker:
                 some[owner], lacks[owner] = True, True
                 break
             ranges, owner = _bisected(ranges, owner)
-            surely, possibly = look = self(ranges)
-            del look
+            surely, possibly = self(ranges)
             some[owner[surely]] = True
             lacks[owner[~possibly]] = True
             single = (ranges.q0 == ranges.q1) & (ranges.k0 == ranges.k1)
             vague = single & possibly & ~surely  # NaN, or a load that intervals do not follow
             some[owner[vague]], lacks[owner[vague]] = True, True
             open_ = possibly & ~surely & ~(some & lacks)[owner]
-            ranges, owner = ranges[open_], owner[open_]
+            ranges, owner = ranges.of(open_), owner[open_]
         return some, ~lacks
 
 
@@ -261,4 +270,4 @@ def _bisected(ranges: _Ranges, owner: Array) -> tuple[_Ranges, Array]:
     return _Ranges(*bounds), owner
 
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "BlockLists", "lists_of_mask"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "BlockLists", "lists_of_mask", "within"]
