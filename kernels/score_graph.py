@@ -272,21 +272,28 @@ def evaluate(graph: Graph, operations: Any, inputs: Mapping[str, Any]) -> list[A
 
     """
     values: list[Any] = []
-    for node in graph.nodes:
-        given = [values[n] for n in node.operands]
-        if node.name in INPUTS:
-            values.append(inputs[node.name])
-        elif node.name == "constant":
-            values.append(operations.constant(constant_value(node), node.kind))
-        elif node.name == "parameter":
-            values.append(operations.parameter(node.number, node.kind))
-        elif node.name == "load":
-            values.append(operations.load(node.number, given))
-        elif node.name == "cast":
-            values.append(operations.cast(*given, graph.nodes[node.operands[0]].kind, node.kind))
-        else:
-            values.append(getattr(operations, node.name)(*given))
+    for n in range(len(graph.nodes)):
+        values.append(node_value(graph, n, values, operations, inputs))
     return [values[n] for n in graph.outputs]
+
+
+def node_value(
+    graph: Graph, n: int, values: Any, operations: Any, inputs: Mapping[str, Any]
+) -> Any:
+    """The value of one node, from those of the nodes that it takes: a step of `evaluate`."""
+    node = graph.nodes[n]
+    given = [values[x] for x in node.operands]
+    if node.name in INPUTS:
+        return inputs[node.name]
+    if node.name == "constant":
+        return operations.constant(constant_value(node), node.kind)
+    if node.name == "parameter":
+        return operations.parameter(node.number, node.kind)
+    if node.name == "load":
+        return operations.load(node.number, given)
+    if node.name == "cast":
+        return operations.cast(*given, graph.nodes[node.operands[0]].kind, node.kind)
+    return getattr(operations, node.name)(*given)
 
 
 class NumpyOperations:
@@ -485,5 +492,5 @@ RULES: dict[str, Rule] = {
 __all__ = [
     "ARITHMETIC", "COMPARISONS", "INPUTS", "OF_REALS", "OF_TRUTHS", "OF_WHOLE", "Builder",
     "CapturedArray", "Derivative", "Graph", "Kind", "Load", "Node", "NumpyOperations", "clamped",
-    "constant_value", "differentiate", "evaluate",
+    "constant_value", "differentiate", "evaluate", "node_value",
 ]  # fmt: skip
