@@ -79,16 +79,22 @@ class IntervalOperations:
         """Bounds of array[..., low : high + 1, ...], from those of two parts whose length is a
         power of two, and which overlap.
         """
-        if (captured, axis) not in self._tables:
-            self._tables[captured, axis] = _table(np.moveaxis(self.arrays[captured], axis, -1))
-        least, largest = self._tables[captured, axis]
         level = np.frexp((high - low + 1).astype(np.float64))[1] - 1
+        least, largest = self._table(captured, axis, int(np.max(level, initial=0)))
         second = high - (1 << level) + 1
         first_place, second_place = (level, *rest, low), (level, *rest, second)
         return (
-            np.minimum(least[first_place], least[second_place]),
-            np.maximum(largest[first_place], largest[second_place]),
+            _numbers(np.minimum(least[first_place], least[second_place])),
+            _numbers(np.maximum(largest[first_place], largest[second_place])),
         )
+
+    def _table(self, captured: int, axis: int, level: int) -> tuple[Array, Array]:
+        """least[level, ..., i] and largest: of array[..., i : i + 2**level], up to a level."""
+        known = self._tables.get((captured, axis))
+        if known is None or len(known[0]) <= level:
+            along = np.moveaxis(self.arrays[captured], axis, -1)
+            known = self._tables[captured, axis] = _table(along, level)
+        return known
 
     # ----- arithmetic -----
 
@@ -274,17 +280,24 @@ def _from_zero(function: Any, x: Interval) -> Interval:
     return _without_nan(np.where(below, -np.inf, low), np.where(below, np.inf, high))
 
 
-def _table(array: Array) -> tuple[Array, Array]:
-    """least[level, ..., i] and largest: of array[..., i : i + 2**level]."""
+def _table(array: Array, most: int) -> tuple[Array, Array]:
+    """Least and largest numbers of all parts of an array whose lengths are powers of two."""
     length = array.shape[-1]
-    least, largest = ([bound] for bound in _without_nan(*[_numbers(array)] * 2))
-    for level in range(1, max(length.bit_length(), 1)):
-        half = 1 << (level - 1)
-        for levels, pick in ((least, np.minimum), (largest, np.maximum)):
-            longer = levels[-1].copy()
-            longer[..., : length - half] = pick(levels[-1][..., :-half], levels[-1][..., half:])
-            levels.append(longer)
-    return np.stack(least), np.stack(largest)
+    numbers = array if array.dtype.kind in "biu" else _numbers(array)
+    tables = []
+    for bound, pick in zip(_without_nan(numbers, numbers), (np.minimum, np.maximum), strict=True):
+        table = np.empty((most + 1, *array.shape), bound.dtype)
+        table[0] = bound
+        for level in range(1, most + 1):
+            half = min(1 << (level - 1), length)
+            pick(
+                table[level - 1][..., :-half],
+                table[level - 1][..., half:],
+                table[level][..., :-half],
+            )
+            table[level][..., length - half :] = table[level - 1][..., length - half :]
+        tables.append(table)
+    return tables[0], tables[1]
 
 
 # ----- what could go wrong in a kernel -----

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .arguments import as_int, as_ints, as_size
 from .block_mask import BlockMask, MaskMod, or_masks
-from .kernels.flash_attention.block_lists import BlockLists, within
+from .kernels.flash_attention.block_lists import BlockLists, Runs
 
 Ints = npt.NDArray[np.integer[Any]]
 
@@ -308,8 +308,9 @@ def bigbird(
     places = [_bigbird_places(rng, blocks, window, at_start, at_end, count) for _ in range(pages)]
     head = np.repeat(np.arange(pages), [len(rows) for rows, _ in places])
     row, column = (np.concatenate([page[n] for page in places]) for n in (0, 1))
-    full = within(row, column, (block, block), (length, length))
-    lists = BlockLists.of(head, row, column, full, pages, blocks, blocks)
+    runs = Runs(head, row, column, np.ones_like(row), row >= 0)
+    lists = BlockLists.of(runs, pages, blocks, blocks)
+    lists = lists.with_whole_blocks((block, block), (length, length))
     return BlockMask(lists, None, (1, pages, length, length), (block, block))
 
 

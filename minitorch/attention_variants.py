@@ -159,16 +159,15 @@ class ApplyScoreMod(Function):
         def times(x: Any) -> Array:
             return np.where(upstream == 0, 0, upstream * x)
 
-        sums = {id(x): np.zeros(x.shape) for x in captured}
+        tensors = [n for n, x in enumerate(traced.arrays) if hasattr(x, "requires_grad")]
+        sums = {n: np.zeros(arrays[n].shape) for n in tensors}
         for load in derivative.loads:
-            total = sums[id(traced.arrays[load.captured])]
+            total, part = sums[load.captured], times(found[load.partial])
             places = clamped([found[i] for i in load.indices], total.shape)
-            np.add.at(
-                total,
-                tuple(np.broadcast_to(x, scores.shape) for x in places),
-                times(found[load.partial]),
-            )
-        gradients = [x._from_numpy(sums[id(x)].astype(x.dtype)) for x in captured]
+            np.add.at(total, tuple(np.broadcast_to(x, part.shape) for x in places), part)
+        gradients = [
+            x._from_numpy(sums[n].astype(x.dtype)) for n, x in zip(tensors, captured, strict=True)
+        ]
         of_scores = grad_output._from_numpy(times(found[1]).astype(grad_output.dtype))
         return of_scores, 0.0, *gradients
 

@@ -19,7 +19,7 @@ and one that does not are found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,24 @@ Array = NDArray[Any]
 EMPTY, PARTIAL, FULL = 0, 1, 2
 COARSEST = 32  # blocks along the side of the ranges that are looked at first
 MOST_RANGES = 1 << 21  # that are looked at within open blocks; if there are more they stay partial
+
+
+class Runs(NamedTuple):
+    """Blocks beside each other in a row, as many runs of them as one likes.
+
+    Args:
+        head, row: of the run.
+        column: of its first block.
+        length: how many blocks.
+        full: whether they are.
+
+    """
+
+    head: Array
+    row: Array
+    column: Array
+    length: Array
+    full: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,23 +72,24 @@ class BlockLists:
     columns: int
 
     @staticmethod
-    def of(
-        head: Array, row: Array, column: Array, full: Array, heads: int, rows: int, columns: int
-    ) -> BlockLists:
-        """Lists of blocks that are given in any order, each once."""
-        bits = max(columns - 1, 1).bit_length()
-        keys = ((head.astype(np.int64) * rows + row) << bits | column) << 1 | full
-        keys.sort()
-        starts = np.arange(heads * rows + 1, dtype=np.int64) << (bits + 1)
-        entries = (keys & ((1 << (bits + 1)) - 1)).astype(np.int32)
-        return BlockLists(np.searchsorted(keys, starts), entries, heads, rows, columns)
+    def of(runs: Runs, heads: int, rows: int, columns: int) -> BlockLists:
+        """Lists of runs that are given in any order and do not overlap."""
+        line = runs.head.astype(np.int64) * rows + runs.row
+        order = np.argsort(line << max(columns - 1, 1).bit_length() | runs.column)
+        length, column = runs.length[order], runs.column[order]
+        first = np.cumsum(length) - length
+        whole = (column - first) << 1 | runs.full[order]
+        entries = np.repeat(whole, length) + (np.arange(length.sum()) << 1)
+        of_line = np.bincount(line, weights=runs.length, minlength=heads * rows).astype(np.int64)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(of_line)])
+        return BlockLists(offsets, entries.astype(np.int32), heads, rows, columns)
 
     @staticmethod
     def from_states(states: Array) -> BlockLists:
         """Lists of a matrix (heads, rows, columns) of EMPTY, PARTIAL and FULL."""
         head, row, column = np.nonzero(states)
         full = states[head, row, column] == FULL
-        return BlockLists.of(head, row, column, full, *states.shape)
+        return BlockLists.of(Runs(head, row, column, np.ones_like(row), full), *states.shape)
 
     @property
     def places(self) -> tuple[Array, Array, Array, Array]:
@@ -88,7 +107,27 @@ class BlockLists:
     def transposed(self) -> BlockLists:
         """For each column of blocks its rows."""
         head, row, column, full = self.places
-        return BlockLists.of(head, column, row, full, self.heads, self.columns, self.rows)
+        runs = Runs(head, column, row, np.ones_like(row), full)
+        return BlockLists.of(runs, self.heads, self.columns, self.rows)
+
+    def with_whole_blocks(self, block: tuple[int, int], sizes: tuple[int, int]) -> BlockLists:
+        """The same, but that blocks which reach over the end of the queries or keys are not full.
+
+        Args:
+            block: sizes of the blocks.
+            sizes: seqlen_q and seqlen_k.
+
+        """
+        ragged_rows, ragged_columns = (n % size != 0 for n, size in zip(sizes, block, strict=True))
+        cut = np.zeros(len(self.entries), bool)
+        if ragged_columns:
+            cut |= self.entries >> 1 == self.columns - 1
+        if ragged_rows:
+            for head in range(self.heads):
+                last = (head + 1) * self.rows - 1
+                cut[self.offsets[last] : self.offsets[last + 1]] = True
+        entries = np.where(cut, self.entries & ~1, self.entries)
+        return replace(self, entries=entries)
 
     def retiled(
         self, block: tuple[int, int], tile: tuple[int, int], sizes: tuple[int, int]
@@ -162,7 +201,7 @@ def lists_of_mask(
     batch, heads, seqlen_q, seqlen_k = sizes
     rows, columns = -(-seqlen_q // block[0]), -(-seqlen_k // block[1])
     look = _Looker(graph, arrays, parameters, heads)
-    found: list[tuple[Array, Array, Array, Array]] = []
+    found: list[Runs] = []
     head, row, column = (
         x.ravel() for x in np.meshgrid(
             np.arange(batch * heads), np.arange(-(-rows // COARSEST)),
@@ -177,37 +216,36 @@ def lists_of_mask(
             column * (side * block[1]), np.minimum((column + 1) * (side * block[1]), seqlen_k) - 1,
         )  # fmt: skip
         surely, possibly = look(ranges)
-        blocks = _halves(head[surely], row[surely], column[surely], side, rows, columns)
-        found.append((*blocks, np.ones(len(blocks[0]), bool)))
+        found.append(_runs(head[surely], row[surely], column[surely], side, rows, columns))
         mixed = possibly & ~surely
         if side == 1:
             break
-        head, row, column = _halves(
-            head[mixed], row[mixed], column[mixed], 2, rows, columns, side // 2
-        )
         side //= 2
+        head, row, column = _quarters(head[mixed], row[mixed], column[mixed], side, rows, columns)
     some, every = look.closely(ranges.of(mixed))
     head, row, column = (x[mixed][some] for x in (head, row, column))
-    found.append((head, row, column, every[some]))
-    head, row, column, full = (np.concatenate(x) for x in zip(*found, strict=True))
-    full &= within(row, column, block, (seqlen_q, seqlen_k))
-    return BlockLists.of(head, row, column, full, batch * heads, rows, columns)
+    found.append(Runs(head, row, column, np.ones_like(row), every[some]))
+    runs = Runs(*(np.concatenate(x) for x in zip(*found, strict=True)))
+    lists = BlockLists.of(runs, batch * heads, rows, columns)
+    return lists.with_whole_blocks(block, (seqlen_q, seqlen_k))
 
 
-def within(row: Array, column: Array, block: tuple[int, int], sizes: tuple[int, int]) -> Array:
-    """Whether blocks end before the queries and the keys do."""
-    inside: Array = ((row + 1) * block[0] <= sizes[0]) & ((column + 1) * block[1] <= sizes[1])
-    return inside
+def _runs(head: Array, row: Array, column: Array, side: int, rows: int, columns: int) -> Runs:
+    """The blocks of full ranges of side * side blocks."""
+    r = (row[:, None] * side + np.arange(side)).ravel()
+    first = np.repeat(column * side, side)
+    runs = Runs(np.repeat(head, side), r, first, np.minimum(side, columns - first), r >= 0)
+    return Runs(*(x[r < rows] for x in runs))
 
 
-def _halves(
-    head: Array, row: Array, column: Array, parts: int, rows: int, columns: int, side: int = 1
+def _quarters(
+    head: Array, row: Array, column: Array, side: int, rows: int, columns: int
 ) -> tuple[Array, Array, Array]:
-    """Each range in parts * parts smaller ones, of `side` blocks; those outside the matrix go."""
-    i, j = (x.ravel() for x in np.meshgrid(np.arange(parts), np.arange(parts), indexing="ij"))
-    r, c = (row[:, None] * parts + i).ravel(), (column[:, None] * parts + j).ravel()
+    """Each range in four smaller ones, of `side` * `side` blocks; those outside the matrix go."""
+    r = (row[:, None] * 2 + np.array([0, 0, 1, 1])).ravel()
+    c = (column[:, None] * 2 + np.array([0, 1, 0, 1])).ravel()
     inside = (r * side < rows) & (c * side < columns)
-    return np.repeat(head, parts * parts)[inside], r[inside], c[inside]
+    return np.repeat(head, 4)[inside], r[inside], c[inside]
 
 
 class _Looker:
@@ -270,4 +308,4 @@ def _bisected(ranges: _Ranges, owner: Array) -> tuple[_Ranges, Array]:
     return _Ranges(*bounds), owner
 
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "BlockLists", "lists_of_mask", "within"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "BlockLists", "Runs", "lists_of_mask"]
