@@ -289,13 +289,9 @@ def _table(array: Array, most: int) -> tuple[Array, Array]:
         table = np.empty((most + 1, *array.shape), bound.dtype)
         table[0] = bound
         for level in range(1, most + 1):
-            half = min(1 << (level - 1), length)
-            pick(
-                table[level - 1][..., :-half],
-                table[level - 1][..., half:],
-                table[level][..., :-half],
-            )
-            table[level][..., length - half :] = table[level - 1][..., length - half :]
+            half, before, longer = min(1 << (level - 1), length), table[level - 1], table[level]
+            pick(before[..., :-half], before[..., half:], out=longer[..., :-half])
+            longer[..., length - half :] = before[..., length - half :]
         tables.append(table)
     return tables[0], tables[1]
 

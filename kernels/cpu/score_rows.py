@@ -144,7 +144,7 @@ class _Row:
         return node_value(self.graph, n, values, self.operations, self.inputs)
 
     def values(self, scores: Any, step: Any) -> dict[int, Any]:
-        """Of all nodes, for the scores of a vector, which is `step` elements from the row's first."""
+        """Of all nodes, for a vector of scores that is `step` elements from the row's first."""
         b, lanes = self.b, self.operations.lanes
         first = b.trunc(b.add(self.given["k0"], step), I32)
         along = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))

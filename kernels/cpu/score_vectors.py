@@ -1,8 +1,8 @@
 """Operations of a score function's graph (score_graph.py) as vector code of the CPU.
 
-A value is a scalar where it is the same for a whole row of scores, and a vector of neighbouring keys
-where it is not. Nothing is called: tanh, exp and log are polynomials or come from those of `simd.py`
-and `vector_math.py`, so that a row of scores costs a few instructions for each vector.
+A value is a scalar where it is the same for a whole row of scores, and a vector of neighbouring
+keys where it is not. Nothing is called: tanh, exp and log are polynomials or come from those of
+`simd.py` and `vector_math.py`, so that a row of scores costs a few instructions for each vector.
 """
 
 from __future__ import annotations
