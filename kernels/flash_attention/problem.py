@@ -187,17 +187,6 @@ class AttentionProblem:
         return (column >= row + self.lower) & (column < row + self.upper)
 
 
-def mask_numbers(attn_mask: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An additive mask in the dtype of the scores; a finite number that this dtype has no room for
-    becomes its largest.
-    """
-    if attn_mask.dtype.itemsize > dtype.itemsize:
-        largest = np.finfo(dtype).max
-        near = np.clip(attn_mask, -largest, largest)
-        attn_mask = np.where(np.isinf(attn_mask), attn_mask, near)
-    return attn_mask.astype(dtype, copy=False)
-
-
 def _leading_shape(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> Shape:
     """Check the shapes against each other; the leading dimensions of the output."""
     for name, shape in (("query", query), ("key", key), ("value", value)):

@@ -119,6 +119,11 @@ class RegisterTile:
         return zero
 
     @cached_property
+    def fill_rows(self) -> Any:
+        """`fill_rows(x)`: x for each row."""
+        return self.each_row(lambda x: x, types.float32)
+
+    @cached_property
     def scale_rows(self) -> Any:
         """`scale_rows(tile, factors)`: diag(factors) tile."""
         return self.each(lambda x, factor: x * factor, self.type, self.rows_type)
@@ -177,16 +182,8 @@ class RegisterTile:
 
     @cached_property
     def shift(self) -> Any:
-        """`shift(largest, scale)`: scale * largest for each row, what `exp2` takes; 0 where there
-        is no number yet: 2**(-inf - 0) is 0, not NaN. Also where the largest is infinite: then so
-        is its power.
-        """
-
-        @traced(self.rows_type, self.rows_type, types.float32)
-        def shift(largest, scale):
-            return [select(x - x == 0.0, x * scale, 0.0) for x in largest]
-
-        return shift
+        """`shift(largest, scale)`: `shift_of` each row, what `exp2` takes."""
+        return self.each_row(shift_of, self.rows_type, types.float32)
 
     @cached_property
     def exp2(self) -> Any:
@@ -275,6 +272,19 @@ class RegisterTile:
 
         return each
 
+    def each_row(self, function: Callable[..., Any], *kinds: Any) -> Any:
+        """A function that gives a number for each row, as `each` gives a tile."""
+
+        @traced(self.rows_type, *kinds)
+        def each_row(*arguments):
+            given = list(zip(arguments, kinds, strict=True))
+            return [
+                function(*(x[r] if kind == self.rows_type else x for x, kind in given))
+                for r in range(2 * self.row_blocks)
+            ]
+
+        return each_row
+
     def store(self, dtype: str, pairs: bool = True, turing: bool = False) -> Any:
         """`store(tile, addresses, valid, columns)`: to rows of global memory, rounded.
 
@@ -308,6 +318,13 @@ class RegisterTile:
                 put(address, inside, *tile[p.register : p.register + 2])
 
         return store
+
+
+def shift_of(largest: Any, scale: Any) -> Any:
+    """Within traced functions: scale * largest; 0 where there is no number yet: 2**(-inf - 0) is 0,
+    not NaN. Also where the largest is infinite: then so is its power.
+    """
+    return select(largest - largest == 0.0, largest * scale, 0.0)
 
 
 def _sum(numbers: list[Any]) -> Any:
@@ -346,4 +363,4 @@ def _store_each(dtype: str, turing: bool) -> Callable[..., None]:
     return put
 
 
-__all__ = ["Place", "RegisterTile"]
+__all__ = ["Place", "RegisterTile", "shift_of"]

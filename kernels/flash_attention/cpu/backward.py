@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import philox
-from ...cpu import simd_matrix, threads
 from ...cpu.compiler import njit
 from ...cpu.simd import (
     block_rows,
@@ -39,9 +37,9 @@ from ...cpu.simd import (
     sum_of,
 )
 from ...cpu.threads import fetch_add, store_release, wait_until
-from . import tiles as cpu_tiles
+from ..scores import LOG2_E
 from .tiles import (
-    LOG2_E,
+    FILES,
     Dropout,
     Mask,
     Sizes,
@@ -54,15 +52,14 @@ from .tiles import (
     mask_scores,
     matrix_product,
     new_workspace,
+    query_rows,
     round_up,
     tile_columns,
     tile_multiply,
     visible_columns,
 )
 
-BACKWARD_KEY = cache_key(
-    cpu_tiles.__file__, philox.__file__, simd_matrix.__file__, threads.__file__
-)
+BACKWARD_KEY = cache_key(*FILES)
 
 
 class Tiles(NamedTuple):
@@ -211,13 +208,6 @@ def load_keys(w, t, k, k_offset, v, v_offset, strides, i, key0, keys, sizes, sca
         w, t.vt, t.ld_s, v, v_offset[i] + key0 * strides[4], strides[4], strides[5],
         keys, sizes.value_dim, w.dtype.type(1),
     )  # fmt: skip
-
-
-@njit
-def query_rows(key0, keys, sizes):
-    """Rows [start, stop), start at a tile's edge, that the band lets see some of the keys."""
-    start = max(key0 - sizes.upper + 1, 0) // sizes.tile_q * sizes.tile_q
-    return start, min(key0 + keys - sizes.lower, sizes.seqlen_q)
 
 
 @njit

@@ -32,9 +32,8 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, types
 from ..fragments.dropout import drop_by_bits, dropout_words, keep_bits_of_keys
-from ..schedule import (
-    is_whole,
-)
+from ..schedule import is_whole
+from ..scores_cuda import head_place
 from .backward_pipeline import (
     ROW_BYTES,
     Blocks,
@@ -158,9 +157,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                 v = of_own(base + v_at + own_stage * v_bytes + consumer * (keys * 128))
                 dk, dv = zero_dk(), zero_dv()
                 for h in range(first_head, first_head + group):
-                    mask_place = (
-                        b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-                    )  # fmt: skip
+                    mask_place = head_place(b, h, mask_steps)
                     words = dropout_words(seed + offset[0], b * heads + h, threshold)
                     row0, stop = whole(end * passing), whole(first * passing)
                     while row0 > stop:
@@ -182,7 +179,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         p = weigh(
                             scores_done(scores), own_scale, numbers,
                             is_whole(row0, passing, key0, keys, band[0], band[1], no_end),
-                            key0 + my_row, row0 + my_column, band, mask, mask_place,
+                            row0 + my_column, key0 + my_row, band, mask, mask_place,
                         )  # fmt: skip
                         if incomplete:
                             p = complete_p(p, numbers + 128)

@@ -29,9 +29,9 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, types
 from ..fragments.dropout import drop, dropout_words
-from ..schedule import (
-    is_whole,
-)
+from ..fragments.store import write_scores
+from ..schedule import is_whole
+from ..scores_cuda import head_place
 from .backward_pipeline import (
     ROW_BYTES,
     Blocks,
@@ -45,7 +45,7 @@ from .backward_pipeline import (
     pair_loader,
     score_product,
 )
-from .backward_tiles import score_gradients, weigher, write_rows, write_scores
+from .backward_tiles import score_gradients, weigher, write_rows
 from .tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
@@ -113,7 +113,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     to_factor, dropout = RegisterTile(passing).to_operand(kind.precision), kind.dropout
     drop_from = drop(1, passing)
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
-    write_ds = write_scores(passing)
+    write_ds = write_scores(RegisterTile(passing))
     queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit
     scale_dq, scale_ds = RegisterTile(kind.head_dim).scale_rows, RegisterTile(passing).scale_rows
 
@@ -150,9 +150,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 delta = numbers_of(space, rows + batch_head * pitch, row, 1)
                 q = of_own(base + q_at + own_stage * q_bytes + consumer * (queries * 128))
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
-                mask_place = (
-                    b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-                )  # fmt: skip
+                mask_place = head_place(b, h, mask_steps)
                 dq = zero_dq()
                 for n in range(first, end):
                     key0 = whole(n * passing)
@@ -179,11 +177,11 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                         products = drop_from(products, row, key0 + my_column, words)
                     ds = to_ds(p, products, keep, delta)
                     if keep_scores:
-                        place = (batch_head * seqlen_q + row) * seqlen_k + key0 + my_column
+                        of_head = u64(4 * batch_head * seqlen_q * seqlen_k)
                         rest = numbers_of(space, rows + batch_head * pitch, row, 2)
                         write_ds(
-                            scale_ds(ds, rest), global_address(ds_out) + u64(4 * place),
-                            4 * seqlen_k, seqlen_q - row, seqlen_k - key0 - my_column,
+                            scale_ds(ds, rest), global_address(ds_out) + of_head, row,
+                            key0 + my_column, seqlen_q, seqlen_k,
                         )  # fmt: skip
                     # dQ += dS K
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)

@@ -15,9 +15,7 @@ from functools import cache
 from typing import Any
 
 from ...gpu.runtime import cuda, device_function, types
-from ..softmax import (
-    LOG2_E,
-)
+from ..scores import Masked
 
 NAME, ARCHITECTURE = "hopper", (9, 0)  # of the kernels, and the compute capability they are for
 WARPGROUP = 128
@@ -27,7 +25,7 @@ HEAD_SIZES = (64, 96, 128, 192, 256)  # that are compiled; others are padded wit
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Masked):
     """What a Hopper kernel is compiled for, beside the sizes of its tiles.
 
     Args:
@@ -51,16 +49,6 @@ class Kind:
     scaled_first: bool = False
     banded: bool = False
     vectors: bool = True
-
-    @property
-    def additive(self) -> bool:
-        """Whether the mask is added to the scores."""
-        return self.mask not in ("none", "bool")
-
-    @property
-    def unit(self) -> float:
-        """As of the SIMT kernels (`Kind` in simt/tiles.py)."""
-        return 1.0 if self.additive else LOG2_E
 
 
 @dataclass(frozen=True)
@@ -108,15 +96,7 @@ def row_bytes(size: int) -> int:
     return parts(size) * COLUMNS * 2
 
 
-# ----- a tile of scores in registers -----
-
-
-def tile_type(columns: int) -> Any:
-    """numba type of a thread's part of a warpgroup's tile."""
-    return types.UniTuple(types.float32, columns // 2)
-
-
-PAIR = types.UniTuple(types.float32, 2)  # a number for each of a lane's two rows
+# ----- a thread's place -----
 
 
 @device_function
@@ -153,7 +133,6 @@ __all__ = [
     "COLUMNS",
     "HEAD_SIZES",
     "NAME",
-    "PAIR",
     "ROWS",
     "WARPGROUP",
     "Blocks",
@@ -163,5 +142,4 @@ __all__ = [
     "parts",
     "ring",
     "row_bytes",
-    "tile_type",
 ]

@@ -23,28 +23,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ...gpu.ptx import shared_address
+from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
 from ..fragments.dropout import drop, dropout_words
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
-from ..softmax import (
-    LOG2_E,
-)
+from ..fragments.scores import mask_scores
+from ..schedule import is_whole, tile_range, tile_start
+from ..scores import LOG2_E
+from ..scores_cuda import head_place
 from .memory import copy_barriers, pair_copier, row_writer, tile_copier
-from .scores import (
-    any_changes,
-    constant_rows,
-    mask_scores,
-    pick_row,
-    reciprocal_rows,
-    row_max,
-    row_total,
-    scale_rows,
-    softmax_rows,
-)
+from .scores import any_changes, pick_row, reciprocal_rows, softmax_rows
 from .tiles import (
     Kind,
     Tiles,
@@ -98,15 +85,12 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     load_q = load_rows(kind, row_blocks, width)
     scores_of = multiply_rows(kind, row_blocks, block_n, width, in_registers)
     add_values = multiply_columns(kind, row_blocks, block_n, value_width, v_step)
-    largest, softmax = row_max(row_blocks, block_n), softmax_rows(kind, row_blocks, block_n)
-    apply_mask, apply_dropout = mask_scores(kind, row_blocks, block_n), drop(row_blocks, block_n)
-    fill_rows, fill_o = constant_rows(row_blocks, 0), constant_rows(row_blocks, value_width)
-    rescale, total, pick = (
-        scale_rows(row_blocks, value_width),
-        row_total(row_blocks),
-        pick_row(row_blocks),
-    )
-    reciprocal, changes = reciprocal_rows(row_blocks), any_changes(row_blocks)
+    scores, output = RegisterTile(block_n, row_blocks), RegisterTile(value_width, row_blocks)
+    largest, softmax = scores.row_max, softmax_rows(kind, scores)
+    apply_mask = mask_scores(kind.mask, scores, kind.scaled_first)
+    apply_dropout, fill_rows = drop(row_blocks, block_n), scores.fill_rows
+    no_output, rescale, total = output.zero, output.scale_rows, scores.quad_sum
+    pick, reciprocal, changes = pick_row(scores), reciprocal_rows(scores), any_changes(scores)
     lazy = tiles.lazy
     write_o = row_writer(kind, row_blocks, kind.value_dim, value_width)
     dropout, scaled_first = kind.dropout, kind.scaled_first
@@ -129,7 +113,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         b, h = divide(batch_head, heads)
         keys = (k, b * k_steps[0] + divide(h, k_group)[0] * k_steps[1], k_steps[2])
         values = (v, b * v_steps[0] + divide(h, v_group)[0] * v_steps[1], v_steps[2])
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        mask_place = head_place(b, h, mask_steps)
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
         )  # fmt: skip
@@ -155,7 +139,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
             cuda.syncthreads()
         own_q = load_q(q_place) if in_registers else q_place
         m, l = fill_rows(types.float32(nothing)), fill_rows(types.float32(0.0))
-        o = fill_o(types.float32(0.0))
+        o = no_output()
         for number in range(first, end):
             key0 = tile_start(number, block_n)
             at = types.uint32(0)

@@ -33,15 +33,10 @@ from ...gpu.runtime import (
     warp_sum,
 )
 from ...gpu.vectors import vector_access
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
-from ..softmax import (
-    LOG2_E,
-    reciprocal_of,
-)
+from ..schedule import is_whole, tile_range, tile_start
+from ..scores import LOG2_E
+from ..scores_cuda import head_place
+from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
 from .registers import Factor, multiply
 from .tiles import (
@@ -325,9 +320,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
             batch_head = b * heads + h
             q_start = b * q_steps[0] + h * q_steps[1]
             do_start = b * grad_steps[0] + h * grad_steps[1]
-            mask_place = (
-                b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-            )  # fmt: skip
+            mask_place = head_place(b, h, mask_steps)
             # From the last tile to the first: with a causal mask early queries have the largest P,
             # and a long sum is most accurate when these come last.
             for number in range(first, end):
@@ -417,7 +410,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         load_rows(memory, rows_of, batch_head * seqlen_q + row0, seqlen_q - row0)
         fill(dq_sums, rows, count, real(0.0))
         band = (lower, upper, seqlen_q, seqlen_k)
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        mask_place = head_place(b, h, mask_steps)
         dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
         last_row = min(row0 + block_m, seqlen_q) - 1
         first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)

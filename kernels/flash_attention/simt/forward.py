@@ -33,15 +33,10 @@ from ...gpu.runtime import (
     warp_barrier,
 )
 from ...gpu.vectors import vector_access
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
-from ..softmax import (
-    LOG2_E,
-    reciprocal_of,
-)
+from ..schedule import is_whole, tile_range, tile_start
+from ..scores import LOG2_E
+from ..scores_cuda import head_place
+from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
 from .registers import Factor, multiply
 from .tiles import (
@@ -170,7 +165,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         q_start = b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2]
         k_start = b * k_steps[0] + h // k_group * k_steps[1]
         v_start = b * v_steps[0] + h // v_group * v_steps[1]
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        mask_place = head_place(b, h, mask_steps)
         band = (lower, upper, seqlen_q, seqlen_k)
         own_scale, keep_scale = real(scale * unit), real(keep)
         dropout_of = (seed + offset[0], types.uint64(threshold), keep_scale)

@@ -1,0 +1,160 @@
+"""Which scores count, and what is added to them: one rule, of which every family makes its code.
+
+    S = scale Q K^T
+    S = S + mask          if the mask is additive
+    S = -inf              where the band, the end of the keys or a bool mask hides a key
+
+The band: query i sees keys i + lower ... i + upper - 1; so key j is seen by queries j + 1 - upper
+... j - lower. Keys end at seqlen_k, and queries at seqlen_q.
+
+The functions consist of arithmetic, comparisons and `&`, and can be made into any family's code:
+
+    compiled by numba, a score at a time           simt/tiles.py, decode/forward.py
+    compiled by numba, row by row                  cpu/tiles.py
+    traced over a tile in registers                fragments/scores.py (mma and Hopper)
+    called as they are, on numpy's arrays          `mask_numbers`, and tests
+
+What these do in their own way, as to choose without a branch, they say in `Tools`. Which tiles have
+a score that counts follows from the band: schedule.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOG2_E = math.log2(math.e)
+
+
+class Masked:
+    """What a kernel's kind says of its scores; `mask` is "none", "bool", or an additive mask's
+    dtype.
+    """
+
+    mask: str
+
+    @property
+    def additive(self) -> bool:
+        """Whether the mask is added to the scores."""
+        return is_additive(self.mask)
+
+    @property
+    def unit(self) -> float:
+        """Factor of scores, log2(e): their exponentials are powers of two. With an additive mask it
+        is 1, as a number of the mask may be as large as numbers are.
+        """
+        return 1.0 if self.additive else LOG2_E
+
+
+def is_additive(mask: str) -> bool:
+    """Whether a mask, given as in `Masked`, is added to the scores."""
+    return mask not in ("none", "bool")
+
+
+class Where(NamedTuple):
+    """Which score it is."""
+
+    batch: Any
+    head: Any  # of the queries
+    query: Any
+    key: Any
+
+
+class Tools(NamedTuple):
+    """What a family does in its own way.
+
+    Args:
+        select: function `(condition, yes, no)`.
+        add: function `(score, number)`: the score plus the mask's number.
+        nothing: -inf in the scores' type.
+        compiled: what makes a function that the family's code can call.
+
+    """
+
+    select: Callable[[Any, Any, Any], Any]
+    add: Callable[[Any, Any], Any]
+    nothing: Any = -math.inf
+    compiled: Callable[[Any], Any] = lambda function: function
+
+
+class Rule(NamedTuple):
+    """The rule in one family's form.
+
+    Args:
+        keys_of: `(query, lower, upper)`: the first key that the band lets a query see, and one past
+            the last. They may lie before the first key or past the last.
+        queries_of: `(key, lower, upper)`: likewise the queries that see a key.
+        counts: `(inside, place, first, end)`: whether a key is one of these, or a query; `inside`
+            says whether it is in the matrix: whoever has bounds at hand lowers `end` instead.
+        masked: `(score, sees, number, where)`: what the softmax gets for a score. `sees` says
+            whether it counts so far, `number` is the mask's (anything if there is none), `where` is
+            a `Where`.
+
+    """
+
+    keys_of: Callable[..., Any]
+    queries_of: Callable[..., Any]
+    counts: Callable[..., Any]
+    masked: Callable[..., Any]
+
+
+def rule_of(mask: str, tools: Tools) -> Rule:
+    """The rule for a kind of mask, given as in `Masked`, in the form that the tools make."""
+    select, add, nothing, compiled = tools
+    is_bool, additive = mask == "bool", is_additive(mask)
+
+    def keys_of(query, lower, upper):
+        return query + lower, query + upper
+
+    def queries_of(key, lower, upper):
+        return key + 1 - upper, key + 1 - lower
+
+    def counts(inside, place, first, end):
+        return inside & (place >= first) & (place < end)
+
+    def masked(score, sees, number, where):
+        # A user's functions of a score, and of what a query sees, belong here, and nowhere else:
+        # score = score_function(score, *where), sees = sees & mask_function(*where).
+        if is_bool:
+            sees = sees & (number != 0)
+        if additive:
+            score = add(score, number)
+        return select(sees, score, nothing)
+
+    return Rule(*map(compiled, (keys_of, queries_of, counts, masked)))
+
+
+def nearest(number: Any, rounded: Any, largest: float, select: Callable[..., Any]) -> Any:
+    """An additive mask's number in the scores' type: `rounded`, which that type makes of it, or if
+    this is infinite and the number is not, the type's largest number.
+    """
+    infinity = math.inf
+    x = select((rounded == infinity) & (number < infinity), largest, rounded)
+    return select((x == -infinity) & (number > -infinity), -largest, x)
+
+
+def mask_numbers(attn_mask: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An additive mask in the dtype of the scores (see `nearest`)."""
+    with np.errstate(over="ignore"):
+        rounded = attn_mask.astype(dtype, copy=False)
+    if attn_mask.dtype.itemsize <= dtype.itemsize:
+        return rounded
+    found: NDArray[Any] = nearest(attn_mask, rounded, np.finfo(dtype).max, np.where)
+    return found
+
+
+__all__ = [
+    "LOG2_E",
+    "Masked",
+    "Rule",
+    "Tools",
+    "Where",
+    "is_additive",
+    "mask_numbers",
+    "nearest",
+    "rule_of",
+]
