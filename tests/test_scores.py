@@ -14,9 +14,12 @@ from minitorch.kernels.flash_attention.scores import (
     Masked,
     Tools,
     Where,
+    counts,
     is_additive,
+    keys_of,
     mask_numbers,
-    rule_of,
+    masked_score,
+    queries_of,
 )
 
 BANDS = [(-3, 1), (0, 4), (2, 9), (-20, 20), (4, 2), (-1, -1)]  # lower, upper
@@ -25,35 +28,36 @@ NUMPY = Tools(np.where, np.add)
 WHERE = Where(0, 0, 0, 0)
 
 
-def sees(query: int, key: int, lower: int, upper: int) -> bool:
+def allowed(query: int, key: int, lower: int, upper: int) -> bool:
     """The definition, with both ends of the keys."""
     return lower <= key - query < upper and 0 <= key < SEQLEN_K
 
 
 def dense(lower: int, upper: int) -> npt.NDArray[np.bool_]:
-    return np.array([[sees(i, j, lower, upper) for j in range(SEQLEN_K)] for i in range(SEQLEN_Q)])
+    return np.array(
+        [[allowed(i, j, lower, upper) for j in range(SEQLEN_K)] for i in range(SEQLEN_Q)]
+    )
 
 
 @pytest.mark.parametrize(("lower", "upper"), BANDS)
 def test_the_band_from_both_sides(lower: int, upper: int) -> None:
-    rule = rule_of("none", NUMPY)
     query, key = np.arange(SEQLEN_Q)[:, None], np.arange(SEQLEN_K)
-    of_keys = rule.counts(True, key, *rule.keys_of(query, lower, upper))
-    of_queries = rule.counts(True, query, *rule.queries_of(key, lower, upper))
+    of_keys = counts(True, key, *keys_of(query, lower, upper))
+    of_queries = counts(True, query, *queries_of(key, lower, upper))
     np.testing.assert_array_equal(of_keys, dense(lower, upper))
     np.testing.assert_array_equal(of_queries, dense(lower, upper))
 
 
 def test_what_the_softmax_gets() -> None:
     scores, numbers = np.array([1.0, 2.0, 3.0]), np.array([0.0, 5.0, -math.inf])
-    counts = np.array([True, True, False])
+    sees = np.array([True, True, False])
     expected = {
         "none": [1.0, 2.0, -math.inf],
         "bool": [-math.inf, 2.0, -math.inf],
         "float32": [1.0, 7.0, -math.inf],
     }
     for mask, right in expected.items():
-        found = rule_of(mask, NUMPY).masked(scores, counts, numbers, WHERE)
+        found = masked_score(mask, NUMPY)(scores, sees, numbers, WHERE)
         np.testing.assert_array_equal(found, right)
 
 
@@ -108,7 +112,7 @@ def test_a_tile_on_the_cpu(dtype: str) -> None:
             elif kind == cpu.ADDITIVE_MASK:
                 expected[r] += bias[place]
             for n, key in enumerate(columns):
-                if not sees(row0 + r, int(key), lower, upper):
+                if not allowed(row0 + r, int(key), lower, upper):
                     expected[r, n] = -np.inf
         flat = w.reshape(-1)
         cpu.mask_scores(flat, 0, width, mask, 2, row0, rows, key0, keys, 0, 16, sizes)

@@ -55,6 +55,31 @@ def is_additive(mask: str) -> bool:
     return mask not in ("none", "bool")
 
 
+# ----- the band -----
+
+
+def keys_of(query: Any, lower: Any, upper: Any) -> tuple[Any, Any]:
+    """The first key that the band lets a query see, and one past the last: they may lie before the
+    first key there is, or past the last.
+    """
+    return query + lower, query + upper
+
+
+def queries_of(key: Any, lower: Any, upper: Any) -> tuple[Any, Any]:
+    """The first query that sees a key, and one past the last."""
+    return key + 1 - upper, key + 1 - lower
+
+
+def counts(inside: Any, place: Any, first: Any, end: Any) -> Any:
+    """Whether a key, or a query, is one of these. `inside` says whether it exists: whoever has
+    bounds at hand may lower `end` instead.
+    """
+    return inside & (place >= first) & (place < end)
+
+
+# ----- a score -----
+
+
 class Where(NamedTuple):
     """Which score it is."""
 
@@ -71,50 +96,22 @@ class Tools(NamedTuple):
         select: function `(condition, yes, no)`.
         add: function `(score, number)`: the score plus the mask's number.
         nothing: -inf in the scores' type.
-        compiled: what makes a function that the family's code can call.
 
     """
 
     select: Callable[[Any, Any, Any], Any]
     add: Callable[[Any, Any], Any]
     nothing: Any = -math.inf
-    compiled: Callable[[Any], Any] = lambda function: function
 
 
-class Rule(NamedTuple):
-    """The rule in one family's form.
+def masked_score(mask: str, tools: Tools) -> Callable[[Any, Any, Any, Where], Any]:
+    """What the softmax gets for a score: a function, in the form that the tools make.
 
-    Args:
-        keys_of: `(query, lower, upper)`: the first key that the band lets a query see, and one past
-            the last. They may lie before the first key or past the last.
-        queries_of: `(key, lower, upper)`: likewise the queries that see a key.
-        counts: `(inside, place, first, end)`: whether a key is one of these, or a query; `inside`
-            says whether it is in the matrix: whoever has bounds at hand lowers `end` instead.
-        masked: `(score, sees, number, where)`: what the softmax gets for a score. `sees` says
-            whether it counts so far, `number` is the mask's (anything if there is none), `where` is
-            a `Where`.
-
+    Its arguments are the score, whether it `counts`, the mask's number (anything if there is none),
+    and where the score is. `mask` is as in `Masked`.
     """
-
-    keys_of: Callable[..., Any]
-    queries_of: Callable[..., Any]
-    counts: Callable[..., Any]
-    masked: Callable[..., Any]
-
-
-def rule_of(mask: str, tools: Tools) -> Rule:
-    """The rule for a kind of mask, given as in `Masked`, in the form that the tools make."""
-    select, add, nothing, compiled = tools
+    select, add, nothing = tools
     is_bool, additive = mask == "bool", is_additive(mask)
-
-    def keys_of(query, lower, upper):
-        return query + lower, query + upper
-
-    def queries_of(key, lower, upper):
-        return key + 1 - upper, key + 1 - lower
-
-    def counts(inside, place, first, end):
-        return inside & (place >= first) & (place < end)
 
     def masked(score, sees, number, where):
         # A user's functions of a score, and of what a query sees, belong here, and nowhere else:
@@ -125,7 +122,7 @@ def rule_of(mask: str, tools: Tools) -> Rule:
             score = add(score, number)
         return select(sees, score, nothing)
 
-    return Rule(*map(compiled, (keys_of, queries_of, counts, masked)))
+    return masked
 
 
 def nearest(number: Any, rounded: Any, largest: float, select: Callable[..., Any]) -> Any:
@@ -150,11 +147,13 @@ def mask_numbers(attn_mask: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 __all__ = [
     "LOG2_E",
     "Masked",
-    "Rule",
     "Tools",
     "Where",
+    "counts",
     "is_additive",
+    "keys_of",
     "mask_numbers",
+    "masked_score",
     "nearest",
-    "rule_of",
+    "queries_of",
 ]

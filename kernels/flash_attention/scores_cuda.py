@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from ..gpu.runtime import NEGATIVE_INFINITY, device_function, precision, types
-from .scores import Rule, Tools, is_additive, nearest, rule_of
+from . import scores
+from .scores import Tools, is_additive, nearest
+
+keys_of, counts = device_function(scores.keys_of), device_function(scores.counts)
 
 
 @device_function
@@ -39,8 +42,8 @@ def mask_number(mask: str, precision_name: str) -> Any:
 
 
 @cache
-def scalar_rule(mask: str, precision_name: str) -> Rule:
-    """The rule for a kind of mask, given as in `Masked`, and inputs of a dtype."""
+def masked_score(mask: str, precision_name: str) -> Any:
+    """Device function: `scores.masked_score` for a kind of mask, and inputs of a dtype."""
     nothing = precision(precision_name).real(NEGATIVE_INFINITY)
     load = mask_number(mask if is_additive(mask) else "float32", precision_name)
 
@@ -48,7 +51,7 @@ def scalar_rule(mask: str, precision_name: str) -> Rule:
     def add(score, number):
         return score + load(number)
 
-    return rule_of(mask, Tools(_select, add, nothing, device_function))
+    return device_function(scores.masked_score(mask, Tools(_select, add, nothing)))
 
 
-__all__ = ["head_place", "mask_number", "scalar_rule"]
+__all__ = ["counts", "head_place", "keys_of", "masked_score"]

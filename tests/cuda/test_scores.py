@@ -111,7 +111,7 @@ def scalar_kernel(family: str, mask: str) -> Any:
     row0, key0, seqlen_q, seqlen_k, steps = ROW0, KEY0, SEQLEN_Q, SEQLEN_K, STEPS
     batch, head = BATCH, HEAD
     if family == "simt":
-        simt_score = simt.masked_score(simt.Kind("float32", 8, 8, mask, False, False))
+        simt_score = simt.score_reader(simt.Kind("float32", 8, 8, mask, False, False))
 
         @kernel(32)
         def run(x, out, mask, lower, upper):  # type: ignore[no-untyped-def]
@@ -122,7 +122,7 @@ def scalar_kernel(family: str, mask: str) -> Any:
             out[n] = simt_score(x[n], row, key, band, mask, place)
 
         return run
-    row_of, score_of = decode.masked_score(decode.DecodeKind("float32", 8, 8, mask, True, 1, 1))
+    row_of, score_of = decode.score_reader(decode.DecodeKind("float32", 8, 8, mask, True, 1, 1))
 
     @kernel(32)
     def run_decode(x, out, mask, lower, upper):  # type: ignore[no-untyped-def]

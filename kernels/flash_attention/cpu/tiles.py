@@ -35,7 +35,7 @@ from ...cpu.simd import (
 from ...cpu.simd_matrix import matrix_product_block, transpose_block
 from ...philox import LOW_WORD, WORD_BITS, philox4x32_cpu
 from .. import scores
-from ..scores import LOG2_E, Tools, Where, rule_of
+from ..scores import LOG2_E, Tools, Where
 
 # Kernels that the disk keeps are compiled anew when one of these changes: see `cache_key`.
 FILES = (__file__, scores.__file__, philox.__file__, simd_matrix.__file__, threads.__file__)
@@ -109,9 +109,10 @@ def _add(score, number):
     return score + number
 
 
-_TOOLS = Tools(_select, _add, compiled=njit)
-keys_of, queries_of, _, masked_by_bool = rule_of("bool", _TOOLS)
-masked_by_sum = rule_of("additive", _TOOLS).masked
+keys_of, queries_of = njit(scores.keys_of), njit(scores.queries_of)
+masked_by_bool, masked_by_sum = (
+    njit(scores.masked_score(mask, Tools(_select, _add))) for mask in ("bool", "additive")
+)
 
 
 @njit
@@ -203,11 +204,10 @@ def mask_row(w, line, mask, source, where, start, stop):
     vector, n = splat(w, -np.inf), lanes(w)
     whole = start + (stop - start) // n * n if mask.column == 1 else start
     for j in range(start, whole, n):
-        scores = load(w, line + j)
         if mask.kind == BOOL_MASK:
-            store(w, line + j, select_bytes(mask.bools, source + j, scores, vector))
+            store(w, line + j, select_bytes(mask.bools, source + j, load(w, line + j), vector))
         else:
-            store(w, line + j, scores + load(mask.bias, source + j))
+            store(w, line + j, load(w, line + j) + load(mask.bias, source + j))
     for j in range(whole, stop):
         place = Where(where.batch, where.head, where.query, where.key + j)
         if mask.kind == BOOL_MASK:

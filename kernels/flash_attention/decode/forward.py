@@ -27,7 +27,7 @@ from ...gpu.runtime import (
 )
 from ...gpu.vectors import vector_access
 from ..scores import LOG2_E, Masked, Where
-from ..scores_cuda import head_place, scalar_rule
+from ..scores_cuda import counts, head_place, keys_of, masked_score
 from ..softmax import exp2_function, reciprocal_of
 
 WARPS = 2 if SIMULATED else 8
@@ -111,12 +111,12 @@ def group_reduction(lanes: int) -> Any:
 
 
 @cache
-def masked_score(kind: DecodeKind) -> Any:
+def score_reader(kind: DecodeKind) -> Any:
     """Device functions. `row_of(query, lower, upper, place)`: what a query's scores have in common,
     from `head_place`. `score_of(score, key, end, mask, query, row)`: a score as the rule leaves it;
     `end` is one past the last key of the split.
     """
-    keys_of, _, counts, masked = scalar_rule(kind.mask, kind.precision)
+    masked = masked_score(kind.mask, kind.precision)
     has_mask, banded = kind.mask != "none", kind.banded
 
     @device_function
@@ -212,7 +212,7 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     fetched, fetched_v = unrolled * size, unrolled * size_v
     read_key, read_value = read_row(kind, head_dim), read_row(kind, value_dim)
     groups, merge_groups = WARPS * WARP // lanes, group_merger(kind)
-    group_sum, (row_of, score_of) = group_reduction(lanes), masked_score(kind)
+    group_sum, (row_of, score_of) = group_reduction(lanes), score_reader(kind)
     exp_of, shift_of = exponential(real.name)
     reciprocal = reciprocal_of(kind.precision)
     threads, warps, width = WARPS * WARP, WARPS, max(value_dim, 1)

@@ -1,4 +1,4 @@
-"""Dropout of tiles of scores in registers, as the tensor cores leave them (mma/tiles.py).
+"""Dropout of tiles of scores in registers, as the tensor cores leave them (gpu/register_tile.py).
 
 Of each 16 x 16 block a lane has eight weights. If rows are queries they are those that one call of
 the generator decides (philox.py): the lane makes the call, and needs no other's. If rows are keys,

@@ -16,7 +16,18 @@ from ...gpu.ptx import mul_rn_f32, opaque
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import NEGATIVE_INFINITY, types
 from ...gpu.traced import exp2, f32, float_of, fma, i32, i64, select, traced, u32
-from ..scores import LOG2_E, Masked, Tools, Where, is_additive, nearest, rule_of
+from ..scores import (
+    LOG2_E,
+    Masked,
+    Tools,
+    Where,
+    counts,
+    is_additive,
+    keys_of,
+    masked_score,
+    nearest,
+    queries_of,
+)
 
 WHOLE = types.int32
 BAND = types.UniTuple(WHOLE, 4)  # lower, upper, seqlen_q, seqlen_k
@@ -67,7 +78,7 @@ def mask_scores(
         lower, upper, seqlen_q, seqlen_k = band
         batch, head, start, query_step, key_step = place
         tools = Tools(select, lambda s, x: fma(s, scale, mask_number(mask, x)), NEGATIVE_INFINITY)
-        keys_of, queries_of, counts, masked = rule_of(mask, tools)
+        masked = masked_score(mask, tools)
         query, key = i32(opaque(u32(query))), i32(opaque(u32(key)))
         row, column, columns, seen = query, key, seqlen_k, keys_of
         if keys_are_rows:

@@ -21,7 +21,7 @@ from ...gpu.runtime import (
 )
 from ...gpu.vectors import vector_access
 from ..scores import LOG2_E, Masked, Where
-from ..scores_cuda import scalar_rule
+from ..scores_cuda import counts, keys_of, masked_score
 from ..softmax import exp2_function
 from .registers import (
     BYTES,
@@ -122,13 +122,12 @@ def row_step(columns: int, lanes: int) -> int:
 
 
 @cache
-def masked_score(kind: Kind) -> Any:
+def score_reader(kind: Kind) -> Any:
     """Device function `(score, row, column, band, mask, place)`: a score as the rule leaves it.
 
     `place` is of `head_place`, `band` (lower, upper, seqlen_q, seqlen_k).
     """
-    keys_of, _, counts, masked = scalar_rule(kind.mask, kind.precision)
-    has_mask = kind.mask != "none"
+    masked, has_mask = masked_score(kind.mask, kind.precision), kind.mask != "none"
 
     @device_function
     def score_of(score, row, column, band, mask, place):
@@ -164,12 +163,12 @@ def exponential(kind: Kind) -> Any:
 
 @cache
 def score_masker(kind: Kind, blocks: Blocks, tile: int, step: int) -> Any:
-    """Device function: `masked_score` of a thread's scores, by way of its elements of a tile.
+    """Device function: `score_reader` of a thread's scores, by way of its elements of a tile.
 
     `(memory, sums, row0, key0, band, mask, mask_place)`: band is (lower, upper, seqlen_q,
     seqlen_k), mask_place of `head_place`.
     """
-    score_of = masked_score(kind)
+    score_of = score_reader(kind)
     threads_m, threads_n, keys = blocks.threads_m, blocks.threads_n, blocks.keys
     count, place_of = blocks.rows * keys, own_place(threads_n)
     put, get = tile_access(blocks, step)
