@@ -94,6 +94,11 @@ class RegisterTile:
             j, r, c = rest // 4, rest // 2 % 2, rest % 2
             yield Place(n, 2 * block + r, 16 * block + 8 * r, 8 * j + c)
 
+    def register_at(self, own_row: int, column: int) -> int:
+        """Which register has the number of a lane's row that lies `column` from its first one."""
+        block, r = divmod(own_row, 2)
+        return block * (self.columns // 2) + column // 8 * 4 + 2 * r + column % 8
+
     def _by_row(self, tile: Any) -> list[list[Any]]:
         rows: list[list[Any]] = [[] for _ in range(2 * self.row_blocks)]
         for place in self.places():

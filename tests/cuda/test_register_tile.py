@@ -84,6 +84,19 @@ def everything(tile: RegisterTile) -> Any:
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
+def test_each_register_has_one_place(tile: RegisterTile) -> None:
+    places = list(tile.places())
+    assert [p.register for p in places] == list(range(tile.registers))
+    assert [tile.register_at(p.own_row, p.column) for p in places] == list(range(tile.registers))
+    assert {(p.row, p.column) for p in places} == {
+        (8 * r, 8 * j + c)
+        for r in range(2 * tile.row_blocks)
+        for j in range(tile.columns // 8)
+        for c in range(2)
+    }
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_operations(tile: RegisterTile) -> None:
     random = np.random.default_rng(0)
     x = random.normal(size=(16 * tile.row_blocks, tile.columns)).astype(np.float32)

@@ -89,7 +89,7 @@ def mask_scores(
                 first, end = seen(row + p.row, lower, upper)
                 limits[p.row] = first - column if begins else 0, least(end, columns) - column
         # Where there is no number of the mask another is read, to no effect: no branch.
-        far: dict[tuple[bool, int], Any] = {}
+        far = {}
 
         def offset(is_query: bool, n: int) -> Any:
             if (is_query, n) not in far:

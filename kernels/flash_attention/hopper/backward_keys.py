@@ -113,12 +113,12 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     dv_fence, dv_done = wgmma_fence(kind.value_dim // 2), wgmma_wait_group(0, kind.value_dim // 2)
     fence, tile = wgmma_fence(), RegisterTile(passing)
     zero_dk, zero_dv = RegisterTile(kind.head_dim).zero, RegisterTile(kind.value_dim).zero
-    weigh, to_ds = weigher(kind, passing, True), score_gradients(passing, True)
+    weigh, to_ds = weigher(kind, tile, True), score_gradients(tile, True)
     to_factor, dropout = tile.to_operand(kind.precision), kind.dropout
-    keep_bits, drop_from = keep_bits_of_keys(passing), drop_by_bits(passing)
+    keep_bits, drop_from = keep_bits_of_keys(tile), drop_by_bits(tile)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
-    complete_p, unit, rows_bytes = complete(passing), kind.unit, ROW_BYTES * passing
+    complete_p, unit, rows_bytes = complete(tile), kind.unit, ROW_BYTES * passing
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
 
     @kernel(blocks.threads, blocks=1)

@@ -108,14 +108,14 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     scores_done = wgmma_wait_group(1, passing // 2)
     products_done = wgmma_wait_group(0, passing // 2)
     dq_fence, dq_done = wgmma_fence(kind.head_dim // 2), wgmma_wait_group(0, kind.head_dim // 2)
-    fence, zero_dq = wgmma_fence(), RegisterTile(kind.head_dim).zero
-    weigh, to_ds = weigher(kind, passing, False), score_gradients(passing, False)
-    to_factor, dropout = RegisterTile(passing).to_operand(kind.precision), kind.dropout
-    drop_from = drop(1, passing)
+    tile, of_dq = RegisterTile(passing), RegisterTile(kind.head_dim)
+    fence, zero_dq = wgmma_fence(), of_dq.zero
+    weigh, to_ds = weigher(kind, tile, False), score_gradients(tile, False)
+    to_factor, drop_from, dropout = tile.to_operand(kind.precision), drop(tile), kind.dropout
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
-    write_ds = write_scores(RegisterTile(passing))
+    write_ds = write_scores(tile)
     queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit
-    scale_dq, scale_ds = RegisterTile(kind.head_dim).scale_rows, RegisterTile(passing).scale_rows
+    scale_dq, scale_ds = of_dq.scale_rows, tile.scale_rows
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_queries_hopper(

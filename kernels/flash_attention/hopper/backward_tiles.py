@@ -53,11 +53,11 @@ def _given(keys_are_rows: bool) -> Any:
 
 
 @cache
-def probabilities(kind: Kind, columns: int, keys_are_rows: bool) -> Any:
+def probabilities(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
     """Traced `(scores, scale, shifts)`: exp2(scale * scores - L); with an additive mask, where the
     scores are scaled already, exp(scores - L).
     """
-    tile, power = RegisterTile(columns), exponential(kind)
+    power = exponential(kind)
 
     @traced(tile.type, tile.type, types.float32, _given(keys_are_rows))
     def run(scores, scale, shifts):
@@ -68,17 +68,16 @@ def probabilities(kind: Kind, columns: int, keys_are_rows: bool) -> Any:
 
 
 @cache
-def weigher(kind: Kind, columns: int, keys_are_rows: bool) -> Any:
+def weigher(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
     """Device function: P of a tile of scores; `whole` says that the band hides no key of it.
 
     `query` and `key` are those of the lane's first score. The scores are scaled and masked as in
     the forward pass, to the last bit.
     """
-    tile, additive, scaled_first = RegisterTile(columns), kind.additive, kind.scaled_first
+    additive, scaled_first, always_masked = kind.additive, kind.scaled_first, kind.mask != "none"
     scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
     masked = mask_scores(kind.mask, tile, keys_are_rows=keys_are_rows)
-    exponentials = probabilities(kind, columns, keys_are_rows)
-    always_masked = kind.mask != "none"
+    exponentials = probabilities(kind, tile, keys_are_rows)
     # What is computed for keys past the end is not written, where keys are rows.
     has_edges = kind.banded or not keys_are_rows
 
@@ -94,11 +93,10 @@ def weigher(kind: Kind, columns: int, keys_are_rows: bool) -> Any:
 
 
 @cache
-def complete(columns: int) -> Any:
+def complete(tile: RegisterTile) -> Any:
     """Traced `(p, rests)`: P times the rest of its query; keys are rows, and `rests` is the place
     of that of the lane's first query.
     """
-    tile = RegisterTile(columns)
 
     @traced(tile.type, tile.type, WORD)
     def run(weights, rests):
@@ -112,9 +110,8 @@ def complete(columns: int) -> Any:
 
 
 @cache
-def score_gradients(columns: int, keys_are_rows: bool) -> Any:
+def score_gradients(tile: RegisterTile, keys_are_rows: bool) -> Any:
     """Traced `(p, dp, keep, delta)`: P * (keep * dP - delta); `keep` is 1 without dropout."""
-    tile = RegisterTile(columns)
 
     @traced(tile.type, tile.type, tile.type, types.float32, _given(keys_are_rows))
     def run(weights, dp, keep, delta):

@@ -240,7 +240,7 @@ def softmax(kind: Kind, block_n: int) -> Any:
     row_max, shift_of, own_row_sum = tile.row_max, tile.shift, tile.own_row_sum
     exp_of = tile.each(exponential(kind), tile.type, types.float32, tile.rows_type)
     scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
-    masked, drop_some = mask_scores(kind.mask, tile), drop(1, block_n)
+    masked, drop_some = mask_scores(kind.mask, tile), drop(tile)
     ended = mask_scores("none", tile, begins=False)
     always_masked, scaled_first, drops = kind.mask != "none", kind.scaled_first, kind.dropout
     additive, f32, i32 = kind.additive, types.float32, types.int32

@@ -1,11 +1,7 @@
 """What the Hopper kernels are compiled for, and the sizes of their tiles.
 
-A warpgroup, 128 threads, computes tiles of 64 rows. Warp w has rows 16 w ... 16 w + 15, and of
-these lane t has rows t // 4 and t // 4 + 8, and of every 8 columns 2 (t % 4) and the next:
-
-    tile[4 j + 2 r + c]  is  row 16 w + t // 4 + 8 r,  column 8 j + 2 (t % 4) + c
-
-("Register Fragments for wgmma.mma_async.m64nNk16", PTX ISA, accumulator D).
+A warpgroup, 128 threads, computes tiles of 64 rows. Warp w has rows 16 w ... 16 w + 15, which are a
+`RegisterTile` ("Register Fragments for wgmma.mma_async.m64nNk16", PTX ISA, accumulator D).
 """
 
 from __future__ import annotations

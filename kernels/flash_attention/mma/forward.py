@@ -88,7 +88,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     scores, output = RegisterTile(block_n, row_blocks), RegisterTile(value_width, row_blocks)
     largest, softmax = scores.row_max, softmax_rows(kind, scores)
     apply_mask = mask_scores(kind.mask, scores, kind.scaled_first)
-    apply_dropout, fill_rows = drop(row_blocks, block_n), scores.fill_rows
+    apply_dropout, fill_rows = drop(scores), scores.fill_rows
     no_output, rescale, total = output.zero, output.scale_rows, scores.quad_sum
     pick, reciprocal, changes = pick_row(scores), reciprocal_rows(scores), any_changes(scores)
     lazy = tiles.lazy

@@ -132,7 +132,7 @@ def score_gradients(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
         places = list(tile.places())
         keeps = ((p.register, None) for p in places)
         if kind.dropout:
-            keeps = kept_of(tile.row_blocks, tile.columns, row, key, dropout)
+            keeps = kept_of(tile, row, key, dropout)
         for place, kept in keeps:
             if keys_are_rows:
                 j, c = divmod(places[place].column, 8)
