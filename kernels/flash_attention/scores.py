@@ -44,15 +44,20 @@ class Masked:
 
     @property
     def unit(self) -> float:
-        """Factor of scores, log2(e): their exponentials are powers of two. With an additive mask it
-        is 1, as a number of the mask may be as large as numbers are.
-        """
-        return 1.0 if self.additive else LOG2_E
+        """Factor of scores on a GPU: see `unit_of`."""
+        return unit_of(self.additive)
 
 
 def is_additive(mask: str) -> bool:
     """Whether a mask, given as in `Masked`, is added to the scores."""
     return mask not in ("none", "bool")
+
+
+def unit_of(additive: bool) -> float:
+    """Factor of scores on a GPU, log2(e): their exponentials are powers of two. With an additive
+    mask it is 1, as a number of the mask may be as large as numbers are.
+    """
+    return 1.0 if additive else LOG2_E
 
 
 # ----- the band -----
@@ -156,4 +161,5 @@ __all__ = [
     "masked_score",
     "nearest",
     "queries_of",
+    "unit_of",
 ]

@@ -22,7 +22,7 @@ import numpy as np
 from llvmlite import ir
 
 from ..gpu.runtime import SIMULATED, device_function, precision, types
-from .scores import LOG2_E
+from .scores import LOG2_E, unit_of
 
 if not SIMULATED:
     from ..gpu.runtime import intrinsic
@@ -96,7 +96,7 @@ def shift_and_rest(additive: bool, itemsize: int) -> Any:
     A row that saw no key gets L = +inf, with which all its P are 0, one with an infinite score NaN.
     """
     exp2, f32 = exp2_function("float32"), types.float32
-    unit, large, infinity = (1.0 if additive else LOG2_E), LARGE[itemsize], float("inf")
+    unit, large, infinity = unit_of(additive), LARGE[itemsize], float("inf")
 
     @device_function
     def of_row(m, l):

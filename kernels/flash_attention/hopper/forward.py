@@ -66,7 +66,7 @@ from ..fragments.scores import exponential, mask_scores
 from ..fragments.store import store_rows
 from ..schedule import is_whole
 from ..scores import LOG2_E
-from ..scores_cuda import head_place
+from ..scores_cuda import head_place, keys_of
 from .schedule import quotient, tile_finder
 from .tiles import (
     COLUMNS,
@@ -257,7 +257,8 @@ def softmax(kind: Kind, block_n: int) -> Any:
         if always_masked or not is_whole(row0, ROWS, key0, block_n, lower, upper, seqlen_k):
             band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
             place = head_place(batch, head, mask_steps)
-            if not always_masked and row0 + (ROWS - 1) + lower <= key0:  # as if causal
+            begin, _ = keys_of(row0 + (ROWS - 1), lower, upper)
+            if not always_masked and begin <= key0:  # as if causal
                 s = ended(s, own_row, own_key, band, mask, place, scale)
             else:
                 s = masked(s, own_row, own_key, band, mask, place, scale)
@@ -284,7 +285,7 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
     store = store_rows(kind.precision, kind.value_dim, kind.vectors)
     f32, i32, zero = types.float32, types.int32, types.float32(0.0)
     _, tile_of = tile_finder(kind, blocks)
-    of_m, of_log2 = (1.0 if kind.additive else 1.0 / LOG2_E), 1.0 / LOG2_E
+    of_m, of_log2 = 1.0 / kind.unit, 1.0 / LOG2_E
 
     @device_function
     def write(o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep):

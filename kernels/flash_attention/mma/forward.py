@@ -28,7 +28,6 @@ from ...gpu.runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
 from ..fragments.dropout import drop, dropout_words
 from ..fragments.scores import mask_scores
 from ..schedule import is_whole, tile_range, tile_start
-from ..scores import LOG2_E
 from ..scores_cuda import head_place
 from .memory import copy_barriers, pair_copier, row_writer, tile_copier
 from .scores import any_changes, pick_row, reciprocal_rows, softmax_rows
@@ -95,7 +94,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     write_o = row_writer(kind, row_blocks, kind.value_dim, value_width)
     dropout, scaled_first = kind.dropout, kind.scaled_first
     always_masked = scaled_first or kind.mask != "none"
-    nothing, unit, to_natural = NEGATIVE_INFINITY, kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E
+    nothing, unit, to_natural = NEGATIVE_INFINITY, kind.unit, 1.0 / kind.unit
 
     @kernel(threads, blocks=tiles.at_once)
     def flash_forward_mma(

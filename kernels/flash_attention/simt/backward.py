@@ -34,7 +34,6 @@ from ...gpu.runtime import (
 )
 from ...gpu.vectors import vector_access
 from ..schedule import is_whole, tile_range, tile_start
-from ..scores import LOG2_E
 from ..scores_cuda import head_place
 from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
@@ -284,7 +283,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     add_dv = multiply(p_keys, own_columns(v_width, threads_d, lanes, v_step), block_m, lanes)
     write_dk = gradient_writer(kind, blocks, own, head_dim, width)
     write_dv = gradient_writer(kind, blocks, own, value_dim, v_width)
-    unit, to_natural = kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E
+    unit, to_natural = kind.unit, 1.0 / kind.unit
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_key_value(

@@ -34,7 +34,6 @@ from ...gpu.runtime import (
 )
 from ...gpu.vectors import vector_access
 from ..schedule import is_whole, tile_range, tile_start
-from ..scores import LOG2_E
 from ..scores_cuda import head_place
 from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
@@ -141,7 +140,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     always_masked, dropout = kind.mask != "none", kind.dropout
     reciprocal = reciprocal_of(kind.precision)
     nothing, infinity, unit, to_natural = (
-        NEGATIVE_INFINITY, float("inf"), kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E,
+        NEGATIVE_INFINITY, float("inf"), kind.unit, 1.0 / kind.unit,
     )  # fmt: skip
 
     @kernel(blocks.threads, blocks=blocks.at_once)
