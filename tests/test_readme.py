@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from project.readme_tables import condensed, rendered
+from project.bench.results import condensed, pages, rendered
 from project.transformer import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,12 @@ def test_code_runs(code: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_figures_are_those_of_the_result_files(name: str) -> None:
     up_to_date = rendered(TEXTS[name]) == TEXTS[name]
-    assert up_to_date, "run python project/readme_tables.py"
+    assert up_to_date, "run python project/bench/results.py"
+
+
+def test_pages_are_those_of_the_result_files() -> None:
+    stale = [path.name for path, text in pages() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run python project/bench/results.py"
 
 
 def test_the_readme_is_short() -> None:

@@ -1,7 +1,7 @@
 """Bandwidth of elementwise operations, softmax and layer norm on the GPU, against a copy's.
 
-    python project/bench_cuda_ops.py                      # everything, under a minute
-    python project/bench_cuda_ops.py --sizes 64 --dtypes float32
+    python project/bench/ops_cuda.py                      # everything, under a minute
+    python project/bench/ops_cuda.py --sizes 64 --dtypes float32
 
 These operations do little arithmetic: their limit is memory. So each is compared with a copy from
 device to device of the same size in the same process, both counted by the bytes that must be read
@@ -16,48 +16,38 @@ Writes ops_cuda.json and, beside it, the page ops_cuda.md.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import shlex
-import statistics
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `minitorch` is found
 
 import numpy as np
 
 import minitorch
 from minitorch import Tensor
-from minitorch.kernels.gpu.runtime import cuda, current_stream
-from project.arguments import COUNT, SEED, too_large, whole
-from project.gpu_timing import gpu_memory, require_gpu
+from project.arguments import COUNT, SEED, parser_of, too_large, whole
+from project.bench import pages
+from project.bench.machine import gpu_machine
+from project.bench.timing import require_gpu, seconds_of_calls
+from project.transformer.memory import gpu_memory
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COLUMNS = 1024
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
-CALLS = 5  # between two events
 HEAD_START = 1 << 30  # bytes copied while the calls are launched
 MIB = 1 << 20
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    count = whole(COUNT)
-    parser.add_argument("--sizes", type=count, nargs="+", default=[64, 256, 1024], metavar="MiB")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=count, default=20, help="default: %(default)s")
-    parser.add_argument(
-        "--seed", type=whole(SEED), default=0, help="of the inputs; default: %(default)s"
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
+    """The command line."""
+    parser = parser_of(__doc__)
+    add, count = parser.add_argument, whole(COUNT)
+    add("--sizes", type=count, nargs="+", default=[64, 256, 1024], metavar="MiB")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    add("--rounds", type=count, default=20, help="default: %(default)s")
+    add("--seed", type=whole(SEED), default=0, help="of the inputs; default: %(default)s")
+    pages.add_out(parser)
     return parser.parse_args()
 
 
@@ -109,34 +99,16 @@ def copies(nbytes: int) -> Callable[[], Any]:
     return lambda: target.copy_from_device(source)
 
 
-def seconds(call: Callable[[], Any], head_start: Callable[[], Any], rounds: int) -> float:
-    """Of one call on the GPU: the median of the rounds."""
-    times = []
-    stream = current_stream()
-    for number in range(-2, rounds):
-        for _ in range(4):
-            head_start()
-        start, end = cuda.event(), cuda.event()
-        start.record(stream)
-        for _ in range(CALLS):
-            call()
-        end.record(stream)
-        end.synchronize()
-        if number >= 0:
-            times.append(float(cuda.event_elapsed_time(start, end)) * 1e-3 / CALLS)
-    return statistics.median(times)
-
-
 def measure(size: int, dtype: str, rounds: int, seed: int) -> list[dict[str, Any]]:
     """All operations on tensors of `size` MiB."""
     head_start = copies(HEAD_START)
-    copied = seconds(copies(size * MIB), head_start, rounds)
+    copied = seconds_of_calls(copies(size * MIB), head_start, rounds)
     copy_speed = 2 * size * MIB / copied
     itemsize = 2 if dtype in ("float16", "bfloat16") else np.dtype(dtype).itemsize
     rows = size * MIB // itemsize // COLUMNS
     found = [row("copy", "copy", size, dtype, copied, copy_speed, copy_speed)]
     for name, call, tensors, kind in operations(rows, dtype, seed):
-        took = seconds(call, head_start, rounds)
+        took = seconds_of_calls(call, head_start, rounds)
         speed = tensors * size * MIB / took
         found.append(row(name, kind, size, dtype, took, speed, copy_speed))
         print(f"{size} MiB {dtype} {name}: {speed / copy_speed:.0%} of a copy", flush=True)
@@ -159,52 +131,34 @@ def row(
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "gpu": minitorch.cuda.device_name(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "numba", "numba-cuda")},
-        "config": minitorch.cuda.config(),
-    }
-
-
 # ----- the page -----
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The results as a page."""
-    about, rows = result["machine"], result["rows"]
-    versions = ", ".join(f"{n} {about[n]}" for n in ("python", "numpy", "numba", "numba-cuda"))
-    lines = [
-        "# Elementwise operations, softmax and layer norm on the GPU",
-        "",
-        f"{about['date']}; {about['gpu']}; {versions}. Rows of {COLUMNS}, seed {result['seed']}, "
-        f"median of {result['rounds']} rounds. Command: `{result['command']}`.",
-        "",
-        "Bandwidth (bytes that must be read and written at least, over time), as a share of that "
-        "of a device-to-device copy of a tensor of the same size:",
-        "",
-    ]
-    cells = {(r["dtype"], r["size_mib"], r["operation"]): r for r in rows}
-    columns = list(dict.fromkeys((r["dtype"], r["size_mib"]) for r in rows))
-    names = dict.fromkeys(r["operation"] for r in rows)
-    titles = [f"{dtype}, {size} MiB" for dtype, size in columns]
-    lines += [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
-    for name in names:
+def page(result: pages.Result) -> str:
+    """The results as Markdown."""
+    cells = {(r["dtype"], r["size_mib"], r["operation"]): r for r in result["rows"]}
+    columns = list(dict.fromkeys((dtype, size) for dtype, size, _ in cells))
+    rows = []
+    for name in dict.fromkeys(name for _, _, name in cells):
         found = [cells[(*column, name)] for column in columns]
         if name == "copy":
-            shown = [f"{r['terabytes_per_second']:.2f} TB/s" for r in found]
+            rows.append([name, *(f"{r['terabytes_per_second']:.2f} TB/s" for r in found)])
         else:
-            shown = [f"{r['of_a_copy']:.0%}" for r in found]
-        lines.append(f"| {name} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+            rows.append([name, *(f"{r['of_a_copy']:.0%}" for r in found)])
+    return pages.page(
+        "Elementwise operations, softmax and layer norm on the GPU",
+        pages.source(
+            result,
+            f"Rows of {COLUMNS}, seed {result['seed']}, median of {result['rounds']} rounds",
+        ),
+        "Bandwidth (bytes that must be read and written at least, over time), as a share of that "
+        "of a device-to-device copy of a tensor of the same size:",
+        pages.table(["", *(f"{dtype}, {size} MiB" for dtype, size in columns)], rows),
+    )
 
 
-def main() -> int:
-    """Measure and write; returns the exit code."""
+def main() -> None:
+    """Measure and write."""
     arguments = parse_arguments()
     require_gpu()
     # Three tensors at a time at least, and what the GPU is kept busy with.
@@ -216,21 +170,15 @@ def main() -> int:
     for dtype in arguments.dtypes:
         for size in arguments.sizes:
             rows += measure(size, dtype, arguments.rounds, arguments.seed)
-    words = [word for word in sys.argv[1:] if word != "--out" and word != str(arguments.out)]
     result = {
-        "machine": machine(),
-        "command": shlex.join(["python", "project/bench_cuda_ops.py", *words]),
+        "machine": gpu_machine("numpy", "numba", "numba-cuda"),
+        "command": pages.command(__file__),
         "seed": arguments.seed,
         "rounds": arguments.rounds,
         "rows": rows,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "ops_cuda.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(result))
-    print(f"Written: {path} and .md", flush=True)
-    return 0
+    pages.write(result, arguments.out / "ops_cuda.json", page)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
