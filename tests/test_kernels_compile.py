@@ -156,3 +156,18 @@ def test_code_of_the_oldest_architecture_serves_the_others(dtype: str) -> None:
     assert machine_code.usages(instance)["sm_90a"] == machine_code.assembled(
         instance, own, "sm_90a"
     )
+
+
+def test_the_hash_is_of_the_code() -> None:
+    """The same code compiled again has the same hash, another kernel of the same size has not."""
+
+    def adder(number: int) -> Any:
+        @runtime.kernel(THREADS)
+        def add(x):  # type: ignore[no-untyped-def]
+            x[cuda.grid(1)] += number
+
+        return add
+
+    codes = [planted(adder(n), types.int32[::1])[1].code for n in (5, 5, 6)]
+    assert codes[0] == codes[1] != codes[2]
+    assert all(code.split(":")[1] == codes[0].split(":")[1] for code in codes)

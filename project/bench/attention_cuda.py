@@ -46,7 +46,8 @@ from project.bench.timing import Recorder, require_gpu
 
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384]
 HEAD_DIMS = [64, 128, 256]
-CELL = ("head_dim", "seqlen_k", "causal", "dtype")  # what tells a part's cells apart
+# What tells a part's cells apart.
+CELL = ("head_dim", "seqlen_k", "causal", "dtype", "dropout_p", "length", "kernel")
 
 
 def parse_arguments(words: list[str] | None) -> argparse.Namespace:
@@ -70,12 +71,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
 
 def merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """New cells in the place of old ones of the same shape, the other old ones kept."""
-
-    def name(cell: dict[str, Any]) -> tuple[Any, ...]:
-        keys = (*CELL, "dropout_p", "length", "kernel")
-        return tuple(cell.get(key) for key in keys)
-
-    cells = {name(cell): cell for cell in (*old, *new)}
+    cells = {tuple(cell.get(key) for key in CELL): cell for cell in (*old, *new)}
     return list(cells.values())
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,35 +101,21 @@ def copies(nbytes: int) -> Callable[[], Any]:
 
 
 def measure(size: int, dtype: str, rounds: int, seed: int) -> list[dict[str, Any]]:
-    """All operations on tensors of `size` MiB."""
+    """A copy, then all operations, on tensors of `size` MiB."""
     head_start = copies(HEAD_START)
-    copied = seconds_of_calls(copies(size * MIB), head_start, rounds)
-    copy_speed = 2 * size * MIB / copied
     itemsize = 2 if dtype in ("float16", "bfloat16") else np.dtype(dtype).itemsize
     rows = size * MIB // itemsize // COLUMNS
-    found = [row("copy", "copy", size, dtype, copied, copy_speed, copy_speed)]
-    for name, call, tensors, kind in operations(rows, dtype, seed):
+    copy = ("copy", copies(size * MIB), 2.0, "copy")
+    found: list[dict[str, Any]] = []
+    for name, call, tensors, kind in chain([copy], operations(rows, dtype, seed)):
         took = seconds_of_calls(call, head_start, rounds)
-        speed = tensors * size * MIB / took
-        found.append(row(name, kind, size, dtype, took, speed, copy_speed))
-        print(f"{size} MiB {dtype} {name}: {speed / copy_speed:.0%} of a copy", flush=True)
+        speed = tensors * size * MIB / took / 1e12
+        found.append({"operation": name, "kind": kind, "size_mib": size, "dtype": dtype})
+        found[-1] |= {"microseconds": took * 1e6, "terabytes_per_second": speed}
+        found[-1]["of_a_copy"] = speed / found[0]["terabytes_per_second"]
+        print(f"{size} MiB {dtype} {name}: {found[-1]['of_a_copy']:.0%} of a copy", flush=True)
     minitorch.cuda.empty_cache()
     return found
-
-
-def row(
-    name: str, kind: str, size: int, dtype: str, took: float, speed: float, copy: float
-) -> dict[str, Any]:
-    """One line of the results."""
-    return {
-        "operation": name,
-        "kind": kind,
-        "size_mib": size,
-        "dtype": dtype,
-        "microseconds": took * 1e6,
-        "terabytes_per_second": speed / 1e12,
-        "of_a_copy": speed / copy,
-    }
 
 
 # ----- the page -----

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # PYTHONPATH may name another checkout
 
@@ -208,29 +209,33 @@ def only(name: str) -> Iterator[Any]:
         yield minitorch.TensorBackend(minitorch.FastOps)
         return
     attention: Any = importlib.import_module("minitorch.cuda.attention")
-    former = attention.FLASH_ATTENTION, attention.compute_capability
-    attention.FLASH_ATTENTION = tuple(m for m in former[0] if name == m.NAME)
-    if runtime.SIMULATED and name == "hopper":
-        attention.compute_capability = lambda: (9, 0)
-        make_hopper_small()
-    try:
+    chosen = tuple(module for module in attention.FLASH_ATTENTION if name == module.NAME)
+    with contextlib.ExitStack() as changes:
+        changes.enter_context(patch.object(attention, "FLASH_ATTENTION", chosen))
+        if runtime.SIMULATED and name == "hopper":
+            changes.enter_context(patch.object(attention, "compute_capability", lambda: (9, 0)))
+            for module, function, small in small_hopper_blocks():
+                changes.enter_context(patch.object(module, function, small))
         yield minitorch.TensorBackend(minitorch.CudaKernelOps)
-    finally:
-        attention.FLASH_ATTENTION, attention.compute_capability = former
 
 
-def make_hopper_small() -> None:
-    """Let Hopper's kernels have small tiles from now on, for the simulator's sake."""
+def small_hopper_blocks() -> Iterator[tuple[Any, str, Any]]:
+    """Modules and functions that choose sizes of Hopper's tiles, and functions in their places that
+    choose small ones, for the simulator's sake.
+    """
     from minitorch.kernels.flash_attention.hopper.tiles import Blocks
 
-    module: Any
     for name, module in list(sys.modules.items()):
         if name.startswith("minitorch.kernels.flash_attention.hopper."):
             if hasattr(module, "forward_blocks"):
-                module.forward_blocks = lambda *_: Blocks(2, 64)
+                yield module, "forward_blocks", lambda *_: Blocks(2, 64)
             if find := getattr(module, "backward_blocks", None):
-                module.backward_blocks = lambda *kind, find=find: tuple(
-                    replace(blocks, own=64, passing=16) for blocks in find(*kind)
+                yield (
+                    module,
+                    "backward_blocks",
+                    lambda *kind, find=find: tuple(
+                        replace(blocks, own=64, passing=16) for blocks in find(*kind)
+                    ),
                 )
 
 

@@ -9,9 +9,10 @@ The library is that of the checkout that PYTHONPATH names, or else of this one:
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
+
+from project.bench import pages
 
 Found = dict[str, Any]
 
@@ -39,26 +40,23 @@ class Comparison:
     def __init__(self, out: Path | None, against: list[Path]) -> None:
         import minitorch
 
-        self.out, self.found, self.different = out, Found(), 0
-        self.former: Found | None = Found() if against else None
+        self.out, self.compares, self.different = out, bool(against), 0
+        self.found, self.former = Found(), Found()
         for path in against:
-            try:
-                self.former |= json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, TypeError) as error:
-                raise SystemExit(f"cannot read {path}: {error}") from None
-        print(f"{minitorch.__path__[0]}", flush=True)
+            self.former |= pages.read(path, lambda found: str(found.keys()))
+        print(minitorch.__path__[0], flush=True)
 
     def add(self, name: str, found: Found) -> None:
         """Keep what was found of a name; print it if another version gave something else."""
         self.found[name] = found
-        if self.former is not None and self.former.get(name) != found:
+        if self.compares and self.former.get(name) != found:
             self.different += 1
             print(f"{name}\n  before {self.former.get(name)}\n  now    {found}", flush=True)
 
     def finish(self) -> int:
         """Write the file, print how much there was; the exit code, 1 if something differs."""
         if self.out is not None:
-            self.out.write_text(json.dumps(self.found, indent=1) + "\n", encoding="utf-8")
-        compared = "" if self.former is None else f", {self.different} differ"
+            pages.write(self.found, self.out, None)
+        compared = f", {self.different} differ" if self.compares else ""
         print(f"{len(self.found)} in all{compared}")
         return int(self.different > 0)
