@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from project.bench.pages import RESULTS
 from project.bench.results import condensed, pages, rendered
 from project.transformer import cli
 
@@ -69,6 +70,14 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_files_named_in_the_text_exist(name: str) -> None:
     names = re.findall(r"`((?:minitorch|kernels|tests|project)/[\w/]+\.\w+)`", TEXTS[name])
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_commands_name_programs_that_exist() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in RESULTS.glob("*.md")]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"python (project/\S+\.py)", " ".join([*TEXTS.values(), *pages, makefile]))
+    assert len(set(named)) > 5
+    assert [name for name in set(named) if not (ROOT / name).exists()] == []
 
 
 def test_make_targets_exist() -> None:

@@ -254,9 +254,9 @@ def measure_memory_and_start(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return memory, start
 
 
-def both(row: dict[str, float], name: str, form: str = "{:.2f}") -> str:
+def both(row: dict[str, float], name: str) -> str:
     """A figure of the forward pass and of both, such as `forward_ms` and `both_ms`."""
-    return " / ".join(form.format(row[name.format(what)]) for what in ("forward", "both"))
+    return " / ".join(f"{row[name.format(what)]:.2f}" for what in ("forward", "both"))
 
 
 def memory_table(rows: list[dict[str, float]]) -> str:
@@ -334,9 +334,8 @@ def main() -> None:
         "threads": arguments.threads,
         "modes": {},
     }
-    if arguments.add and path.exists():
-        kept = pages.read(path, page)
-        result |= {name: kept[name] for name in ("modes", "memory", "start") if name in kept}
+    kept = pages.former(arguments, path, page)
+    result |= {name: kept[name] for name in ("modes", "memory", "start") if name in kept}
     if not arguments.skip_memory:
         result["memory"], result["start"] = measure_memory_and_start(arguments)
     for mode in arguments.modes:

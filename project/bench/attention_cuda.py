@@ -95,7 +95,7 @@ def main(words: list[str] | None = None) -> None:
         write(pages.read(path, page), path)
         return
     require_gpu()
-    result = pages.read(path, page) if arguments.add and path.exists() else {}
+    result = pages.former(arguments, path, page)
     before = [result["command"]] if result else []
     result |= {
         "machine": gpu_machine("numpy", "numba-cuda", "torch"),

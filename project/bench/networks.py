@@ -66,6 +66,18 @@ class Training:
         return losses
 
 
+def check_losses(losses: dict[str, list[float]], tolerance: float) -> None:
+    """See that all have learnt the same.
+
+    Raises:
+        AssertionError: the losses of one are not those of the first, to the relative tolerance.
+
+    """
+    first, *others = losses
+    for name in others:
+        np.testing.assert_allclose(losses[name], losses[first], tolerance, err_msg=name)
+
+
 # ----- ours -----
 
 

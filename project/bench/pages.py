@@ -101,6 +101,11 @@ def read(path: Path, page: Page) -> Result:
     return found
 
 
+def former(arguments: argparse.Namespace, path: Path, page: Page) -> Result:
+    """What `--add` keeps: what `read` finds; nothing without it, or where there is no file yet."""
+    return read(path, page) if arguments.add and path.exists() else {}
+
+
 def write(result: Result, path: Path, page: Page | None) -> None:
     """Write the results so far, so that nothing is lost if a later part fails.
 

@@ -52,6 +52,16 @@ def in_turn(functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[
     return times
 
 
+def medians(milliseconds: Mapping[str, list[float]], digits: int) -> dict[str, dict[str, float]]:
+    """Median, fastest and slowest of each contestant's milliseconds, rounded."""
+    figures: dict[str, Callable[[list[float]], float]]
+    figures = {"milliseconds": statistics.median, "fastest": min, "slowest": max}
+    return {
+        figure: {name: round(of(record), digits) for name, record in milliseconds.items()}
+        for figure, of in figures.items()
+    }
+
+
 # ----- on a GPU -----
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from project.arguments import COUNT, COUNT_OR_NONE, SEED, parser_of, whole
 from project.bench import networks, pages
 from project.bench.machine import gpu_machine
-from project.bench.timing import milliseconds_on, require_gpu
+from project.bench.timing import medians, milliseconds_on, require_gpu
 from project.transformer import data
 from project.transformer.options import RunOptions
 from project.transformer.training import Trainer
@@ -105,21 +105,17 @@ def measure(row: Row, rounds: int, steps: int, seed: int) -> dict[str, Any]:
     running["torch"] = networks.torch_training(row, theirs, fused=True, seed=seed)
     losses["torch"] = running["torch"].first_losses()
     memory["torch"] = torch.cuda.max_memory_allocated()
-    np.testing.assert_allclose(
-        losses["minitorch"], losses["torch"], rtol=TOLERANCE[row.precision], err_msg=row.name
-    )
+    networks.check_losses(losses, TOLERANCE[row.precision])
     times: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name, training in running.items():
             times[name].append(milliseconds(training, steps))
-    medians = {name: statistics.median(t) for name, t in times.items()}
+    ratio = statistics.median(times["minitorch"]) / statistics.median(times["torch"])
     return {
         **asdict(row),
-        "milliseconds": {n: round(m, 3) for n, m in medians.items()},
-        "fastest": {n: round(min(t), 3) for n, t in times.items()},
-        "slowest": {n: round(max(t), 3) for n, t in times.items()},
-        "ratio": round(medians["minitorch"] / medians["torch"], 3),
-        "peak MiB": {n: round(m / 2**20) for n, m in memory.items()},
+        **medians(times, 3),
+        "ratio": round(ratio, 3),
+        "peak MiB": {name: round(nbytes / 2**20) for name, nbytes in memory.items()},
         "first losses": losses,
     }
 
@@ -207,10 +203,8 @@ def main() -> None:
     arguments = parse_arguments()
     require_gpu()
     path = arguments.out / "training_cuda.json"
-    rows: list[dict[str, Any]] = []
-    if arguments.add and path.exists():
-        former = pages.read(path, page)["rows"]
-        rows = [found for found in former if found["name"] not in arguments.rows]
+    kept = pages.former(arguments, path, page).get("rows", [])
+    rows: list[dict[str, Any]] = [row for row in kept if row["name"] not in arguments.rows]
     result = {
         "machine": gpu_machine("numpy", "numba", "numba-cuda", "nvmath-python", "torch"),
         "command": pages.command(__file__),

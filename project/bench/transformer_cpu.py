@@ -20,19 +20,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `project` is found
 
-import numpy as np
-
 from project.arguments import COUNT, parser_of, refuse_too_large, whole
 from project.bench import networks, pages, processes
 from project.bench.machine import machine, thread_settings, told_settings
-from project.bench.timing import in_turn
+from project.bench.timing import in_turn, medians
 
 LAYERS, D_MODEL, HEADS, CONTEXT, BATCH = 4, 128, 4, 128, 16
 CONTESTANTS = ("minitorch", "torch", "torch fused")
@@ -90,15 +87,12 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     """
     running = trainings(job["names"], job["middle"], job["threads"])
     losses = {name: training.first_losses() for name, training in running.items()}
-    for name, values in losses.items():
-        reference = losses["torch" if "torch" in losses else name]
-        np.testing.assert_allclose(values, reference, rtol=1e-4, err_msg=f"losses of {name}")
+    networks.check_losses(losses, 1e-4)
     steps = {name: training.step for name, training in running.items()}
     times = in_turn(steps, job["seconds"] * len(steps))
     return {
-        "milliseconds": {n: round(1e3 * statistics.median(t), 2) for n, t in times.items()},
-        "fastest": {n: round(1e3 * min(t), 2) for n, t in times.items()},
-        "steps": {n: len(t) for n, t in times.items()},
+        **medians({name: [1e3 * s for s in record] for name, record in times.items()}, 2),
+        "steps": {name: len(record) for name, record in times.items()},
         "first losses": losses,
         "environment": thread_settings(),
     }
