@@ -105,19 +105,19 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 bench: $(VENV)/bench.stamp
-	$(BIN)/python project/bench_attention.py
-	$(BIN)/python project/bench_transformer.py
+	$(BIN)/python project/bench/attention_cpu.py
+	$(BIN)/python project/bench/transformer_cpu.py
 	$(BIN)/python project/run_transformer.py train --out runs/bench --overwrite \
 		--record project/results/training_cpu.md
-	$(BIN)/python project/readme_tables.py
+	$(BIN)/python project/bench/results.py
 
 # PyTorch's default build, with CUDA.
 bench-gpu: $(VENV)/gpu.stamp
 	$(PIP) install 'torch>=2.9'
-	$(BIN)/python project/bench_cuda_ops.py
-	$(BIN)/python project/bench_attention.py --device cuda
-	$(BIN)/python project/bench_training_cuda.py
-	$(BIN)/python project/readme_tables.py
+	$(BIN)/python project/bench/ops_cuda.py
+	$(BIN)/python project/bench/attention_cuda.py
+	$(BIN)/python project/bench/training_cuda.py
+	$(BIN)/python project/bench/results.py
 
 doctor: $(VENV)/train.stamp
 	$(BIN)/python -m minitorch doctor

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from project import attention_contestants as contestants
-from project.attention_contestants import Case, Contestant
-from project.attention_report import decode_rate
-from project.gpu_timing import Recorder, Work
+from project.bench import attention_contestants as contestants
+from project.bench.attention_contestants import Case, Contestant
+from project.bench.attention_report import PASSES, decode_rate, tflops
+from project.bench.pages import number
+from project.bench.processes import in_child
+from project.bench.timing import Recorder, Work
 
 Cells = Iterator[dict[str, Any]]
-COMMAND = Path(__file__).resolve().with_name("bench_attention_cuda.py")
+COMMAND = str(Path(__file__).resolve().with_name("attention_cuda.py"))
 HIDDEN, TOKENS = 2048, 16384
 DECODE_KEYS, DECODE_HEADS = 65536, 32
 FLOAT32_LENGTHS = [1024, 4096, 16384]
@@ -101,13 +99,12 @@ def cases(lengths: list[int], head_dims: list[int], **more: Any) -> list[Case]:
 
 def shown(cell: dict[str, Any]) -> dict[str, Any]:
     """The cell, after a line of output for each pass."""
-    tflop = Case(**{name: cell[name] for name in Case.__dataclass_fields__}).tflop
-    for what, factor in (("forward", 1.0), ("backward", 2.5)):
+    for what in PASSES:
         if cell[what]:
-            rates = (f"{n} {1e3 * factor * tflop / f['ms']:.0f}" for n, f in cell[what].items())
+            rates = ", ".join(f"{n} {number(tflops(cell, what, n), '{:.0f}')}" for n in cell[what])
             print(
                 f"D {cell['head_dim']} N {cell['seqlen_k']} {cell['dtype']} "
-                f"{'causal' if cell['causal'] else 'full'} {what}: {', '.join(rates)} TFLOP/s",
+                f"{'causal' if cell['causal'] else 'full'} {what}: {rates} TFLOP/s",
                 flush=True,
             )
     return cell
@@ -232,18 +229,16 @@ def measure_compile(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
         with tempfile.TemporaryDirectory() as folder:
             row: dict[str, Any] = {"kernel": name}
             for state in ("cold", "warm"):
-                command = [sys.executable, str(COMMAND), "--first-call", name]
-                environment = {**os.environ, "MINITORCH_CUDA_CACHE": folder}
-                run = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if run.returncode:
-                    print(run.stderr[-300:], flush=True)
+                try:
+                    row[state] = in_child(COMMAND, name, {"MINITORCH_CUDA_CACHE": folder})
+                except SystemExit as error:  # the others are measured all the same
+                    print(str(error)[-300:], flush=True)
                     break
-                row[state] = json.loads(run.stdout.splitlines()[-1])
             print(row, flush=True)
             yield row
 
 
-def first_call(name: str) -> None:
+def first_call(name: str) -> dict[str, float]:
     """In a process of its own: seconds of the first forward and backward call of a module."""
     import minitorch
     from minitorch import attention
@@ -270,7 +265,7 @@ def first_call(name: str) -> None:
             ops.flash_attention_backward(out, None, q, k, k, None, out, rows, problem)
             minitorch.cuda.synchronize()
             seconds["backward"] = time.perf_counter() - begun
-    print(json.dumps(seconds))
+    return seconds
 
 
 def measure_triton(recorder: Recorder, arguments: argparse.Namespace) -> Cells:

@@ -1,11 +1,11 @@
 """Measure the tile sizes of the attention kernels on this GPU, and keep the fastest.
 
-    python project/tune_attention.py                       # every module with candidates
-    python project/tune_attention.py --modules hopper --head-dims 128 --kernels forward
+    python project/bench/tune_attention.py                       # every module with candidates
+    python project/bench/tune_attention.py --modules hopper --head-dims 128 --kernels forward
 
 A module takes part by a dict CANDIDATES: kernel ("forward", "key_value" or "query") -> head size,
 or (head size, causal) -> tuples of numbers, the arguments of its class of tile sizes; and by asking
-`tuning.choice` when it launches. The candidates are timed as in the benchmark (`gpu_timing.py`),
+`tuning.choice` when it launches. The candidates are timed as in the benchmark (`timing.py`),
 taking turns, with short and with long sequences. The fastest ones are written to the table in
 `kernels/flash_attention/tuning.py`, after each measurement.
 """
@@ -21,33 +21,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `minitorch` is found
 
-from project.arguments import COUNT, POSITIVE, real, whole
+from project.arguments import COUNT, POSITIVE, parser_of, real, whole
+from project.bench import attention_contestants as contestants
+from project.bench.attention_parts import HIDDEN, TOKENS
+from project.bench.timing import Recorder, require_gpu
 
-ROOT = Path(__file__).resolve().parents[1]
-
+ROOT = Path(__file__).resolve().parents[2]
 TABLE_FILE = ROOT / "kernels" / "flash_attention" / "tuning.py"
-BEGIN, END = "# ----- written by project/tune_attention.py -----\n", "# ----- end -----\n"
+BEGIN, END = "# ----- written by project/bench/tune_attention.py -----\n", "# ----- end -----\n"
 KERNELS = ["forward", "key_value", "query"]
-HIDDEN, TOKENS = 2048, 16384
 LENGTHS = {True: 1024, False: 8192}  # short, and long
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--modules", nargs="+", help="default: all that have candidates")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
-    parser.add_argument(
-        "--head-dims", type=whole(COUNT), nargs="+", help="default: all with candidates"
-    )
-    parser.add_argument("--rounds", type=whole(COUNT), default=7, help="default: %(default)s")
-    parser.add_argument(
-        "--seconds", type=real(POSITIVE), default=1e9, help="after which nothing is begun"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="only print")
+    """The command line."""
+    parser = parser_of(__doc__)
+    add, default = parser.add_argument, "default: %(default)s"
+    add("--modules", nargs="+", help="default: all that have candidates")
+    add("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    add("--head-dims", type=whole(COUNT), nargs="+", help="default: all with candidates")
+    add("--rounds", type=whole(COUNT), default=7, help=default)
+    add("--seconds", type=real(POSITIVE), default=1e9, help="after which nothing is begun")
+    add("--dry-run", action="store_true", help="only print")
     return parser.parse_args()
 
 
@@ -88,11 +85,10 @@ def head_dims_of(module: Any, kernel: str) -> list[int]:
 
 
 def measure(
-    recorder: Any, module: Any, entry: tuple[Any, ...], rounds: int
+    recorder: Recorder, module: Any, entry: tuple[Any, ...], rounds: int
 ) -> dict[tuple[int, ...], float]:
     """Milliseconds of each candidate for an entry of the table; those that fail are left out."""
     from minitorch.kernels.flash_attention import tuning
-    from project import attention_contestants as contestants
 
     _, kernel, _, head_dim, causal, short = entry
     length = LENGTHS[short]
@@ -146,7 +142,6 @@ def main() -> None:
     arguments = parse_arguments()
     from minitorch.cuda import attention as cuda_attention
     from minitorch.kernels.flash_attention import tuning
-    from project.gpu_timing import Recorder, require_gpu
 
     require_gpu()
     wanted = list(entries(arguments))

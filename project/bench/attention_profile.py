@@ -1,8 +1,8 @@
 """What holds an attention kernel back, by NVIDIA's profiler: ours beside cuDNN's.
 
-    python project/profile_attention.py                 # writes results/attention_profile.md
-    python project/profile_attention.py --head-dim 64 --causal --seqlen 512 --add
-    python project/profile_attention.py --head-dim 64 --dropout-p 0.2 --theirs flash --add
+    python project/bench/attention_profile.py                 # writes results/attention_profile.md
+    python project/bench/attention_profile.py --head-dim 64 --causal --seqlen 512 --add
+    python project/bench/attention_profile.py --head-dim 64 --dropout-p 0.2 --theirs flash --add
 
 Runs itself under `ncu` (Nsight Compute, of the CUDA toolkit), which repeats each kernel while it
 reads the GPU's counters; clocks are left as they are. The times are those under the profiler, each
@@ -15,24 +15,21 @@ import argparse
 import csv
 import io
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitorch` is found
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `minitorch` is found
 
-from project.arguments import SHARE, Range, real, whole
-from project.attention_contestants import OURS, PYTORCH, Case, ours, pytorchs
-from project.bench_attention_cuda import own_arguments
-from project.gpu_timing import require_gpu
+from project.arguments import SHARE, Range, parser_of, real, whole
+from project.bench import pages
+from project.bench.attention_contestants import OURS, PYTORCH, Case, ours, pytorchs
+from project.bench.attention_parts import HIDDEN, TOKENS
+from project.bench.machine import gpu_machine
+from project.bench.timing import require_gpu
 
-RESULTS = Path(__file__).resolve().parent / "results"
-PAGE = "attention_profile.md"
-HIDDEN, TOKENS = 2048, 16384
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats")
 # What ends in these words is shown, in this order, under the name beside it.
 SHOWN = {
@@ -55,30 +52,18 @@ MOST_STALLS = 5
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--head-dim", type=whole(Range(1, HIDDEN + 1)), default=128, help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--seqlen", type=whole(Range(1, TOKENS + 1)), default=8192, help="default: %(default)s"
-    )
-    parser.add_argument("--causal", action="store_true")
-    parser.add_argument("--dropout-p", type=real(SHARE), default=0.0)
-    parser.add_argument(
-        "--ours",
-        choices=["ours", *OURS],
-        default="hopper",
-        help="our kernels; default: %(default)s",
-    )
-    parser.add_argument(
-        "--theirs", choices=list(PYTORCH), default="cudnn", help="PyTorch's; default: %(default)s"
-    )
-    parser.add_argument("--backward", action="store_true", help="the backward pass as well")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default: %(default)s")
-    parser.add_argument("--add", action="store_true", help="after what the page has")
-    parser.add_argument("--under-ncu", action="store_true", help=argparse.SUPPRESS)
+    """The command line."""
+    parser = parser_of(__doc__)
+    add, default = parser.add_argument, "default: %(default)s"
+    add("--head-dim", type=whole(Range(1, HIDDEN + 1)), default=128, help=default)
+    add("--seqlen", type=whole(Range(1, TOKENS + 1)), default=8192, help=default)
+    add("--causal", action="store_true")
+    add("--dropout-p", type=real(SHARE), default=0.0)
+    add("--ours", choices=["ours", *OURS], default="hopper", help=f"our kernels; {default}")
+    add("--theirs", choices=list(PYTORCH), default="cudnn", help=f"PyTorch's; {default}")
+    add("--backward", action="store_true", help="the backward pass as well")
+    pages.add_out(parser, kept="what the page has, and write below it")
+    add("--under-ncu", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -121,16 +106,7 @@ def counters(arguments: argparse.Namespace) -> list[dict[str, str]]:
     require_gpu()
     if ncu is None:
         raise SystemExit("ncu is not on the path: it comes with the CUDA toolkit (Nsight Compute)")
-    command = [
-        ncu,
-        "--profile-from-start",
-        "off",
-        "--clock-control",
-        "none",
-        "--csv",
-        "--page",
-        "raw",
-    ]
+    command = [ncu, *"--profile-from-start off --clock-control none --csv --page raw".split()]
     for section in SECTIONS:
         command += ["--section", section]
     command += [sys.executable, *sys.argv, "--under-ncu"]
@@ -155,60 +131,50 @@ def short(name: str) -> str:
     return (found[0] if found else name)[:40]
 
 
-def table(rows: list[dict[str, str]]) -> list[str]:
-    """The counters as lines of Markdown, a column for each kernel."""
-    names = [short(row["Kernel Name"]) for row in rows]
-    lines = [
-        "| | " + " | ".join(f"`{name}`" for name in names) + " |",
-        "|---" * (len(rows) + 1) + "|",
-    ]
+def stalls(row: dict[str, str]) -> str:
+    """What the warps of a kernel wait for most."""
+    found = {
+        key.removeprefix(STALLS).split("_per_")[0].split(".")[0]: value
+        for key in row
+        if key.startswith(STALLS) and "not_issued" not in key
+        if (value := number(row[key]))
+    }
+    largest = sorted(found, key=lambda name: -found[name])[:MOST_STALLS]
+    return ", ".join(f"{name} {found[name]:.1f}" for name in largest)
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The counters, a column for each kernel."""
+    lines = []
     for metric, label in SHOWN.items():
         values = [number(row.get(metric)) for row in rows]
         if any(value is not None for value in values):
-            cells = ["" if value is None else f"{value:,.1f}" for value in values]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    cells = []
-    for row in rows:
-        stalls = {
-            key.removeprefix(STALLS).split("_per_")[0].split(".")[0]: value
-            for key in row
-            if key.startswith(STALLS) and "not_issued" not in key
-            if (value := number(row[key]))
-        }
-        largest = sorted(stalls, key=lambda name: -stalls[name])[:MOST_STALLS]
-        cells.append(", ".join(f"{name} {stalls[name]:.1f}" for name in largest))
-    lines.append("| warps wait for (warps in each issued cycle) | " + " | ".join(cells) + " |")
-    return lines
+            lines.append([label, *("" if value is None else f"{value:,.1f}" for value in values)])
+    lines.append(["warps wait for (warps in each issued cycle)", *map(stalls, rows)])
+    return pages.table(["", *(f"`{short(row['Kernel Name'])}`" for row in rows)], lines)
 
 
 def main() -> None:
+    """Profile and write."""
     arguments = parse_arguments()
     if arguments.under_ncu:
         run(arguments)
         return
     rows = counters(arguments)
-    import torch
-
     mask = "causal" if arguments.causal else "not causal"
     if arguments.dropout_p:
         mask += f", dropout {arguments.dropout_p}"
-    lines = [
-        f"## D = {arguments.head_dim}, N = {arguments.seqlen}, {mask}, float16",
-        "",
-        *table(rows),
-        "",
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__};"
-        f" {datetime.now(UTC):%Y-%m-%d %H:%M} UTC; seed 0. "
-        f"`python {shlex.join(['project/profile_attention.py', *own_arguments(sys.argv[1:])])}`",
-        "",
-    ]
-    path = arguments.out / PAGE
-    before = path.read_text(encoding="utf-8") if arguments.add and path.is_file() else ""
-    title = (
-        "# Attention under the profiler\n\nUtilisation is a share of what the unit could do.\n\n"
-    )
-    path.write_text((before + "\n" if before else title) + "\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    title = f"## D = {arguments.head_dim}, N = {arguments.seqlen}, {mask}, float16"
+    result = {"machine": gpu_machine("torch"), "command": pages.command(__file__)}
+    found = [title, table(rows), pages.source(result, "Seed 0")]
+    path = arguments.out / "attention_profile.md"
+    if arguments.add and path.is_file():
+        text = "\n\n".join([path.read_text(encoding="utf-8").rstrip(), *found]) + "\n"
+    else:
+        about = "Utilisation is a share of what the unit could do."
+        text = pages.page("Attention under the profiler", about, *found)
+    path.write_text(text, encoding="utf-8")
+    print("\n\n".join(found))
 
 
 if __name__ == "__main__":

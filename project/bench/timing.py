@@ -1,15 +1,21 @@
-"""Time of work on a GPU: recorded in CUDA graphs, repeated in turn, between events, L2 flushed.
+"""Time of work, on the CPU by its clock and on a GPU between events; contestants take turns.
 
-A graph holds the launches of one call, so that what Python takes is not in the figure. Ours and
-PyTorch's are recorded on one stream, and take turns, so that clocks and heat are the same for all.
-Before each repeat the cache (L2) is overwritten, which also gives the host a head start.
+On a GPU there are three ways, by what is asked:
+
+- `Recorder`: of kernels. A graph holds the launches of one call, so that what Python takes is not
+  in the figure. Ours and PyTorch's are recorded on one stream, and take turns, so that clocks and
+  heat are the same for all. Before each repeat the cache (L2) is overwritten, which also gives the
+  host a head start.
+- `seconds_of_calls`: of short calls of ours, launched while the GPU is busy with other work.
+- `milliseconds_on`: of whatever is done on a stream, launches included, as a user waits for it.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +23,46 @@ FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 WARM_UP = 3
 FEWEST_ROUNDS = 3
 TOO_SLOW = 5  # times the fastest: such a contestant has fewer rounds
+MOST_ROUNDS = 200  # on the CPU
+CALLS = 5  # of ours between two events
+
+
+# ----- on the CPU -----
+
+
+def in_turn(functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call, in rounds that call every function in turn; at least 3 rounds.
+
+    Args:
+        functions: by name; each is called once before, for what happens only then.
+        seconds: that all rounds are to take together.
+
+    """
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    for number in range(MOST_ROUNDS):
+        if number >= FEWEST_ROUNDS and time.perf_counter() > end:
+            break
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def medians(milliseconds: Mapping[str, list[float]], digits: int) -> dict[str, dict[str, float]]:
+    """Median, fastest and slowest of each contestant's milliseconds, rounded."""
+    figures: dict[str, Callable[[list[float]], float]]
+    figures = {"milliseconds": statistics.median, "fastest": min, "slowest": max}
+    return {
+        figure: {name: round(of(record), digits) for name, record in milliseconds.items()}
+        for figure, of in figures.items()
+    }
+
+
+# ----- on a GPU -----
 
 
 def require_gpu() -> None:
@@ -35,11 +81,50 @@ def require_gpu() -> None:
         raise SystemExit("no CUDA GPU was found (python -m minitorch doctor)")
 
 
-def gpu_memory() -> int:
-    """Bytes of memory of the GPU."""
-    from minitorch.kernels.gpu import runtime
+def seconds_of_calls(call: Callable[[], Any], head_start: Callable[[], Any], rounds: int) -> float:
+    """Seconds of one call of ours on the GPU: the median of the rounds, of `CALLS` calls each.
 
-    return int(runtime.cuda.current_context().get_memory_info().total)
+    Args:
+        call: launches kernels on the current stream.
+        head_start: launches work that keeps the GPU busy until all calls have been launched.
+        rounds: how often.
+
+    """
+    from minitorch.kernels.gpu.runtime import cuda, current_stream
+
+    times = []
+    stream = current_stream()
+    for number in range(-2, rounds):
+        for _ in range(4):
+            head_start()
+        start, end = cuda.event(), cuda.event()
+        start.record(stream)
+        for _ in range(CALLS):
+            call()
+        end.record(stream)
+        end.synchronize()
+        if number >= 0:
+            times.append(float(cuda.event_elapsed_time(start, end)) * 1e-3 / CALLS)
+    return statistics.median(times)
+
+
+def milliseconds_on(stream: Any, work: Callable[[], Any]) -> float:
+    """Milliseconds between two events around work.
+
+    Args:
+        stream: of PyTorch, on which the work is launched.
+        work: launches it.
+
+    """
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record(stream)
+    work()
+    end.record(stream)
+    end.synchronize()
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds
 
 
 @dataclass
@@ -123,17 +208,10 @@ class Recorder:
 
     def time_once(self, replay: Callable[[], None]) -> float:
         """Milliseconds of one repeat with a cold cache."""
-        torch = self.torch
-        with torch.cuda.stream(self.stream):
+        with self.torch.cuda.stream(self.stream):
             self.scratch.zero_()
             self.scratch.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            end.record()
-        end.synchronize()
-        milliseconds: float = start.elapsed_time(end)
-        return milliseconds
+            return milliseconds_on(self.stream, replay)
 
     def medians(self, works: dict[str, Work], rounds: int) -> dict[str, dict[str, Any]]:
         """Each contestant's median in milliseconds, and the number of rounds behind it.
@@ -161,6 +239,3 @@ class Recorder:
             name: {"ms": statistics.median(record), "rounds": len(record)}
             for name, record in times.items()
         }
-
-
-__all__ = ["Recorder", "Work"]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from project.gpu_timing import Recorder, Work
+from project.bench.timing import Recorder, Work
 
 OURS = ("decode", "hopper", "mma", "simt")  # NAMEs of modules in minitorch.cuda.attention
 PYTORCH = {
@@ -35,14 +35,6 @@ class Case:
     dtype: str = "float16"
     dropout_p: float = 0.0
     seed: int = 0
-
-    @property
-    def tflop(self) -> float:
-        """Useful 10**12 operations of a forward pass, as papers count: two products, half of them
-        if causal. A backward pass has 2.5 times as many.
-        """
-        work = 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
-        return work / (2 if self.causal else 1) / 1e12
 
     def inputs(self) -> list[Any]:
         """Query, key, value and the output's gradient, (B, H, N, D), normal, on the GPU."""
@@ -269,6 +261,3 @@ def errors(contestant: Contestant, wanted: list[Any]) -> tuple[float, float | No
     out = forward[:1] if isinstance(forward, tuple | list) else (forward,)
     backward = contestant.backward
     return of(out, wanted[:1]), None if backward is None else of(backward.results, wanted[1:])
-
-
-__all__ = ["OURS", "PYTORCH", "Case", "Contestant", "errors", "ours", "pytorchs", "reference"]

@@ -9,6 +9,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from project.bench import pages
+
 PASSES = {"forward": 1.0, "backward": 2.5}  # operations, in those of a forward pass
 COLORS = {"hopper": "C3", "mma": "C1", "simt": "C2", "flash": "C0", "cudnn": "C4"}
 LABELS = {
@@ -48,11 +50,6 @@ def speedup(cell: Cell, what: str, ours: str, other: str) -> float | None:
     return ratio
 
 
-def geometric_mean(ratios: list[float]) -> float:
-    """NaN of none."""
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else math.nan
-
-
 # ----- bars -----
 
 
@@ -86,7 +83,7 @@ class Bar:
     @property
     def mean(self) -> float:
         """Geometric, of all figures."""
-        return geometric_mean(list(self.figures.values()))
+        return pages.geometric_mean(list(self.figures.values()))
 
     def verdict(self) -> str:
         """ "met" or "missed", "-" where there is no bar."""
@@ -189,18 +186,7 @@ def decode_rate(cell: Cell, name: str) -> float:
 # ----- the page -----
 
 
-def number(x: float | None, form: str = "{:.2f}") -> str:
-    """A figure, or a dash."""
-    return "-" if x is None or math.isnan(x) else form.format(x)
-
-
-def table(titles: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a Markdown table, after an empty one."""
-    head = ["", f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    return head + [f"| {' | '.join(row)} |" for row in rows]
-
-
-def bar_lines(result: dict[str, Any]) -> list[str]:
+def bar_table(result: dict[str, Any]) -> str:
     """The table of bars."""
     rows = []
     for bar in bars(result):
@@ -210,17 +196,17 @@ def bar_lines(result: dict[str, Any]) -> list[str]:
             [
                 bar.what,
                 "-" if bar.bar is None else f"{sign} {bar.bar:g}",
-                number(bar.mean),
+                pages.number(bar.mean),
                 f"{worst:.2f} ({cell})",
-                number(bar.aim, "{:g}"),
+                pages.number(bar.aim, "{:g}"),
                 bar.verdict(),
             ]
         )
-    return table(["", "bar", "geometric mean", "worst cell", "aim", ""], rows)
+    return pages.table(["", "bar", "geometric mean", "worst cell", "aim", ""], rows)
 
 
-def cell_lines(cells: list[Cell], what: str) -> list[str]:
-    """A row for each cell: rates of all contestants, ours over PyTorch's, errors."""
+def cell_table(cells: list[Cell], what: str) -> str:
+    """A row for each cell: rates of all contestants, ours over PyTorch's, errors. "" of none."""
     ran: set[str] = {name for cell in cells for name in cell[what]}
     names = [name for name in LABELS if name in ran] + sorted(ran - set(LABELS))
     own = next((name for name in ("hopper", "ours", "mma", "ieee") if name in ran), "simt")
@@ -229,50 +215,57 @@ def cell_lines(cells: list[Cell], what: str) -> list[str]:
     titles += [f"{LABELS.get(own, own)} over {LABELS[n]}" for n in others]
     rows: list[list[str]] = []
     for cell in cells:
-        row = [str(cell["head_dim"]), str(cell["seqlen_k"]), "yes" if cell["causal"] else "no"]
+        row = [str(cell["head_dim"]), str(cell["seqlen_k"]), pages.yes(cell["causal"])]
         for name in names:
             error = cell[what].get(name, {}).get("error")
-            shown = number(tflops(cell, what, name), "{:.0f}")
+            shown = pages.number(tflops(cell, what, name), "{:.0f}")
             row.append(shown if error is None else f"{shown} ({error:.0e})")
-        row += [number(speedup(cell, what, own, n)) for n in others]
+        row += [pages.number(speedup(cell, what, own, n)) for n in others]
         rows.append(row)
-    return table(titles, rows) if ran else []
+    return pages.table(titles, rows) if ran else ""
 
 
-def decode_lines(cells: list[Cell], copy: float) -> list[str]:
+def decode_table(cells: list[Cell], copy: float) -> str:
     """A row for each cell of decoding."""
     names = [name for name in LABELS if any(name in cell["forward"] for cell in cells)]
     titles = ["D", "dtype", *(f"{LABELS[n]}, TB/s" for n in names), "ours over a copy"]
     rows = []
     for cell in cells:
         rates = {n: decode_rate(cell, n) if n in cell["forward"] else None for n in names}
-        row = [str(cell["head_dim"]), cell["dtype"], *(number(r) for r in rates.values())]
-        rows.append([*row, number((rates.get("ours") or math.nan) / copy)])
-    return table(titles, rows)
+        row = [str(cell["head_dim"]), cell["dtype"], *(pages.number(r) for r in rates.values())]
+        rows.append([*row, pages.number((rates.get("ours") or math.nan) / copy)])
+    return pages.table(titles, rows)
 
 
-def memory_lines(rows: list[dict[str, Any]]) -> list[str]:
+def memory_table(rows: list[dict[str, Any]]) -> str:
     """Peak memory by length."""
     shown = [
-        [str(r["length"]), *(number(r[n], "{:.0f}") for n in ("flash_attention", "attention"))]
+        [
+            str(r["length"]),
+            *(pages.number(r[n], "{:.0f}") for n in ("flash_attention", "attention")),
+        ]
         for r in rows
     ]
-    return table(["N", "flash, MiB", "standard, MiB"], shown)
+    return pages.table(["N", "flash, MiB", "standard, MiB"], shown)
 
 
-def compile_lines(rows: list[dict[str, Any]]) -> list[str]:
+def compile_table(rows: list[dict[str, Any]]) -> str:
     """Seconds of first calls."""
     shown = [
         [row["kernel"]]
-        + [number(row.get(state, {}).get(what)) for state in ("cold", "warm") for what in PASSES]
+        + [
+            pages.number(row.get(state, {}).get(what))
+            for state in ("cold", "warm")
+            for what in PASSES
+        ]
         for row in rows
     ]
     titles = [f"{what}, {state}" for state in ("cold", "warm") for what in PASSES]
-    return table(["kernels", *titles], shown)
+    return pages.table(["kernels", *titles], shown)
 
 
-def sections(result: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Each part that was measured: what it is, and its table."""
+def sections(result: dict[str, Any]) -> Iterator[str]:
+    """Of each part that was measured: what it is, and its table."""
     copy = result.get("ceilings", {}).get("copy_tb_per_s", math.nan)
     count = "TFLOP/s, in parentheses the largest error of one head against float64"
     for part, title in (
@@ -284,43 +277,41 @@ def sections(result: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     ):
         cells = result.get(part, [])
         for dtype, what in product(dict.fromkeys(cell["dtype"] for cell in cells), PASSES):
-            if lines := cell_lines([cell for cell in cells if cell["dtype"] == dtype], what):
-                yield f"{what.capitalize()}, {dtype}, {title}.", lines
-    others: tuple[tuple[str, str, Callable[[Any], list[str]]], ...] = (
+            if found := cell_table([cell for cell in cells if cell["dtype"] == dtype], what):
+                yield from (f"{what.capitalize()}, {dtype}, {title}.", found)
+    others: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
         ("decode", "Decoding, one query against 65,536 keys, 32 heads:",
-         lambda cells: decode_lines(cells, copy)),
+         lambda cells: decode_table(cells, copy)),
         ("memory", "Peak memory of forward + backward beyond the inputs, 8 heads, D 64, float32:",
-         memory_lines),
-        ("compile", "Seconds of a process's first call, all kernels of the pass:", compile_lines),
+         memory_table),
+        ("compile", "Seconds of a process's first call, all kernels of the pass:", compile_table),
     )  # fmt: skip
-    for part, title, lines_of in others:
+    for part, title, table_of in others:
         if result.get(part):
-            yield title, lines_of(result[part])
+            yield from (title, table_of(result[part]))
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The results as a page."""
-    about, ceilings = result["machine"], result.get("ceilings", {})
-    versions = ", ".join(f"{name} {about[name]}" for name in about["packages"])
+def page(result: pages.Result) -> str:
+    """The results as Markdown."""
+    ceilings = result.get("ceilings", {})
     products = " and ".join(
         f"{tflops:.0f} TFLOP/s in {dtype}"
         for dtype, tflops in ceilings.get("matmul_tflops", {}).items()
     )
-    lines = [
-        "# FlashAttention on the GPU",
-        "",
-        f"{about['date']}; {about['gpu']}, {about['memory_gib']} GiB, driver for CUDA "
-        f"{about['driver']}; {versions}. Seed {result['seed']}, median of {result['rounds']}, each "
-        f"pass a CUDA graph, L2 flushed. A large matrix product runs at {products or '-'}, a copy "
-        f"at {number(ceilings.get('copy_tb_per_s'))} TB/s. Command: `{result['command']}`.",
-        "",
+    return pages.page(
+        "FlashAttention on the GPU",
+        pages.source(
+            result,
+            f"Seed {result['seed']}, median of {result['rounds']}, each pass a CUDA graph, "
+            "L2 flushed",
+            f"A large matrix product runs at {products or '-'}, a copy at "
+            f"{pages.number(ceilings.get('copy_tb_per_s'))} TB/s",
+        ),
         "Figures are times of others over ours unless it says otherwise; a bar holds for the worst "
         "cell:",
-        *bar_lines(result),
-    ]
-    for title, part in sections(result):
-        lines += ["", title, *part]
-    return "\n".join(lines) + "\n"
+        bar_table(result),
+        *sections(result),
+    )
 
 
 # ----- pictures -----
@@ -366,6 +357,3 @@ def draw_one(result: dict[str, Any], cells: list[Cell], what: str, path: Path) -
         f"{what} pass, D = {first['head_dim']}, {first['dtype']}, {result['machine']['gpu']}"
     )
     figure.savefig(path, dpi=110)
-
-
-__all__ = ["Bar", "bars", "draw", "markdown", "tflops"]
