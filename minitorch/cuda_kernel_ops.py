@@ -13,7 +13,7 @@ import numpy as np
 
 from .cuda.attention import CudaAttentionOps
 from .cuda.device_array import DeviceArray, error_word
-from .cuda.matmul import contiguous
+from .cuda.storage import contiguous
 from .cuda.views import contiguous_data, device_storage, gradient_memory
 from .cuda_ops import CudaOps
 from .dtypes import HALF_DTYPES, layer_dtype

@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, str]] = [
         "engine and backends",
         "autodiff cuda_kernel_ops cuda_ops fast_fused fast_ops fused_checks fused_ops storage_ops "
         "tensor_ops cuda cuda.attention cuda.cublas cuda.cublas_lt cuda.elementwise "
-        "cuda.explanation cuda.fallback cuda.graph cuda.matmul cuda.movement cuda.storage "
+        "cuda.explanation cuda.graph cuda.matmul cuda.storage "
         "cuda.transfer cuda.views",
     ),
     (

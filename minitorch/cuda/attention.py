@@ -29,6 +29,7 @@ from ..storage_ops import StorageOps
 from ..tensor_data import TensorData, strides_from_shape
 from .device_array import DeviceArray
 from .elementwise import fold
+from .storage import contiguous, copied
 from .views import contiguous_data, device_storage, view_of
 
 if TYPE_CHECKING:
@@ -115,12 +116,6 @@ def _leading(problem: AttentionProblem, group: int) -> Shape:
     return (*problem.leading[:-1], problem.leading[-1] // group)
 
 
-def _contiguous(data: TensorData) -> TensorData:
-    out = contiguous_data(DeviceArray.empty(data.size, data.dtype), data.shape)
-    copy_into(view_of(out), view_of(data))
-    return out
-
-
 def _merged_stride(shape: Shape, strides: Shape) -> int | None:
     """The stride of dimensions seen as one; None if they are none."""
     merged, expected = 0, None
@@ -145,7 +140,7 @@ def _matrices(data: TensorData, leading: Shape, alignment: int = 1) -> Matrices:
     wide = data.broadcast_to((*leading, *data.shape[-2:]))
     batch = _merged_stride(wide.shape[:-3], wide.strides[:-3])
     if batch is None:
-        return _matrices(_contiguous(wide), leading, alignment)
+        return _matrices(copied(wide), leading, alignment)
     storage = device_storage(wide)
     if storage.dtype.kind == "b":
         storage = storage.view(np.uint8)
@@ -248,7 +243,7 @@ def _summed(data: TensorData, shape: Shape) -> TensorData:
 def _summed_to_heads(data: TensorData, shape: Shape) -> TensorData:
     """The same where `shape` may also have a divisor of the number of heads."""
     if len(shape) > 2 and shape[-3] not in (1, data.shape[-3]):
-        data = data if data.is_contiguous() else _contiguous(data)
+        data = contiguous(data)
         heads = shape[-3]
         parts = (*data.shape[:-3], heads, data.shape[-3] // heads, *data.shape[-2:])
         grouped = TensorData._of(data._storage, parts, strides_from_shape(parts))
@@ -328,7 +323,7 @@ class CudaAttentionOps(StorageOps):
             device_storage(ds).fill(0)
         grad_rows = None
         if grad_logsumexp is not None:
-            grad_rows = device_storage(_contiguous(grad_logsumexp._tensor))
+            grad_rows = device_storage(copied(grad_logsumexp._tensor))
         inputs = _inputs(problem, query, key, value, attn_mask, alignment)
         result, numbers = out._tensor, None if rows is None else device_storage(rows._tensor)
         if numbers is None:
