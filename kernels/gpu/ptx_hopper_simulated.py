@@ -146,14 +146,6 @@ def copy_in(target: Any, tensor_map: Any, barrier: Any, *corner: Any) -> None:
     _change(barrier, 0, -kind.box_bytes)
 
 
-def copy_out(tensor_map: Any, source: Any, *corner: Any) -> None:
-    """cp.async.bulk.tensor from shared to global memory."""
-    kind, source = map_at(int(tensor_map)), int(source)
-    box = _bytes(source, kind.box_bytes)[_places(kind, source)]
-    part, inside = _box(kind, tuple(int(x) for x in corner))
-    part[...] = box.reshape(*kind.box[::-1], SIZES[kind.dtype])[inside]
-
-
 def copy_flat(target: Any, source: Any, size: Any, barrier: Any) -> None:
     """cp.async.bulk."""
     target, source, size = int(target), int(source), int(size)

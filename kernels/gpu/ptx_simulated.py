@@ -192,11 +192,6 @@ def quotient(x: Any, y: Any) -> Any:
         return np.float32(x) / np.float32(y)
 
 
-def largest(x: Any, y: Any) -> Any:
-    """max.f32."""
-    return np.fmax(np.float32(x), np.float32(y))
-
-
 def tf32(x: Any) -> Any:
     """cvt.rna.tf32.f32: infinity and NaN stay."""
     x = np.float32(x)

@@ -7,7 +7,6 @@ language (numba-cuda-mlir) is one line away, and so that what the simulator lack
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import math
@@ -23,7 +22,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from . import compile_cache, ptx_simulated
+from . import direct_launch, ptx_simulated
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
 
@@ -203,149 +202,21 @@ def launch(
         shared_bytes: of dynamic shared memory.
 
     """
-    packed = None if SIMULATED else _pack(arguments)
+    packed = None if SIMULATED else direct_launch.pack(arguments)
     if packed is None:
         kernel[grid, threads, current_stream(), shared_bytes](*arguments)
         return
     values, kinds = packed
     function = _functions.get((kernel, kinds))
     if function is None:
-        function = _functions[kernel, kinds] = _Function(_machine_code(kernel, arguments))
+        code = direct_launch.machine_code(kernel, arguments, architecture())
+        function = _functions[kernel, kinds] = direct_launch.Function(code)
     if shared_bytes > function.shared_bytes:
-        function.allow(shared_bytes)
-    _launch_directly(function.handle, grid, threads, shared_bytes, values)
+        function.allow(shared_bytes, int(cuda.get_current_device().id))
+    function.launch(grid, threads, shared_bytes, current_stream(), values)
 
 
-# ----- launching without numba -----
-
-MOST_VALUES = 256  # of a kernel's arguments, an array being seven
-
-
-class _Function:
-    """A compiled kernel in the driver's hands.
-
-    Args:
-        handle: the driver's (CUkernel).
-
-    """
-
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
-        self.shared_bytes = 0  # of dynamic shared memory that was asked for
-
-    def allow(self, shared_bytes: int) -> None:
-        """Let a block have so many: more than 48 KiB, static ones included, must be asked for."""
-        driver = _driver()
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        device = int(cuda.get_current_device().id)
-        handle = driver.CUkernel(self.handle)
-        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, device)
-        if int(status) != 0:
-            raise RuntimeError(f"the GPU gives no block {shared_bytes} bytes of shared memory")
-        self.shared_bytes = shared_bytes
-
-
-_functions: dict[tuple[Any, tuple[Any, ...]], _Function] = {}
-_parameters = threading.local()
-_WHOLE_NUMBERS = (np.int32, np.uint32, np.int64)
-
-
-def _pack(arguments: tuple[Any, ...]) -> tuple[list[int], tuple[Any, ...]] | None:
-    """The arguments as 64-bit words, as numba's kernels take them, and what types they have.
-
-    None where there is one of a kind that is left to numba.
-    """
-    values: list[int] = []
-    kinds: list[Any] = []
-    for x in arguments:
-        kind: Any = type(x)
-        if kind is int:
-            values.append(x)
-            if not -(1 << 63) <= x < 1 << 63:
-                return None
-        elif kind is tuple:
-            values += x
-            kind = len(x)
-        elif kind is np.float32:
-            values.append(int(x.view(np.uint32)))
-        elif kind is float or kind is np.float64:
-            values.append(int(np.float64(x).view(np.int64)))
-        elif kind is np.uint64:
-            values.append(int(x.view(np.int64)))
-        elif kind in _WHOLE_NUMBERS:
-            values.append(int(x))
-        else:
-            words = getattr(x, "_words", None) or _words_of(x)
-            if words is None:
-                return None
-            values += words
-            kind = x.dtype
-        kinds.append(kind)
-    return values, tuple(kinds)
-
-
-def _words_of(array: Any) -> tuple[int, ...] | None:
-    """A device array as a kernel gets it; kept on the array. None if it is none of ours."""
-    interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None or len(interface["shape"]) != 1 or interface.get("strides"):
-        return None
-    (size,), itemsize = interface["shape"], array.dtype.itemsize
-    # its owner and parent (none), size, itemsize, address, shape, strides in bytes
-    array._words = (0, 0, size, itemsize, interface["data"][0], size, itemsize)
-    return array._words  # type: ignore[no-any-return]
-
-
-def _machine_code(kernel: Any, arguments: tuple[Any, ...]) -> int:
-    """The handle of the kernel for arguments of these types: from the disk, or compiled now."""
-    signature = tuple(kernel.typeof_pyval(x) for x in arguments)
-    name = compile_cache.key(kernel, signature, architecture())
-    code = compile_cache.read(name)
-    handle = None if code is None else compile_cache.loaded(code)
-    if handle is None:
-        compiled = kernel.compile(signature)._codelibrary
-        compile_cache.write(name, bytes(compiled.get_cubin().code))
-        handle = int(compiled.get_cufunc().handle)
-    return handle
-
-
-@cache
-def _driver() -> Any:
-    """NVIDIA's bindings of the driver, which numba-cuda needs too."""
-    return importlib.import_module("cuda.bindings.driver")
-
-
-def _launch_directly(
-    function: int,
-    grid: int | tuple[int, ...],
-    threads: int | tuple[int, ...],
-    shared_bytes: int,
-    values: list[int],
-) -> None:
-    if not hasattr(_parameters, "words"):  # of this thread: a launch lets other threads run
-        words = (ctypes.c_int64 * MOST_VALUES)()
-        first = ctypes.addressof(words)
-        _parameters.words = words
-        _parameters.addresses = (ctypes.c_void_p * MOST_VALUES)(
-            *(first + 8 * i for i in range(MOST_VALUES))
-        )
-    _parameters.words[: len(values)] = values
-    driver, stream = _driver(), current_stream()
-    handle = stream if isinstance(stream, int) else getattr(stream.handle, "value", stream.handle)
-    (status,) = driver.cuLaunchKernel(
-        driver.CUfunction(function),
-        *_three(grid),
-        *_three(threads),
-        shared_bytes,
-        driver.CUstream(int(handle or 0)),
-        ctypes.addressof(_parameters.addresses),
-        0,
-    )
-    if int(status) != 0:
-        raise RuntimeError(f"the kernel could not be launched: {status.name} ({int(status)})")
-
-
-def _three(sizes: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (sizes, 1, 1) if isinstance(sizes, int) else (*sizes, 1, 1)[:3]
+_functions: dict[tuple[Any, tuple[Any, ...]], direct_launch.Function] = {}
 
 
 # ----- number types -----
@@ -439,6 +310,11 @@ class Precision:
     def array(self) -> Any:
         """numba type of a contiguous one-dimensional array of it, for signatures."""
         return types.Array(numba.from_dtype(self.storage), 1, "C")
+
+    @property
+    def real_array(self) -> Any:
+        """numba type of such an array of the arithmetic type."""
+        return types.Array(self.real, 1, "C")
 
 
 @cache
