@@ -346,17 +346,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
 
     @staticmethod
     def adamw_step(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: int,
+        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any
     ) -> None:
         """See `FusedOps.adamw_step`.
 
@@ -367,20 +357,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
         p, g = _elements_in_place(param, "param"), _elements(grad, param.dtype)
         m = _elements_in_place(exp_avg, "exp_avg")
         v = _elements_in_place(exp_avg_sq, "exp_avg_sq")
-        adamw_cuda.step(
-            param.dtype.name,
-            p.array,
-            g.array,
-            m.array,
-            v.array,
-            param.size,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            step=step,
-        )
+        adamw_cuda.step(param.dtype.name, p.array, g.array, m.array, v.array, param.size, **numbers)
 
 
 def _in_dtype(t: Tensor, dtype: DType) -> Tensor:
@@ -393,6 +370,3 @@ def _weight_dtype(inp: Tensor, gamma: Tensor) -> DType:
     """
     wide = inp.dtype in HALF_DTYPES and gamma.dtype not in (inp.dtype, *HALF_DTYPES)
     return np.dtype(np.float32) if wide else inp.dtype
-
-
-__all__ = ["CudaKernelOps"]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .fused_checks import guard
 from .ieee import quiet
 from .kernels.flash_attention.standard import standard_attention, standard_attention_backward
-from .tensor_data import TensorData
+from .storage_ops import like
 
 if TYPE_CHECKING:
     from .kernels.flash_attention.problem import AttentionProblem
@@ -24,11 +24,6 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-
-
-def like(tensor: Tensor, array: Array) -> Tensor:
-    """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
-    return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
 
 
 def arrays(*tensors: Tensor) -> Any:
@@ -294,33 +289,39 @@ class FusedOps:
 
     # ----- attention: softmax(query @ key^T * scale + mask) @ value -----
 
-    @staticmethod
+    # What computes it, on arrays: here with the whole score matrix
+    _attention_forward = staticmethod(standard_attention)
+    _attention_backward = staticmethod(standard_attention_backward)
+
+    @classmethod
     @quiet
     def flash_attention_forward(
+        cls,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Array | None,
+        attn_mask: Any,
         problem: AttentionProblem,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output (..., seqlen_q, value_dim), logsumexp (..., seqlen_q), and the rows that the
-        backward pass of the same backend wants, which may be None; here with the whole score
-        matrix.
+        backward pass of the same backend wants, which may be None. The mask is one of
+        `StorageOps.attention_mask`.
         """
-        out, logsumexp, rows = standard_attention(
+        out, logsumexp, rows = cls._attention_forward(
             problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
         )
         return like(query, out), like(query, logsumexp), like(query, rows)
 
-    @staticmethod
+    @classmethod
     @quiet
     def flash_attention_backward(
+        cls,
         grad_out: Tensor,
         grad_logsumexp: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Array | None,
+        attn_mask: Any,
         out: Tensor,
         rows: Tensor | None,
         problem: AttentionProblem,
@@ -328,7 +329,7 @@ class FusedOps:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of query, key, value, and of an additive mask if it is wanted."""
         assert rows is not None
-        dq, dk, dv, dmask = standard_attention_backward(
+        dq, dk, dv, dmask = cls._attention_backward(
             problem,
             query._tensor.array,
             key._tensor.array,

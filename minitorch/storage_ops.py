@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
-def _like(tensor: Tensor, array: Array) -> Tensor:
+def like(tensor: Tensor, array: Array) -> Tensor:
     """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
     return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
 
@@ -87,7 +87,7 @@ class StorageOps:
         """Zeros of `shape`, with `grad` where `key` points."""
         out = np.zeros(shape, grad.dtype)
         out[key] = grad._tensor.array
-        return _like(grad, out)
+        return like(grad, out)
 
     @staticmethod
     def copy_into(target: Tensor, source: Tensor) -> None:
@@ -103,14 +103,14 @@ class StorageOps:
     @staticmethod
     def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
         """Tensors joined along a dimension."""
-        return _like(parts[0], np.concatenate([part._tensor.array for part in parts], dim))
+        return like(parts[0], np.concatenate([part._tensor.array for part in parts], dim))
 
     @staticmethod
     def masked_fill(a: Tensor, mask: Any, value: float) -> Tensor:
         """`value` where `mask` (of `attention_mask`, bool, broadcasts to the tensor) is True, the
         tensor elsewhere.
         """
-        return _like(a, np.where(mask, a.dtype.type(value), a._tensor.array))
+        return like(a, np.where(mask, a.dtype.type(value), a._tensor.array))
 
     @staticmethod
     def band_fill(a: Tensor, lower: int, upper: int, value: float) -> Tensor:
@@ -120,7 +120,7 @@ class StorageOps:
         rows, columns = a.shape[-2:]
         row, column = np.arange(rows)[:, None], np.arange(columns)
         inside = (column >= row + lower) & (column < row + upper)
-        return _like(a, np.where(inside, a._tensor.array, a.dtype.type(value)))
+        return like(a, np.where(inside, a._tensor.array, a.dtype.type(value)))
 
     @staticmethod
     def attention_mask(mask: Any) -> Any:
@@ -139,7 +139,7 @@ class StorageOps:
         """
         kept = vector_dropout_mask(x.size, p, seed).reshape(x.shape)
         factor = x.dtype.type(0 if p == 1 else 1 / (1 - p))
-        return _like(x, np.where(kept, x._tensor.array * factor, x.dtype.type(0)))
+        return like(x, np.where(kept, x._tensor.array * factor, x.dtype.type(0)))
 
     @staticmethod
     def dropout_backward(grad: Tensor, p: float, seed: int) -> Tensor:
@@ -171,5 +171,3 @@ class StorageOps:
 
 
 guard(StorageOps)
-
-__all__ = ["StorageOps"]

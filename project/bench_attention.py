@@ -385,11 +385,10 @@ def markdown(result: dict[str, Any]) -> str:
             f"compile cache, {cold['first_call']:.1f} s with a cold one "
             f"(import: {warm['import']:.2f} s).",
         ]
-    titles = " | ".join(TITLES[mode] for mode in modes)
-    first = next(iter(modes))
+    titles = [TITLES[mode] for mode in modes]
     lines += [
         "",
-        f"| B, H | D | N | causal | ours, ms ({TITLES[first]}) | {titles} |",
+        f"| B, H | D | N | causal | ours, ms ({titles[0]}) | {' | '.join(titles)} |",
         "|---|---|---|---|---|" + "---|" * len(modes),
     ]
     for cells in zip(*(measured["cells"] for measured in modes.values()), strict=True):

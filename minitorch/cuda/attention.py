@@ -356,6 +356,3 @@ class CudaAttentionOps(StorageOps):
             query._new(_summed_to_heads(dv, value.shape)),
             dmask,
         )
-
-
-__all__ = ["FLASH_ATTENTION", "Choice", "CudaAttentionOps", "choose"]

@@ -123,21 +123,9 @@ def slice_backward(grad: Tensor, key: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """See `StorageOps.concatenate`; parts of several dtypes become the widest.
-
-    Raises:
-        ValueError: the parts differ in more than the size of `dim`.
-
-    """
+    """See `StorageOps.concatenate`; parts of several dtypes become the widest."""
     first = parts[0]
     dim %= first.dims
-    rest = (*first.shape[:dim], *first.shape[dim + 1 :])
-    for part in parts[1:]:
-        if (*part.shape[:dim], *part.shape[dim + 1 :]) != rest or part.dims != first.dims:
-            raise ValueError(
-                f"concatenate: {first.shape} and {part.shape} must agree in all dimensions "
-                f"but {dim}"
-            )
     length = sum(part.shape[dim] for part in parts)
     dtype = reduce(promote, (part.dtype for part in parts))
     out = empty((*first.shape[:dim], length, *first.shape[dim + 1 :]), dtype)
