@@ -7,6 +7,7 @@ language (numba-cuda-mlir) is one line away, and so that what the simulator lack
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import math
@@ -22,7 +23,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from . import direct_launch, ptx_simulated
+from . import compile_cache, ptx_simulated
+from .arguments import pack
+from .bindings import bindings
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
 
@@ -202,21 +205,97 @@ def launch(
         shared_bytes: of dynamic shared memory.
 
     """
-    packed = None if SIMULATED else direct_launch.pack(arguments)
+    packed = None if SIMULATED else pack(arguments)
     if packed is None:
         kernel[grid, threads, current_stream(), shared_bytes](*arguments)
         return
     values, kinds = packed
     function = _functions.get((kernel, kinds))
     if function is None:
-        code = direct_launch.machine_code(kernel, arguments, architecture())
-        function = _functions[kernel, kinds] = direct_launch.Function(code)
+        function = _functions[kernel, kinds] = _Function(_machine_code(kernel, arguments))
     if shared_bytes > function.shared_bytes:
-        function.allow(shared_bytes, int(cuda.get_current_device().id))
-    function.launch(grid, threads, shared_bytes, current_stream(), values)
+        function.allow(shared_bytes)
+    _launch_directly(function.handle, grid, threads, shared_bytes, values)
 
 
-_functions: dict[tuple[Any, tuple[Any, ...]], direct_launch.Function] = {}
+# ----- launching without numba -----
+
+MOST_VALUES = 256  # words of a kernel's arguments
+
+
+class _Function:
+    """A compiled kernel in the driver's hands.
+
+    Args:
+        handle: the driver's (CUkernel).
+
+    """
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+        self.shared_bytes = 0  # of dynamic shared memory that was asked for
+
+    def allow(self, shared_bytes: int) -> None:
+        """Let a block have so many: more than 48 KiB, static ones included, must be asked for."""
+        driver = bindings()
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        device = int(cuda.get_current_device().id)
+        handle = driver.CUkernel(self.handle)
+        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, handle, device)
+        if int(status) != 0:
+            raise RuntimeError(f"the GPU gives no block {shared_bytes} bytes of shared memory")
+        self.shared_bytes = shared_bytes
+
+
+_functions: dict[tuple[Any, tuple[Any, ...]], _Function] = {}
+_parameters = threading.local()
+
+
+def _machine_code(kernel: Any, arguments: tuple[Any, ...]) -> int:
+    """The handle of the kernel for arguments of these types: from the disk, or compiled now."""
+    signature = tuple(kernel.typeof_pyval(x) for x in arguments)
+    name = compile_cache.key(kernel, signature, architecture())
+    code = compile_cache.read(name)
+    handle = None if code is None else compile_cache.loaded(code)
+    if handle is None:
+        compiled = kernel.compile(signature)._codelibrary
+        compile_cache.write(name, bytes(compiled.get_cubin().code))
+        handle = int(compiled.get_cufunc().handle)
+    return handle
+
+
+def _launch_directly(
+    function: int,
+    grid: int | tuple[int, ...],
+    threads: int | tuple[int, ...],
+    shared_bytes: int,
+    values: list[int],
+) -> None:
+    if not hasattr(_parameters, "words"):  # of this thread: a launch lets other threads run
+        words = (ctypes.c_int64 * MOST_VALUES)()
+        first = ctypes.addressof(words)
+        _parameters.words = words
+        _parameters.addresses = (ctypes.c_void_p * MOST_VALUES)(
+            *(first + 8 * i for i in range(MOST_VALUES))
+        )
+    _parameters.words[: len(values)] = values
+    driver, stream = bindings(), current_stream()
+    handle = stream if isinstance(stream, int) else getattr(stream.handle, "value", stream.handle)
+    (status,) = driver.cuLaunchKernel(
+        driver.CUfunction(function),
+        *_three(grid),
+        *_three(threads),
+        shared_bytes,
+        driver.CUstream(int(handle or 0)),
+        ctypes.addressof(_parameters.addresses),
+        0,
+    )
+    if int(status) != 0:
+        raise RuntimeError(f"the kernel could not be launched: {status.name} ({int(status)})")
+
+
+def _three(sizes: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (sizes, 1, 1) if isinstance(sizes, int) else (*sizes, 1, 1)[:3]
 
 
 # ----- number types -----
