@@ -1,5 +1,6 @@
 """`CudaOps`, the backend of MiniTorch's GPU module: map, zip, reduce and matrix products on the
-GPU, and the module's two exercises. Fused operations have no kernel here, see `cuda_kernel_ops`.
+GPU, and the module's two exercises. Fused operations have no kernel here, but for linear layers:
+they are those of `FusedOps`, on the host; `cuda_kernel_ops` has kernels for them.
 
 The class is a table: which operation is which function of `minitorch/cuda/`.
 """
@@ -13,14 +14,11 @@ from . import operators
 from .cuda import elementwise, matmul, storage
 from .cuda.device_array import DeviceArray
 from .cuda.elementwise import tensor_map, tensor_reduce, tensor_zip
-from .cuda.storage import on_host
 from .cuda.views import contiguous_data, device_storage, dtype_name
 from .fast_ops import FastOps
-from .fused_ops import FusedOps
 from .kernels import elementwise_cuda, fold_cuda, practice_cuda
 from .kernels.gpu import runtime
 from .kernels.practice_cuda import THREADS_PER_BLOCK
-from .storage_ops import StorageOps
 from .tensor_data import TensorData
 from .tensor_ops import TensorOps
 
@@ -56,7 +54,6 @@ class CudaOps(TensorOps):
     attention_mask = staticmethod(storage.attention_mask)
     masked_fill = staticmethod(storage.masked_fill)
     band_fill = staticmethod(storage.band_fill)
-    check_class_numbers = staticmethod(storage.check_class_numbers)
 
     # Scalar functions, matrix products, linear layers
 
@@ -67,28 +64,6 @@ class CudaOps(TensorOps):
     matrix_multiply = staticmethod(matmul.matrix_multiply)
     linear_forward = staticmethod(matmul.linear_forward)
     linear_backward = staticmethod(matmul.linear_backward)
-
-    # By the host, since this backend has no kernel for them: `CudaKernelOps` has
-
-    softmax_forward = staticmethod(on_host(FusedOps.softmax_forward))
-    softmax_backward = staticmethod(on_host(FusedOps.softmax_backward))
-    logsumexp_forward = staticmethod(on_host(FusedOps.logsumexp_forward))
-    logsumexp_backward = staticmethod(on_host(FusedOps.logsumexp_backward))
-    attn_softmax_fw = staticmethod(on_host(FusedOps.attn_softmax_fw))
-    attn_softmax_bw = staticmethod(on_host(FusedOps.attn_softmax_bw))
-    layernorm_fw = staticmethod(on_host(FusedOps.layernorm_fw))
-    layernorm_bw = staticmethod(on_host(FusedOps.layernorm_bw))
-    gelu_forward = staticmethod(on_host(FusedOps.gelu_forward))
-    gelu_backward = staticmethod(on_host(FusedOps.gelu_backward))
-    embedding_forward = staticmethod(on_host(FusedOps.embedding_forward, like=1))
-    embedding_backward = staticmethod(on_host(FusedOps.embedding_backward))
-    cross_entropy_forward = staticmethod(on_host(FusedOps.cross_entropy_forward))
-    cross_entropy_backward = staticmethod(on_host(FusedOps.cross_entropy_backward))
-    dropout_forward = staticmethod(on_host(StorageOps.dropout_forward))
-    dropout_backward = staticmethod(on_host(StorageOps.dropout_backward))
-    adamw_step = staticmethod(on_host(FusedOps.adamw_step, changed=(0, 2, 3)))
-    flash_attention_forward = staticmethod(on_host(FusedOps.flash_attention_forward))
-    flash_attention_backward = staticmethod(on_host(FusedOps.flash_attention_backward))
 
 
 # ----- MiniTorch's names -----

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .ptx_simulated import area_of, block, numbers, ordered, together, until
+from .ptx_simulated import area_of, block, numbers, ordered, plain_array, together, until
 from .shared_layout import PANEL, swizzle
 from .tensor_map import SIZES, map_at
 
@@ -23,9 +23,7 @@ WARPGROUP = 128
 def _bytes(address: int, size: int) -> Any:
     """Shared memory, as an array of bytes to read or write; races are not looked for."""
     area, first = area_of(address, size)
-    plain = getattr(area.array, "_item", area.array)
-    plain = getattr(plain, "_ary", plain)
-    return plain.reshape(-1).view(np.uint8)[first : first + size]
+    return plain_array(area.array).reshape(-1).view(np.uint8)[first : first + size]
 
 
 # ----- barriers -----

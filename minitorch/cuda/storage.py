@@ -1,9 +1,7 @@
-"""How a backend of the GPU makes and moves elements, and what it leaves to the host.
+"""How a backend of the GPU makes and moves elements.
 
-The functions under the first three headings are those of `StorageOps`, under the same names, which
-say what each means; `CudaOps` lists them. `on_host` makes an operation of the GPU from one of the
-CPU, for a backend that has map, zip, reduce and a matrix product only, as that of MiniTorch's third
-module: each such call waits for the GPU and crosses the bus twice.
+The functions with the names of `StorageOps`, which says what each means, are operations: `CudaOps`
+lists them. No arithmetic here.
 """
 
 from __future__ import annotations
@@ -11,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from math import prod
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..dtypes import HALF_DTYPES, promote, storage_dtype
+from ..dtypes import promote, storage_dtype
 from ..kernels import band_cuda
 from ..kernels.copy_cuda import copy_into as copy_elements
 from ..kernels.elementwise_cuda import zip_into
@@ -32,9 +30,6 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
     DType = np.dtype[Any]
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 # Numbers that programs compute with, kept on the GPU. None is ever dropped: the kernels of a CUDA
 # graph may hold its address.
@@ -137,7 +132,7 @@ def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
     return first._new(out)
 
 
-# ----- masks, and checks -----
+# ----- masks -----
 
 
 def attention_mask(mask: Any) -> Any:
@@ -177,63 +172,3 @@ def band_fill(a: Tensor, lower: int, upper: int, value: float) -> Tensor:
     rows, columns = a.shape[-2:]
     band_cuda.fill(y, x, rows, columns, lower, upper, value, a.dtype.name)
     return out
-
-
-def check_class_numbers(ids: Tensor, num_classes: int, name: str) -> None:
-    """Nothing is read here: the kernels that use the numbers report bad ones
-    (`device_array.error_word`).
-    """
-
-
-# ----- by the host -----
-
-
-def on_host(
-    compute: Callable[Arguments, Result], like: int = 0, changed: tuple[int, ...] = ()
-) -> Callable[Arguments, Result]:
-    """An operation of the CPU, for tensors on the GPU: copied there, computed, copied back.
-
-    Args:
-        compute: the operation.
-        like: number of the argument whose backend results are on, and whose dtype they have if it
-            is of 16 bits.
-        changed: numbers of the arguments that are changed in place.
-
-    """
-
-    def apply(*args: Any, **options: Any) -> Any:
-        host = [_to_host(x) for x in args]
-        result: Any = compute(*host, **{key: _to_host(x) for key, x in options.items()})
-        for number in changed:
-            array = host[number].to_numpy().astype(args[number].dtype)
-            device_storage(args[number]._tensor).copy_from_host(array)
-        return _to_device(result, args[like])
-
-    apply.__name__ = compute.__name__
-    apply.__doc__ = f"See `{compute.__qualname__}`; on the host."
-    return apply
-
-
-def _to_host(x: Any) -> Any:
-    """A tensor as one on the host, a mask as an array, all else as it is."""
-    if isinstance(x, TensorData):
-        return _array(x)
-    if hasattr(x, "_tensor"):
-        return type(x)(TensorData.from_array(_array(x._tensor)))
-    return x
-
-
-def _array(data: TensorData) -> npt.NDArray[Any]:
-    """A copy on the host; 16-bit numbers as float32, in which numpy computes well."""
-    array = data.to_numpy()
-    return array.astype(np.float32) if array.dtype in HALF_DTYPES else array
-
-
-def _to_device(x: Any, like: Any) -> Any:
-    """A result of the CPU as tensors on the backend and in the dtype of `like`."""
-    if isinstance(x, tuple):
-        return tuple(_to_device(item, like) for item in x)
-    if not hasattr(x, "_tensor"):
-        return x
-    array = x.to_numpy()
-    return like._from_numpy(array.astype(like.dtype) if like.dtype in HALF_DTYPES else array)
