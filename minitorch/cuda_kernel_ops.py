@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cuda.attention import CudaAttentionOps
+from .cuda import attention
 from .cuda.device_array import DeviceArray, error_word
 from .cuda.storage import contiguous
 from .cuda.views import contiguous_data, device_storage, gradient_memory
@@ -125,7 +125,7 @@ def _mask_operand(
 # ----- operations -----
 
 
-class CudaKernelOps(CudaAttentionOps, CudaOps):
+class CudaKernelOps(CudaOps):
     """Tensors on the GPU, every fused operation by a kernel of its own.
 
     Without a GPU `TensorBackend(CudaKernelOps)` computes with `FastOps`, so that programs and tests
@@ -364,6 +364,11 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
         m = _elements_in_place(exp_avg, "exp_avg")
         v = _elements_in_place(exp_avg_sq, "exp_avg_sq")
         adamw_cuda.step(param.dtype.name, p.array, g.array, m.array, v.array, param.size, **numbers)
+
+    # ----- attention -----
+
+    flash_attention_forward = staticmethod(attention.flash_attention_forward)
+    flash_attention_backward = staticmethod(attention.flash_attention_backward)
 
 
 def _in_dtype(t: Tensor, dtype: DType) -> Tensor:
