@@ -23,7 +23,7 @@ from .kernels.cpu.blas import product
 from .kernels.cpu.compiler import njit
 from .kernels.cpu.jit import compiled, specialise
 from .kernels.cpu.threads import fetch_add, run_on_threads, thread_count
-from .tensor_data import TensorData, shape_broadcast
+from .tensor_data import TensorData, numpy_view, shape_broadcast
 from .tensor_ops import (
     MapFn,
     MapProto,
@@ -192,13 +192,9 @@ def tensor_matrix_multiply(
     b_strides: Array,
 ) -> None:
     """out = a @ b for storages with shapes and strides; leading dimensions broadcast."""
-    a = TensorData(a_storage, tuple(a_shape.tolist()), tuple(a_strides.tolist()))
-    b = TensorData(b_storage, tuple(b_shape.tolist()), tuple(b_strides.tolist()))
-    step = out.itemsize
-    target = np.ndarray(
-        tuple(out_shape.tolist()), out.dtype, out, strides=tuple(int(s) * step for s in out_strides)
-    )
-    target[...] = matmul(a.array, b.array)
+    a = numpy_view(a_storage, a_shape, a_strides)
+    b = numpy_view(b_storage, b_shape, b_strides)
+    numpy_view(out, out_shape, out_strides)[...] = matmul(a, b)
 
 
 # ----- loops -----
@@ -461,12 +457,3 @@ def row_offset(row, shape, strides, skipped):  # type: ignore[no-untyped-def]
             offset += rest % shape[d] * strides[d]
             rest //= shape[d]
     return offset
-
-
-__all__ = [
-    "FastOps",
-    "tensor_map",
-    "tensor_matrix_multiply",
-    "tensor_reduce",
-    "tensor_zip",
-]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
-import importlib
 import importlib.metadata
 import inspect
 import os
@@ -30,6 +29,8 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+
+from .bindings import bindings
 
 FOLDER_VARIABLE = "MINITORCH_CUDA_CACHE"
 PACKAGE = __name__.split(".", maxsplit=1)[0]
@@ -304,7 +305,7 @@ def _forget_old(where: Path) -> None:
 
 def loaded(code: bytes) -> int | None:
     """The handle (CUkernel) of the one kernel in machine code; None if the driver refuses it."""
-    driver = importlib.import_module("cuda.bindings.driver")
+    driver = bindings()
     status, library = driver.cuLibraryLoadData(code, None, None, 0, None, None, 0)
     if int(status) != 0:
         return None

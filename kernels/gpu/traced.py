@@ -333,19 +333,3 @@ else:
         _conversion(kind)
         for kind in (types.float32, types.int32, types.uint32, types.int64, types.uint64)
     )
-
-
-__all__ = [
-    "exp2",
-    "f32",
-    "float_of",
-    "fma",
-    "i32",
-    "i64",
-    "maximum",
-    "select",
-    "traced",
-    "u32",
-    "u64",
-    "word_of",
-]

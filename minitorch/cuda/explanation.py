@@ -199,6 +199,3 @@ def _is_aligned(x: Any, alignment: int) -> bool:
     return (last[0] == 1 or last[1] == itemsize) and not any(
         n > 1 and step % alignment for n, step in others
     )
-
-
-__all__ = ["Explanation", "Pass", "explain"]
