@@ -184,3 +184,6 @@ class _Step(Module):
 
     def __repr__(self) -> str:
         return getattr(self.forward, "__qualname__", repr(self.forward))
+
+
+__all__ = ["ModuleList", "Sequential"]

@@ -272,3 +272,6 @@ def tensor_conv2d(
     b = numpy_view(weight, weight_shape, weight_strides)
     result = _convolve(np.array(a, order="C"), np.array(b, order="C"), reverse)
     target[...] = result[:, :, : target.shape[2], : target.shape[3]]
+
+
+__all__ = ["Conv1dFun", "Conv2dFun", "conv1d", "conv2d", "tensor_conv1d", "tensor_conv2d"]

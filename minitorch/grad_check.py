@@ -297,3 +297,6 @@ class _Check:
                 f"and less, are too large for differences of steps of {self.epsilon:g} to show a "
                 "gradient: divide f by a number, or give a larger epsilon"
             )
+
+
+__all__ = ["grad_central_difference", "grad_check"]

@@ -213,3 +213,6 @@ class GradScaler:
         if self._device is not None:
             array = np.array([self._scale, self._growth_tracker], np.float32)
             self._device[0].copy_from_host(array)
+
+
+__all__ = ["GradScaler"]

@@ -181,3 +181,6 @@ class LayerNorm1d(Module):
                 f"LayerNorm1d: the last size of x must be {self.dim}, got shape {x.shape}"
             )
         return x.layernorm(self.weights.value, self.bias.value, self.eps)
+
+
+__all__ = ["Dropout", "Embedding", "LayerNorm1d", "Linear"]

@@ -202,3 +202,20 @@ def class_numbers(ids: Tensor, num_classes: int, name: str) -> Any:
     values = ids.to_numpy()
     StorageOps.check_class_numbers(Tensor(TensorData.from_array(values)), num_classes, name)
     return values.astype(np.int64)
+
+
+__all__ = [
+    "GELU",
+    "argmax",
+    "avgpool2d",
+    "dropout",
+    "layer_norm",
+    "logsoftmax",
+    "logsumexp",
+    "max",
+    "maxpool2d",
+    "one_hot",
+    "softmax",
+    "softmax_loss",
+    "tile",
+]

@@ -425,3 +425,14 @@ def _clip_on_device(values: Sequence[Tensor], max_norm: float) -> Tensor:
         if value.grad is not None:
             value.grad = value.grad * scale.to(value.grad.dtype)
     return norm
+
+
+__all__ = [
+    "Optimizer",
+    "ParamGroup",
+    "Parameters",
+    "check_gradient",
+    "check_range",
+    "clip_grad_norm_",
+    "gradient_of",
+]

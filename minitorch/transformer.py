@@ -376,3 +376,6 @@ class DecoderLM(Module):
             x = layer(x, None if cache is None else cache[number])
         logits: Tensor = self.lm_head(self.ln(x))
         return logits
+
+
+__all__ = ["DecoderLM", "FeedForward", "KeyValueCache", "MultiHeadAttention", "TransformerLayer"]
