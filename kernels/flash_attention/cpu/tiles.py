@@ -32,8 +32,9 @@ from ...cpu.simd import (
 )
 from ...cpu.simd_matrix import matrix_product_block, transpose_block
 from ...philox import LOW_WORD, WORD_BITS, philox4x32_cpu
+from ..schedule import rules
 
-NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind, a number as numba wants one
 LOG2_E = np.log2(np.e)
 
 
@@ -49,7 +50,7 @@ class Mask(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Shape of the problem and of its tiles."""
+    """Shape of the problem and of its tiles; a `band` of schedule.py, too."""
 
     batch_heads: int
     seqlen_q: int
@@ -61,6 +62,21 @@ class Sizes(NamedTuple):
     tile_q: int
     tile_k: int
     block_q: int
+
+
+class Strides(NamedTuple):
+    """Distances of the rows, and of the columns, of the matrices that are read, in elements."""
+
+    q_row: int
+    q_column: int
+    k_row: int
+    k_column: int
+    v_row: int
+    v_column: int
+    mask_row: int
+    mask_column: int
+    do_row: int = 0  # in the backward pass
+    do_column: int = 0
 
 
 class Dropout(NamedTuple):
@@ -92,16 +108,7 @@ def new_workspace(like, size):
 # --------------------------------------------------------------------------- which keys
 
 
-@njit
-def first_key(row, sizes):
-    """The first key that query `row` may see."""
-    return min(max(row + sizes.lower, 0), sizes.seqlen_k)
-
-
-@njit
-def end_key(row, sizes):
-    """One past the last key that query `row` may see."""
-    return min(max(row + sizes.upper, 0), sizes.seqlen_k)
+first_key, end_key, key_tiles, query_tiles, tile_start, is_whole = rules(njit)
 
 
 @njit
@@ -119,19 +126,12 @@ def tile_columns(w, row0, rows, key0, sizes):
 
 
 @njit
-def needs_band(row0, rows, key0, start, stop, sizes):
-    """Whether the band, or the end of the keys, cuts through columns [start, stop) of the tile."""
-    last_row = row0 + rows - 1
-    return first_key(last_row, sizes) > key0 + start or end_key(row0, sizes) < key0 + stop
-
-
-@njit
 def visible_columns(w, mask, i, row0, rows, key0, keys, sizes):
     """(start, stop, masked): the columns to compute, and whether an entry is masked."""
     start, stop = tile_columns(w, row0, rows, key0, sizes)
     if start >= stop:
         return 0, 0, False
-    masked = needs_band(row0, rows, key0, start, stop, sizes)
+    masked = not is_whole(row0, rows, key0 + start, stop - start, sizes)
     if mask.kind != NO_MASK:
         some, every = mask_allows(mask, i, row0, rows, key0, start, min(stop, keys))
         if not some:

@@ -25,11 +25,7 @@ from typing import Any, NamedTuple
 from ...gpu.ptx import global_address, ld_global_f32, opaque, shared_address
 from ...gpu.runtime import cuda, device_function, kernel, precision, types
 from ..fragments.dropout import dropout_words
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
+from ..schedule_cuda import is_whole, key_tiles, query_tiles, tile_start
 from .memory import copy_barriers, pair_copier, row_writer
 from .scores import (
     constant_rows,
@@ -207,9 +203,10 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     @kernel(tiles.threads, blocks=tiles.at_once)
     def flash_backward_key_value_mma(
         q, k, v, mask, offset, grad_out, shift, delta, rest, dk, dv, call, q_steps, k_steps,
-        v_steps, mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
+        v_steps, mask_steps, grad_steps, dk_steps, dv_steps, sizes, group, scale, seed, threshold,
+        keep,
     ):  # fmt: skip
-        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes
+        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory, numbers = cuda.shared.array(0, storage), cuda.shared.array(0, types.float32)
         base, thread = shared_address(memory), cuda.threadIdx.x
         lane, warp_row = thread % 32, thread // 32 * 16 * row_blocks
@@ -236,9 +233,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         rows_place = types.uint32(base + shift_at + lane % 4 * 8)
         my_key, my_row = key0 + warp_row + lane // 4, lane % 4 * 2
 
-        # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
-        last_key = min(key0 + block_n, seqlen_k) - 1
-        first, end = tile_range(key0, last_key, 1 - upper, 1 - lower, seqlen_q, block_m)
+        first, end = query_tiles(key0, sizes, block_m, block_n)
         count = end - first
         turns = types.int32(count * group)
         rows_of = (shift, delta, b * heads, seqlen_q)
@@ -274,7 +269,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
                 cuda.syncthreads()
             # S^T = K Q^T and dP^T = V dO^T, whose rows are keys
             s = scores_of(own_k, types.uint32(q_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
                 s = apply_mask(s, row0 + my_row, my_key, band, mask, mask_place, own_scale)
             dp = products_of(own_v, types.uint32(do_place + at))
@@ -383,9 +378,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         shifts = read(shift, first_row, my_row, seqlen_q, types.float32(infinity))
         less = read(delta, first_row, my_row, seqlen_q, types.float32(0.0))
 
-        first, end = tile_range(
-            row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n
-        )
+        first, end = key_tiles(row0, sizes, block_m, block_n)
         if two_stages and first < end:
             copy_keys(memory, base, 0, keys, values, tile_start(first, block_n), seqlen_k)
         commit()
@@ -415,7 +408,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
                 cuda.syncthreads()
             # S = Q K^T and dP = dO V^T
             s = scores_of(own_q, types.uint32(k_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
             dp = products_of(own_do, types.uint32(v_place + at))
             _, ds = gradients(

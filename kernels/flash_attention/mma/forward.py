@@ -25,11 +25,7 @@ from typing import Any, NamedTuple
 from ...gpu.ptx import shared_address
 from ...gpu.runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
 from ..fragments.dropout import drop, dropout_words
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
+from ..schedule_cuda import is_whole, key_tiles, tile_start
 from ..softmax import (
     LOG2_E,
 )
@@ -142,9 +138,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         v_place = types.uint32(base + v_tile + across(v_step))
         my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 2
 
-        first, end = tile_range(
-            row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n
-        )
+        first, end = key_tiles(row0, sizes, block_m, block_n)
         q_start = b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2]
         copy_q(memory, base, 0, q, q_start, q_steps[2], seqlen_q - row0)
         if two_stages and first < end:
@@ -177,7 +171,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
                 cuda.syncthreads()
             # S = Q K^T
             s = scores_of(own_q, types.uint32(k_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
             # m, l, P and O = diag(exp(m - m_new)) O
             m_new = largest(s, m)
