@@ -23,8 +23,8 @@ from .kernels.flash_attention.problem import (
     checked_dropout_p,
     checked_flag,
     checked_seed,
-    mask_numbers,
 )
+from .kernels.flash_attention.scores import mask_numbers
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
 from .tensor_data import TensorData

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..philox import dropout_threshold
+from .scores import is_additive
 
 Shape = tuple[int, ...]
 Causal = bool | Literal["top-left", "bottom-right"]
@@ -140,7 +141,7 @@ class AttentionProblem:
     @property
     def additive_mask(self) -> bool:
         """Whether the mask is added to the scores."""
-        return self.mask_kind not in ("none", "bool")
+        return is_additive(self.mask_kind)
 
     @property
     def keep_scale(self) -> float:
@@ -211,17 +212,6 @@ class AttentionProblem:
         row = np.arange(self.seqlen_q)[:, None]
         column = np.arange(self.seqlen_k)[None, :]
         return (column >= row + self.lower) & (column < row + self.upper)
-
-
-def mask_numbers(attn_mask: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An additive mask in the dtype of the scores; a finite number that this dtype has no room for
-    becomes its largest.
-    """
-    if attn_mask.dtype.itemsize > dtype.itemsize:
-        largest = np.finfo(dtype).max
-        near = np.clip(attn_mask, -largest, largest)
-        attn_mask = np.where(np.isinf(attn_mask), attn_mask, near)
-    return attn_mask.astype(dtype, copy=False)
 
 
 def _leading_shape(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> Shape:

@@ -1,9 +1,9 @@
 """Which tiles a pass visits: here it is decided that key tile 7 is skipped, and nowhere else.
 
-The band of an attention problem lets query i see keys i + lower ... i + upper - 1. So a tile of
-queries has to do with one range of tiles of keys, and a tile of keys with one range of tiles of
-queries. A tile that is visited is whole if all its queries see all its keys; only the others are
-masked, score by score.
+The band of an attention problem lets query i see keys i + lower ... i + upper - 1 (scores.py). So a
+tile of queries has to do with one range of tiles of keys, and a tile of keys with one range of
+tiles of queries. A tile that is visited is whole if all its queries see all its keys; only the
+others are masked, score by score.
 
 `rules` holds the arithmetic, as Python functions that every compiler takes: `Schedule` calls them
 as they are, `cpu/tiles.py` compiles them for the CPU, `schedule_cuda.py` for the GPU. `Schedule`
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from . import scores
 from .problem import AttentionProblem
 
 
@@ -65,24 +66,23 @@ def rules(compiled: Callable[[Any], Any], number: Any = None) -> Rules:
     `number` is the type that the number of a tile's last row gets; if None, what it has anyway.
     """
     as_number = compiled(lambda x: x) if number is None else number
+    keys_of, queries_of = compiled(scores.keys_of), compiled(scores.queries_of)
 
     @compiled
     def first_key(row, band):
-        return min(max(row + band.lower, 0), band.seqlen_k)
+        return min(max(keys_of(row, band.lower, band.upper)[0], 0), band.seqlen_k)
 
     @compiled
     def end_key(row, band):
-        return min(max(row + band.upper, 0), band.seqlen_k)
-
-    # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i < j - lower + 1.
+        return min(max(keys_of(row, band.lower, band.upper)[1], 0), band.seqlen_k)
 
     @compiled
     def first_query(key, band):
-        return min(max(key + (1 - band.upper), 0), band.seqlen_q)
+        return min(max(queries_of(key, band.lower, band.upper)[0], 0), band.seqlen_q)
 
     @compiled
     def end_query(key, band):
-        return min(max(key + (1 - band.lower), 0), band.seqlen_q)
+        return min(max(queries_of(key, band.lower, band.upper)[1], 0), band.seqlen_q)
 
     @compiled
     def covering(begin, end, block):
@@ -106,11 +106,9 @@ def rules(compiled: Callable[[Any], Any], number: Any = None) -> Rules:
 
     @compiled
     def is_whole(row0, rows, key0, keys, band):
-        return (
-            key0 + keys <= band.seqlen_k
-            and row0 + rows - 1 + band.lower <= key0
-            and key0 + keys <= row0 + band.upper
-        )
+        first, _ = keys_of(row0 + rows - 1, band.lower, band.upper)
+        _, end = keys_of(row0, band.lower, band.upper)
+        return key0 + keys <= band.seqlen_k and first <= key0 and key0 + keys <= end
 
     return Rules(first_key, end_key, key_tiles, query_tiles, tile_start, is_whole)
 

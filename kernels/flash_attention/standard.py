@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..philox import attention_dropout_mask
-from .problem import AttentionProblem, Shape, mask_numbers
+from .problem import AttentionProblem, Shape
+from .scores import mask_numbers
 
 Array = NDArray[Any]
 

@@ -156,6 +156,8 @@ else:
         def __and__(self, other: Any) -> Value:
             return self._apply(other, "", "and_")
 
+        __rand__ = __and__
+
         def __or__(self, other: Any) -> Value:
             return self._apply(other, "", "or_")
 

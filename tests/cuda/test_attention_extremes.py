@@ -17,7 +17,7 @@ from minitorch.kernels.flash_attention.hopper import launch as hopper
 from minitorch.kernels.flash_attention.hopper.tiles import Blocks
 from minitorch.kernels.flash_attention.launch import heads_of
 from minitorch.kernels.flash_attention.mma import launch as mma
-from minitorch.kernels.flash_attention.problem import mask_numbers
+from minitorch.kernels.flash_attention.scores import mask_numbers
 from minitorch.kernels.flash_attention.simt import launch as simt
 from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability
 from tests import references

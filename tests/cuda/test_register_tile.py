@@ -18,7 +18,6 @@ from minitorch.kernels.gpu.traced import select, traced
 
 Array = npt.NDArray[Any]
 TILES = [RegisterTile(8), RegisterTile(24), RegisterTile(16, row_blocks=2)]
-FIRST, END = 3, 7  # of the columns that row 0 keeps; one more for every other row
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
@@ -52,24 +51,12 @@ def access(tile: RegisterTile) -> tuple[Any, Any, Any]:
 
 
 @cache
-def limits(tile: RegisterTile) -> Any:
-    """For each of a lane's rows: FIRST and END of the row, counted from the lane's first column."""
-    both = types.UniTuple(types.int32, 2 * tile.row_blocks)
-    rows = range(2 * tile.row_blocks)
-
-    @traced(types.UniTuple(both, 2), types.int32, types.int32)
-    def made(row, column):  # type: ignore[no-untyped-def]
-        return [[row - column + (8 * r + limit) for r in rows] for limit in (FIRST, END)]
-
-    return made
-
-
-@cache
 def everything(tile: RegisterTile) -> Any:
     load, put, load_rows = access(tile)
-    size, limits_of = 16 * tile.row_blocks * tile.columns, limits(tile)
+    size = 16 * tile.row_blocks * tile.columns
     zero, scale_rows, row_max, row_sum = tile.zero, tile.scale_rows, tile.row_max, tile.row_sum
-    exp2, shift, mask_columns = tile.exp2, tile.shift, tile.mask_columns
+    shift, fill_rows = tile.shift, tile.fill_rows
+    double = tile.each_row(lambda x, factor: x + factor * 2.0, tile.rows_type, types.float32)
     own_row_sum, quad_sum = tile.own_row_sum, tile.quad_sum
     repeat = tile.each(lambda x, row: row, tile.type, tile.rows_type)
     masked = tile.each(
@@ -86,14 +73,27 @@ def everything(tile: RegisterTile) -> Any:
         put(out, types.int32(2 * size), row, column, repeat(numbers, row_max(numbers, rows)))
         put(out, types.int32(3 * size), row, column, repeat(numbers, row_sum(numbers)))
         shifts = shift(row_max(numbers, rows), scale)
-        put(out, types.int32(4 * size), row, column, exp2(numbers, scale, shifts))
-        first, end = limits_of(row, column)
-        put(out, types.int32(5 * size), row, column, mask_columns(numbers, first, end))
+        put(out, types.int32(4 * size), row, column, repeat(numbers, shifts))
+        put(out, types.int32(5 * size), row, column, repeat(numbers, double(rows, scale)))
         put(out, types.int32(6 * size), row, column, masked(row, column, numbers, types.int32(20)))
         sums = quad_sum(own_row_sum(numbers, own_row_sum(numbers, rows)))
         put(out, types.int32(7 * size), row, column, repeat(numbers, sums))
+        put(out, types.int32(8 * size), row, column, repeat(numbers, fill_rows(scale)))
 
     return run
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_each_register_has_one_place(tile: RegisterTile) -> None:
+    places = list(tile.places())
+    assert [p.register for p in places] == list(range(tile.registers))
+    assert [tile.register_at(p.own_row, p.column) for p in places] == list(range(tile.registers))
+    assert {(p.row, p.column) for p in places} == {
+        (8 * r, 8 * j + c)
+        for r in range(2 * tile.row_blocks)
+        for j in range(tile.columns // 8)
+        for c in range(2)
+    }
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -103,7 +103,7 @@ def test_operations(tile: RegisterTile) -> None:
     factors = random.normal(size=len(x)).astype(np.float32)
     factors[3], x[3] = -np.inf, -np.inf  # a row without a key so far
     scale = np.float32(0.7)
-    out = cuda.to_device(np.full(8 * x.size, np.nan, np.float32))
+    out = cuda.to_device(np.full(9 * x.size, np.nan, np.float32))
     given = cuda.to_device(x.reshape(-1)), cuda.to_device(factors)
     runtime.launch(everything(tile), 1, 32, *given, scale, out)
 
@@ -116,13 +116,14 @@ def test_operations(tile: RegisterTile) -> None:
         "scale_rows": x * factors[:, None],
         "row_max": np.broadcast_to(largest[:, None], x.shape),
         "row_sum": row_sum,
-        "exp2": np.exp2(x * scale - shifts[:, None]),
-        "mask_columns": np.where((columns >= rows + FIRST) & (columns < rows + END), x, -np.inf),
+        "shift": np.broadcast_to(shifts[:, None], x.shape),
+        "each_row": np.broadcast_to(factors[:, None] + 2 * scale, x.shape),
         "each": np.where(rows * 5 + columns >= 20, x, 0),
         # A lane adds what was before to its own; the quad's four lanes then add up all of it.
         "own_row_sum": 2 * row_sum + 4 * factors[:, None],
+        "fill_rows": np.full_like(x, scale),
     }
-    found = out.copy_to_host().reshape(8, *x.shape)
+    found = out.copy_to_host().reshape(9, *x.shape)
     for result, (name, right) in zip(found, expected.items(), strict=True):
         np.testing.assert_allclose(result, right, rtol=2e-6, atol=2e-6, err_msg=name)
 

@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import philox
-from ...cpu import simd_matrix, threads
 from ...cpu.compiler import njit
 from ...cpu.simd import (
     block_rows,
@@ -39,10 +37,9 @@ from ...cpu.simd import (
     sum_of,
 )
 from ...cpu.threads import fetch_add, store_release, wait_until
-from .. import schedule
-from . import tiles as cpu_tiles
+from ..scores import LOG2_E
 from .tiles import (
-    LOG2_E,
+    FILES,
     Dropout,
     Mask,
     Sizes,
@@ -63,9 +60,7 @@ from .tiles import (
     visible_columns,
 )
 
-BACKWARD_KEY = cache_key(
-    cpu_tiles.__file__, schedule.__file__, philox.__file__, simd_matrix.__file__, threads.__file__
-)
+BACKWARD_KEY = cache_key(*FILES)
 
 
 class Tiles(NamedTuple):

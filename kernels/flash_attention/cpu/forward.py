@@ -18,15 +18,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ... import philox
-from ...cpu import simd_matrix, threads
 from ...cpu.compiler import njit
 from ...cpu.simd import block_rows, cache_key, exp2
 from ...cpu.threads import fetch_add
-from .. import schedule
-from . import tiles as cpu_tiles
+from ..scores import LOG2_E
 from .tiles import (
-    LOG2_E,
+    FILES,
     Dropout,
     Mask,
     Sizes,
@@ -49,9 +46,7 @@ from .tiles import (
     visible_columns,
 )
 
-FORWARD_KEY = cache_key(
-    cpu_tiles.__file__, schedule.__file__, philox.__file__, simd_matrix.__file__, threads.__file__
-)
+FORWARD_KEY = cache_key(*FILES)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

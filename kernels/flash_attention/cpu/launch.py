@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from ...cpu.threads import run_on_threads, thread_count
 from ...philox import dropout_threshold
-from ..problem import AttentionProblem, Shape, mask_numbers
+from ..problem import AttentionProblem, Shape
+from ..scores import mask_numbers
 from .backward import backward_worker, delta_worker, mask_gradient_worker
 from .forward import forward_worker
 from .tiles import ADDITIVE_MASK, BOOL_MASK, NO_MASK, Sizes, Strides
@@ -182,6 +183,7 @@ def _sizes(problem: AttentionProblem, tile_q: int, tile_k: int, block_q: int) ->
     return Sizes(
         problem.batch_heads, problem.seqlen_q, problem.seqlen_k, problem.head_dim,
         problem.value_dim, problem.lower, problem.upper, tile_q, tile_k, block_q,
+        problem.leading[-1] if problem.leading else 1,
     )  # fmt: skip
 
 

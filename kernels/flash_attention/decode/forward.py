@@ -26,12 +26,9 @@ from ...gpu.runtime import (
     types,
 )
 from ...gpu.vectors import vector_access
-from ..softmax import (
-    LOG2_E,
-    exp2_function,
-    mask_number,
-    reciprocal_of,
-)
+from ..scores import LOG2_E, Masked, Where
+from ..scores_cuda import counts, head_place, keys_of, masked_score
+from ..softmax import exp2_function, reciprocal_of
 
 WARPS = 2 if SIMULATED else 8
 UNROLLED = 2  # keys of a group that are on their way at once
@@ -41,7 +38,7 @@ MERGE_THREADS = 128
 
 
 @dataclass(frozen=True)
-class DecodeKind:
+class DecodeKind(Masked):
     """What the kernel is compiled for.
 
     Args:
@@ -133,31 +130,31 @@ def group_reduction(lanes: int) -> Any:
 
 
 @cache
-def visibility(kind: DecodeKind) -> Any:
-    """Device function `(score, key, end, row_of)`: a score as the mask leaves it.
-
-    row_of: first key that the row sees, one past the last, where its mask begins, its step.
+def score_reader(kind: DecodeKind) -> Any:
+    """Device functions. `row_of(query, lower, upper, place)`: what a query's scores have in common,
+    from `head_place`. `score_of(score, key, end, mask, query, row)`: a score as the rule leaves it;
+    `end` is one past the last key of the split.
     """
-    real = precision(kind.precision).real
-    nothing = real(NEGATIVE_INFINITY)
-    masked, is_bool, banded = kind.mask != "none", kind.mask == "bool", kind.banded
-    load = mask_number("float32" if kind.mask in ("none", "bool") else kind.mask, kind.precision)
+    masked = masked_score(kind.mask, kind.precision)
+    has_mask, banded = kind.mask != "none", kind.banded
 
     @device_function
-    def seen(score, key, end, mask, row_of):
-        first, last, start, step = row_of
-        visible = key < end
-        if banded:
-            visible = visible & (key >= first) & (key < last)
-        if masked:
-            number = mask[start + (key if visible else types.int64(0)) * step]
-            if is_bool:
-                visible = visible & (number != 0)
-            else:
-                score += load(number)
-        return score if visible else nothing
+    def row_of(query, lower, upper, place):
+        batch, head, start, query_step, key_step = place
+        return *keys_of(query, lower, upper), start + query * query_step, key_step, batch, head
 
-    return seen
+    @device_function
+    def score_of(score, key, end, mask, query, row):
+        first, last, start, step, batch, head = row
+        sees, where = key < end, Where(batch, head, query, key)
+        if banded:
+            sees = counts(sees, key, first, last)
+        if not has_mask:
+            return masked(score, sees, 0, where)
+        number = mask[start + (key if sees else types.int64(0)) * step]
+        return masked(score, sees, number, where)
+
+    return row_of, score_of
 
 
 @cache
@@ -234,9 +231,8 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     fetched, fetched_v = unrolled * size, unrolled * size_v
     read_key, read_value = read_row(kind, head_dim), read_row(kind, value_dim)
     groups, merge_groups = WARPS * WARP // lanes, group_merger(kind)
-    group_sum, seen, (exp_of, shift_of) = (
-        group_reduction(lanes), visibility(kind), exponential(real.name),
-    )  # fmt: skip
+    group_sum, (row_of, score_of) = group_reduction(lanes), score_reader(kind)
+    exp_of, shift_of = exponential(real.name)
     reciprocal = reciprocal_of(kind.precision)
     threads, warps, width = WARPS * WARP, WARPS, max(value_dim, 1)
     write = store if whole else precision(real.name).store
@@ -300,14 +296,11 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
             for r in range(rows):
                 packed = min(row0 + r, group * seqlen_q - 1)
                 h, i = first_head + packed // seqlen_q, packed % seqlen_q
-                row_of = (
-                    i + lower, i + upper, b * mask_steps[0] + h * mask_steps[1] + i * mask_steps[2],
-                    mask_steps[3],
-                )  # fmt: skip
+                seen = row_of(i, lower, upper, head_place(b, h, mask_steps))
                 largest = m[r]
                 for u in range(unrolled):
                     key = key0 + u * groups + thread // lanes
-                    scores[r, u] = seen(group_sum(scores[r, u]), key, last_key, mask, row_of)
+                    scores[r, u] = score_of(group_sum(scores[r, u]), key, last_key, mask, i, seen)
                     largest = max(largest, scores[r, u])
                 shift = shift_of(largest)
                 alpha = exp_of(m[r] - shift)

@@ -34,6 +34,7 @@ from ...gpu.runtime import cuda, device_function, kernel, types
 from ..fragments.dropout import drop_by_bits, dropout_words, keep_bits_of_keys
 from ..schedule import Band
 from ..schedule_cuda import is_whole
+from ..scores_cuda import head_place
 from .backward_pipeline import (
     ROW_BYTES,
     Blocks,
@@ -113,12 +114,12 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     dv_fence, dv_done = wgmma_fence(kind.value_dim // 2), wgmma_wait_group(0, kind.value_dim // 2)
     fence, tile = wgmma_fence(), RegisterTile(passing)
     zero_dk, zero_dv = RegisterTile(kind.head_dim).zero, RegisterTile(kind.value_dim).zero
-    weigh, to_ds = weigher(kind, passing, True), score_gradients(passing, True)
+    weigh, to_ds = weigher(kind, tile, True), score_gradients(tile, True)
     to_factor, dropout = tile.to_operand(kind.precision), kind.dropout
-    keep_bits, drop_from = keep_bits_of_keys(passing), drop_by_bits(passing)
+    keep_bits, drop_from = keep_bits_of_keys(tile), drop_by_bits(tile)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
-    complete_p, unit, rows_bytes = complete(passing), kind.unit, ROW_BYTES * passing
+    complete_p, unit, rows_bytes = complete(tile), kind.unit, ROW_BYTES * passing
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
 
     @kernel(blocks.threads, blocks=1)
@@ -159,9 +160,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                 v = of_own(base + v_at + own_stage * v_bytes + consumer * (keys * 128))
                 dk, dv = zero_dk(), zero_dv()
                 for h in range(first_head, first_head + group):
-                    mask_place = (
-                        b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-                    )  # fmt: skip
+                    mask_place = head_place(b, h, mask_steps)
                     words = dropout_words(seed + offset[0], b * heads + h, threshold)
                     row0, stop = whole(end * passing), whole(first * passing)
                     while row0 > stop:
@@ -183,7 +182,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         p = weigh(
                             scores_done(scores), own_scale, numbers,
                             is_whole(row0, passing, key0, keys, endless),
-                            key0 + my_row, row0 + my_column, band, mask, mask_place,
+                            row0 + my_column, key0 + my_row, band, mask, mask_place,
                         )  # fmt: skip
                         if incomplete:
                             p = complete_p(p, numbers + 128)

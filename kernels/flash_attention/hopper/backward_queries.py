@@ -29,8 +29,10 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, types
 from ..fragments.dropout import drop, dropout_words
+from ..fragments.store import write_scores
 from ..schedule import Band
 from ..schedule_cuda import is_whole
+from ..scores_cuda import head_place
 from .backward_pipeline import (
     ROW_BYTES,
     Blocks,
@@ -44,7 +46,7 @@ from .backward_pipeline import (
     pair_loader,
     score_product,
 )
-from .backward_tiles import score_gradients, weigher, write_rows, write_scores
+from .backward_tiles import score_gradients, weigher, write_rows
 from .tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
@@ -106,14 +108,14 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     scores_done = wgmma_wait_group(1, passing // 2)
     products_done = wgmma_wait_group(0, passing // 2)
     dq_fence, dq_done = wgmma_fence(kind.head_dim // 2), wgmma_wait_group(0, kind.head_dim // 2)
-    fence, zero_dq = wgmma_fence(), RegisterTile(kind.head_dim).zero
-    weigh, to_ds = weigher(kind, passing, False), score_gradients(passing, False)
-    to_factor, dropout = RegisterTile(passing).to_operand(kind.precision), kind.dropout
-    drop_from = drop(1, passing)
+    tile, of_dq = RegisterTile(passing), RegisterTile(kind.head_dim)
+    fence, zero_dq = wgmma_fence(), of_dq.zero
+    weigh, to_ds = weigher(kind, tile, False), score_gradients(tile, False)
+    to_factor, drop_from, dropout = tile.to_operand(kind.precision), drop(tile), kind.dropout
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
-    write_ds = write_scores(passing)
+    write_ds = write_scores(tile)
     queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit
-    scale_dq, scale_ds = RegisterTile(kind.head_dim).scale_rows, RegisterTile(passing).scale_rows
+    scale_dq, scale_ds = of_dq.scale_rows, tile.scale_rows
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_queries_hopper(
@@ -149,9 +151,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 delta = numbers_of(space, rows + batch_head * pitch, row, 1)
                 q = of_own(base + q_at + own_stage * q_bytes + consumer * (queries * 128))
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
-                mask_place = (
-                    b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-                )  # fmt: skip
+                mask_place = head_place(b, h, mask_steps)
                 dq = zero_dq()
                 for n in range(first, end):
                     key0 = whole(n * passing)
@@ -178,11 +178,11 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                         products = drop_from(products, row, key0 + my_column, words)
                     ds = to_ds(p, products, keep, delta)
                     if keep_scores:
-                        place = (batch_head * seqlen_q + row) * seqlen_k + key0 + my_column
+                        of_head = u64(4 * batch_head * seqlen_q * seqlen_k)
                         rest = numbers_of(space, rows + batch_head * pitch, row, 2)
                         write_ds(
-                            scale_ds(ds, rest), global_address(ds_out) + u64(4 * place),
-                            4 * seqlen_k, seqlen_q - row, seqlen_k - key0 - my_column,
+                            scale_ds(ds, rest), global_address(ds_out) + of_head, row,
+                            key0 + my_column, seqlen_q, seqlen_k,
                         )  # fmt: skip
                     # dQ += dS K
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)

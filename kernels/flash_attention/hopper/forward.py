@@ -60,15 +60,13 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, types
 from ...gpu.shared_layout import panels_descriptor, steps_along, steps_down
-from ...gpu.traced import exp2 as power_of_two
 from ..fragments.dropout import drop, dropout_words
+from ..fragments.scores import exponential, mask_scores
+from ..fragments.store import store_rows
 from ..schedule_cuda import is_whole
-from ..softmax import (
-    LOG2_E,
-)
+from ..scores import LOG2_E
+from ..scores_cuda import head_place, keys_of
 from .schedule import quotient, tile_finder
-from .scores import end_scores, mask_scores
-from .store import store_rows
 from .tiles import (
     ROWS,
     WARPGROUP,
@@ -251,12 +249,11 @@ def softmax(kind: Kind, block_n: int) -> Any:
     nothing is subtracted from -inf. With an additive mask S is scaled, and P = exp(S - m_new).
     """
     tile = RegisterTile(block_n)
-    row_max, shift_of, exp2, own_row_sum = tile.row_max, tile.shift, tile.exp2, tile.own_row_sum
+    row_max, shift_of, own_row_sum = tile.row_max, tile.shift, tile.own_row_sum
+    exp_of = tile.each(exponential(kind), tile.type, types.float32, tile.rows_type)
     scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
-    exp_of = tile.each(
-        lambda x, shift: power_of_two((x - shift) * LOG2_E), tile.type, tile.rows_type
-    )
-    masked, ended, drop_some = mask_scores(kind, block_n), end_scores(block_n), drop(1, block_n)
+    masked, drop_some = mask_scores(kind.mask, tile), drop(tile)
+    ended = mask_scores("none", tile, begins=False)
     always_masked, scaled_first, drops = kind.mask != "none", kind.scaled_first, kind.dropout
     additive, f32, i32 = kind.additive, types.float32, types.int32
 
@@ -271,20 +268,16 @@ def softmax(kind: Kind, block_n: int) -> Any:
         if scaled_first and not additive:
             s, scale = scale_all(s, scale), f32(1.0)
         if always_masked or not is_whole(row0, ROWS, key0, block_n, sizes):
-            if not always_masked and row0 + (ROWS - 1) + lower <= key0:  # as if causal
-                s = ended(s, own_row, own_key, i32(upper), i32(seqlen_k))
+            band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
+            place = head_place(batch, head, mask_steps)
+            begin, _ = keys_of(row0 + (ROWS - 1), lower, upper)
+            if not always_masked and begin <= key0:  # as if causal
+                s = ended(s, own_row, own_key, band, mask, place, scale)
             else:
-                band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
-                start = batch * mask_steps[0] + head * mask_steps[1]
-                place = start, mask_steps[2], mask_steps[3]
                 s = masked(s, own_row, own_key, band, mask, place, scale)
-        m = row_max(s, m)
-        if additive:
-            shift = shift_of(m, f32(1.0))
-            weights = exp_of(s, shift)
-        else:
-            shift = shift_of(m, scale)
-            weights = exp2(s, scale, shift)
+        m, scale = row_max(s, m), f32(1.0) if additive else scale
+        shift = shift_of(m, scale)
+        weights = exp_of(s, scale, shift)
         sums = own_row_sum(weights, (f32(0.0), f32(0.0)))
         if drops:
             seed, threshold = dropout
@@ -301,10 +294,11 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
     and l.
     """
     tile = RegisterTile(kind.value_dim)
-    scale_rows, quad_sum, store = tile.scale_rows, tile.quad_sum, store_rows(kind)
+    scale_rows, quad_sum = tile.scale_rows, tile.quad_sum
+    store = store_rows(kind.precision, kind.value_dim, kind.vectors)
     f32, i32, zero = types.float32, types.int32, types.float32(0.0)
     _, tile_of = tile_finder(kind, blocks)
-    of_m, of_log2 = (1.0 if kind.additive else 1.0 / LOG2_E), 1.0 / LOG2_E
+    of_m, of_log2 = 1.0 / kind.unit, 1.0 / LOG2_E
 
     @device_function
     def write(o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep):

@@ -1,11 +1,7 @@
 """What the Hopper kernels are compiled for, and the sizes of their tiles.
 
-A warpgroup, 128 threads, computes tiles of 64 rows. Warp w has rows 16 w ... 16 w + 15, and of
-these lane t has rows t // 4 and t // 4 + 8, and of every 8 columns 2 (t % 4) and the next:
-
-    tile[4 j + 2 r + c]  is  row 16 w + t // 4 + 8 r,  column 8 j + 2 (t % 4) + c
-
-("Register Fragments for wgmma.mma_async.m64nNk16", PTX ISA, accumulator D).
+A warpgroup, 128 threads, computes tiles of 64 rows. Warp w has rows 16 w ... 16 w + 15, which are a
+`RegisterTile` ("Register Fragments for wgmma.mma_async.m64nNk16", PTX ISA, accumulator D).
 """
 
 from __future__ import annotations
@@ -18,9 +14,7 @@ from ...gpu.ptx_hopper import cp_async_bulk_tensor_4d
 from ...gpu.runtime import cuda, device_function, types
 from ..problem import AttentionProblem
 from ..schedule import RULES
-from ..softmax import (
-    LOG2_E,
-)
+from ..scores import Masked, is_additive
 
 NAME, ARCHITECTURE = "hopper", (9, 0)  # of the kernels, and the compute capability they are for
 WARPGROUP = 128
@@ -30,7 +24,7 @@ HEAD_SIZES = (64, 96, 128, 192, 256)  # that are compiled; others are padded wit
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Masked):
     """What a Hopper kernel is compiled for, beside the sizes of its tiles.
 
     Args:
@@ -54,16 +48,6 @@ class Kind:
     scaled_first: bool = False
     banded: bool = False
     vectors: bool = True
-
-    @property
-    def additive(self) -> bool:
-        """Whether the mask is added to the scores."""
-        return self.mask not in ("none", "bool")
-
-    @property
-    def unit(self) -> float:
-        """As of the SIMT kernels (`Kind` in simt/tiles.py)."""
-        return 1.0 if self.additive else LOG2_E
 
 
 @dataclass(frozen=True)
@@ -105,7 +89,7 @@ def kind_of(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
         value_dim=padded(problem.value_dim),
         mask=mask_kind,
         dropout=problem.dropout_p > 0,
-        scaled_first=mask_kind not in ("none", "bool") or not problem.scale_in_exponent,
+        scaled_first=is_additive(mask_kind) or not problem.scale_in_exponent,
         banded=not RULES.is_whole(0, lengths[0], 0, lengths[1], problem),
         vectors=vectors,
     )
@@ -126,15 +110,7 @@ def row_bytes(size: int) -> int:
     return parts(size) * COLUMNS * 2
 
 
-# ----- a tile of scores in registers -----
-
-
-def tile_type(columns: int) -> Any:
-    """numba type of a thread's part of a warpgroup's tile."""
-    return types.UniTuple(types.float32, columns // 2)
-
-
-PAIR = types.UniTuple(types.float32, 2)  # a number for each of a lane's two rows
+# ----- a thread's place -----
 
 
 @device_function
@@ -190,7 +166,6 @@ __all__ = [
     "COLUMNS",
     "HEAD_SIZES",
     "NAME",
-    "PAIR",
     "ROWS",
     "WARPGROUP",
     "Blocks",
@@ -202,5 +177,4 @@ __all__ = [
     "ring",
     "row_bytes",
     "tile_loader",
-    "tile_type",
 ]

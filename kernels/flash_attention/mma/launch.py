@@ -23,6 +23,7 @@ from ..launch import (
     sizes_of,
 )
 from ..problem import AttentionProblem
+from ..scores import is_additive
 from ..softmax import next_call
 from ..tuning import SHORT, Numbers, choice
 from .backward import backward_memory, key_value_kernel, query_kernel
@@ -73,7 +74,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, architecture: Architecture)
     return Kind(
         problem.fp32_precision if name == "float32" else name,
         problem.head_dim, problem.value_dim, mask_kind, problem.dropout_p > 0,
-        not problem.scale_in_exponent or mask_kind not in ("none", "bool"), is_turing(architecture),
+        not problem.scale_in_exponent or is_additive(mask_kind), is_turing(architecture),
     )  # fmt: skip
 
 

@@ -35,10 +35,8 @@ from ...gpu.runtime import (
 from ...gpu.vectors import vector_access
 from ..schedule import Band
 from ..schedule_cuda import is_whole, key_tiles, query_tiles, tile_start
-from ..softmax import (
-    LOG2_E,
-    reciprocal_of,
-)
+from ..scores_cuda import head_place
+from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
 from .registers import Factor, multiply
 from .tiles import (
@@ -285,7 +283,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     add_dv = multiply(p_keys, own_columns(v_width, threads_d, lanes, v_step), block_m, lanes)
     write_dk = gradient_writer(kind, blocks, own, head_dim, width)
     write_dv = gradient_writer(kind, blocks, own, value_dim, v_width)
-    unit, to_natural = kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E
+    unit, to_natural = kind.unit, 1.0 / kind.unit
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_key_value(
@@ -319,9 +317,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
             batch_head = b * heads + h
             q_start = b * q_steps.batch + h * q_steps.head
             do_start = b * grad_steps.batch + h * grad_steps.head
-            mask_place = (
-                b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-            )  # fmt: skip
+            mask_place = head_place(b, h, mask_steps)
             # From the last tile to the first: with a causal mask early queries have the largest P,
             # and a long sum is most accurate when these come last.
             for number in range(first, end):
@@ -412,7 +408,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         load_rows(memory, rows_of, batch_head * seqlen_q + row0, seqlen_q - row0)
         fill(dq_sums, rows, count, real(0.0))
         band = Band(lower, upper, seqlen_q, seqlen_k)
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        mask_place = head_place(b, h, mask_steps)
         dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
         first, end = key_tiles(row0, sizes, block_m, block_n)
         for number in range(first, end):

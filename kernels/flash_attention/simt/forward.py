@@ -34,10 +34,8 @@ from ...gpu.runtime import (
 )
 from ...gpu.vectors import vector_access
 from ..schedule_cuda import is_whole, key_tiles, tile_start
-from ..softmax import (
-    LOG2_E,
-    reciprocal_of,
-)
+from ..scores_cuda import head_place
+from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
 from .registers import Factor, multiply
 from .tiles import (
@@ -142,7 +140,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     always_masked, dropout = kind.mask != "none", kind.dropout
     reciprocal = reciprocal_of(kind.precision)
     nothing, infinity, unit, to_natural = (
-        NEGATIVE_INFINITY, float("inf"), kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E,
+        NEGATIVE_INFINITY, float("inf"), kind.unit, 1.0 / kind.unit,
     )  # fmt: skip
 
     @kernel(blocks.threads, blocks=blocks.at_once)
@@ -166,7 +164,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         q_start = b * q_steps.batch + h * q_steps.head + row0 * q_steps.row
         k_start = b * k_steps.batch + h // k_group * k_steps.head
         v_start = b * v_steps.batch + h // v_group * v_steps.head
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        mask_place = head_place(b, h, mask_steps)
         band = (lower, upper, seqlen_q, seqlen_k)
         own_scale, keep_scale = real(scale * unit), real(keep)
         dropout_of = (seed + offset[0], types.uint64(threshold), keep_scale)
