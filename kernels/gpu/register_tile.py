@@ -170,17 +170,6 @@ class RegisterTile:
         return quad_sum
 
     @cached_property
-    def row_sum(self) -> Any:
-        """`row_sum(tile)`: the sum of each row."""
-
-        @traced(self.rows_type, self.type)
-        def row_sum(tile):
-            sums = [_sum(numbers) for numbers in self._by_row(tile)]
-            return _over_quad(sums, lambda a, b: a + b)
-
-        return row_sum
-
-    @cached_property
     def shift(self) -> Any:
         """`shift(largest, scale)`: `shift_of` each row."""
         return self.each_row(shift_of, self.rows_type, types.float32)
@@ -213,33 +202,28 @@ class RegisterTile:
 
         return to_operand
 
-    def each(self, function: Callable[..., Any], *kinds: Any, at: bool = False) -> Any:
+    def each(self, function: Callable[..., Any], *kinds: Any) -> Any:
         """A function that gives a tile, number by number.
 
         Args:
             function: of one number from each argument; traced with the tile.
             kinds: types of the arguments: of a tile (`type`) it gets the number at that place, of a
                 number for each row (`rows_type`) that of the row, of any other type the argument.
-            at: whether it gets the number's row and column before them: then the first two
-                arguments are those of the lane's first number, int32.
 
         """
-        places = [types.int32, types.int32] if at else []
 
-        @traced(self.type, *places, *kinds)
+        @traced(self.type, *kinds)
         def each(*arguments):
-            found = []
-            for place in self.places():
-                given = [
-                    argument[place.register] if kind == self.type
-                    else argument[place.own_row] if kind == self.rows_type
-                    else argument
-                    for argument, kind in zip(arguments[len(places) :], kinds, strict=True)
-                ]  # fmt: skip
-                if at:
-                    given = [arguments[0] + place.row, arguments[1] + place.column, *given]
-                found.append(function(*given))
-            return found
+            given = list(zip(arguments, kinds, strict=True))
+            return [
+                function(*(
+                    x[p.register] if kind == self.type
+                    else x[p.own_row] if kind == self.rows_type
+                    else x
+                    for x, kind in given
+                ))
+                for p in self.places()
+            ]  # fmt: skip
 
         return each
 
