@@ -19,10 +19,10 @@ def head_place(batch, head, mask_steps):
     """Batch, head, where in the mask's array the head's begins, and the steps to the next query and
     to the next key: what a score's place is counted from.
     """
-    start = batch * mask_steps[0] + head * mask_steps[1]
+    start = batch * mask_steps.batch + head * mask_steps.head
     return (
-        types.int64(batch), types.int64(head), types.int64(start), types.int64(mask_steps[2]),
-        types.int64(mask_steps[3]),
+        types.int64(batch), types.int64(head), types.int64(start), types.int64(mask_steps.row),
+        types.int64(mask_steps.column),
     )  # fmt: skip
 
 

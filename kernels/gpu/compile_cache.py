@@ -69,6 +69,8 @@ def key(kernel: Any, signature: tuple[Any, ...], architecture: str) -> str | Non
     description = _Description()
     try:
         description.add(kernel)
+        # What the fields of named tuples are called is not in the types' names.
+        description.add(tuple(getattr(x, "instance_class", None) for x in signature))
     except Unknown:
         return None
     description.text([_compiler(), architecture, *map(str, signature)])

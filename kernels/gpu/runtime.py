@@ -199,12 +199,14 @@ def launch(
 
     Args:
         kernel: compiled by `kernel`.
-        grid: number of blocks, x up to 2**31 - 1, y and z up to 65535.
+        grid: number of blocks, x up to 2**31 - 1, y and z up to 65535; with 0 nothing is launched.
         threads: number of threads of a block.
-        arguments: numba device arrays, numbers and tuples of whole numbers.
+        arguments: numba device arrays, numbers and (named) tuples of whole numbers.
         shared_bytes: of dynamic shared memory.
 
     """
+    if grid == 0:
+        return
     packed = None if SIMULATED else pack(arguments)
     if packed is None:
         kernel[grid, threads, current_stream(), shared_bytes](*arguments)

@@ -17,10 +17,11 @@ from ..kernels.flash_attention.launch import (
     Gradients,
     Inputs,
     Matrices,
+    Strides,
     heads_of,
 )
 from ..kernels.flash_attention.mma import launch as mma
-from ..kernels.flash_attention.problem import AttentionProblem, Shape
+from ..kernels.flash_attention.problem import AttentionProblem, Shape, mask_kind
 from ..kernels.flash_attention.simt import launch as simt
 from ..kernels.gpu.runtime import compute_capability
 from ..operators import add
@@ -34,17 +35,8 @@ from .views import contiguous_data, device_storage, view_of
 if TYPE_CHECKING:
     from ..tensor import Tensor
 
-# Implementations, the fastest first; the last takes whatever any of them takes. A module has
-#   NAME                               for people
-#   why_not(problem, architecture)     None if it computes the problem, else why not, in words
-#   forward, backward                  like those of `simt`; without `backward` it is forward only,
-#                                      and `forward` has no argument `rows`
-# and if need be
-#   ROW_ALIGNMENT                      bytes at whose multiples the rows it reads must begin
-#   forward_workspace, backward_workspace    (problem, heads, architecture) -> bytes of device
-#                                      memory, which the pass gets as `workspace`, flat, in
-#                                      float32 (float64 if the problem is in float64)
-#   tiles(problem, architecture, backward)   says the sizes of its tiles, for people
+# Implementations, the fastest first; the last takes whatever any of them takes. What such a module
+# has is told in kernels/flash_attention/launch.py.
 FLASH_ATTENTION: tuple[Any, ...] = (decode, hopper, mma, simt)
 
 
@@ -144,8 +136,8 @@ def _matrices(data: TensorData, leading: Shape, alignment: int = 1) -> Matrices:
     if storage.dtype.kind == "b":
         storage = storage.view(np.uint8)
     heads = wide.strides[-3] if len(wide.shape) > 2 else 0
-    strides = (batch, heads, *wide.strides[-2:])
-    return Matrices(storage.array, storage.pointer, tuple(int(s) for s in strides), storage)
+    strides = Strides(*(int(s) for s in (batch, heads, *wide.strides[-2:])))
+    return Matrices(storage.array, storage.pointer, strides, storage)
 
 
 def _aligned(data: TensorData, alignment: int) -> TensorData:
@@ -178,13 +170,6 @@ def _aligned(data: TensorData, alignment: int) -> TensorData:
     return out
 
 
-def _mask_matrices(problem: AttentionProblem, mask: TensorData) -> tuple[Matrices, str]:
-    """The mask with a stride of 0 wherever it is broadcast, and its kind."""
-    full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
-    kind = "bool" if problem.mask_kind == "bool" else mask.dtype.name
-    return _matrices(mask.broadcast_to(full), problem.leading), kind
-
-
 def _inputs(
     problem: AttentionProblem,
     query: Tensor,
@@ -194,15 +179,16 @@ def _inputs(
     alignment: int,
 ) -> Inputs:
     heads = heads_of(problem)
-    mask_matrices, mask_kind = None, "none"
+    masks, kind = None, "none"
     if mask is not None and problem.seqlen_q and problem.seqlen_k:
-        mask_matrices, mask_kind = _mask_matrices(problem, mask)
+        full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
+        masks, kind = _matrices(mask.broadcast_to(full), problem.leading), mask_kind(mask.dtype)
     return Inputs(
         _matrices(query._tensor, problem.leading, alignment),
         _matrices(key._tensor, _leading(problem, heads.k_group), alignment),
         _matrices(value._tensor, _leading(problem, heads.v_group), alignment),
-        mask_matrices,
-        mask_kind,
+        masks,
+        kind,
         device_offset().array,
     )
 

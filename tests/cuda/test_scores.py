@@ -10,6 +10,7 @@ import pytest
 
 from minitorch.kernels.flash_attention.decode import forward as decode
 from minitorch.kernels.flash_attention.fragments.scores import mask_scores
+from minitorch.kernels.flash_attention.launch import Strides
 from minitorch.kernels.flash_attention.scores_cuda import head_place
 from minitorch.kernels.flash_attention.simt import tiles as simt
 from minitorch.kernels.gpu import runtime
@@ -21,7 +22,7 @@ from .test_register_tile import access, own_place
 SEQLEN_Q, SEQLEN_K = 21, 26
 ROW0, KEY0 = 3, 6  # of the tile
 BATCH, HEAD = 1, 2
-STEPS = (100, 10, SEQLEN_K, 1)  # of the mask
+STEPS = Strides(100, 10, SEQLEN_K, 1)  # of the mask
 HUGE = 1e300  # a finite number that float32 has no room for
 BANDS = {"causal": (-99, 1), "window": (-4, 6), "far": (2, 99), "all": (-99, 99)}
 MASKS = {"none": np.float32, "bool": np.uint8, "float32": np.float32, "float64": np.float64}

@@ -34,13 +34,16 @@ from ...cpu.simd import (
 )
 from ...cpu.simd_matrix import matrix_product_block, transpose_block
 from ...philox import LOW_WORD, WORD_BITS, philox4x32_cpu
-from .. import scores
+from .. import schedule, scores
 from ..scores import LOG2_E, Tools, Where
 
 # Kernels that the disk keeps are compiled anew when one of these changes: see `cache_key`.
-FILES = (__file__, scores.__file__, philox.__file__, simd_matrix.__file__, threads.__file__)
+FILES = (
+    __file__, schedule.__file__, scores.__file__, philox.__file__, simd_matrix.__file__,
+    threads.__file__,
+)  # fmt: skip
 
-NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind, a number as numba wants one
 
 
 class Mask(NamedTuple):
@@ -55,7 +58,7 @@ class Mask(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Shape of the problem and of its tiles."""
+    """Shape of the problem and of its tiles; a `band` of schedule.py, too."""
 
     batch_heads: int
     seqlen_q: int
@@ -68,6 +71,21 @@ class Sizes(NamedTuple):
     tile_k: int
     block_q: int
     heads: int  # head batch_head is the head batch_head % heads of its batch
+
+
+class Strides(NamedTuple):
+    """Distances of the rows, and of the columns, of the matrices that are read, in elements."""
+
+    q_row: int
+    q_column: int
+    k_row: int
+    k_column: int
+    v_row: int
+    v_column: int
+    mask_row: int
+    mask_column: int
+    do_row: int = 0  # in the backward pass
+    do_column: int = 0
 
 
 class Dropout(NamedTuple):
@@ -115,24 +133,9 @@ masked_by_bool, masked_by_sum = (
 )
 
 
-@njit
-def first_key(row, sizes):
-    """The first key that query `row` may see."""
-    return min(max(keys_of(row, sizes.lower, sizes.upper)[0], 0), sizes.seqlen_k)
+# --------------------------------------------------------------------------- which keys
 
-
-@njit
-def end_key(row, sizes):
-    """One past the last key that query `row` may see."""
-    return min(max(keys_of(row, sizes.lower, sizes.upper)[1], 0), sizes.seqlen_k)
-
-
-@njit
-def query_rows(key0, keys, sizes):
-    """Rows [start, stop), start at a tile's edge, that the band lets see some of the keys."""
-    first, _ = queries_of(key0, sizes.lower, sizes.upper)
-    _, end = queries_of(key0 + keys - 1, sizes.lower, sizes.upper)
-    return max(first, 0) // sizes.tile_q * sizes.tile_q, min(end, sizes.seqlen_q)
+first_key, end_key, key_tiles, query_tiles, tile_start, is_whole = schedule.rules(njit)
 
 
 @njit
@@ -150,19 +153,12 @@ def tile_columns(w, row0, rows, key0, sizes):
 
 
 @njit
-def needs_band(row0, rows, key0, start, stop, sizes):
-    """Whether the band, or the end of the keys, cuts through columns [start, stop) of the tile."""
-    last_row = row0 + rows - 1
-    return first_key(last_row, sizes) > key0 + start or end_key(row0, sizes) < key0 + stop
-
-
-@njit
 def visible_columns(w, mask, i, row0, rows, key0, keys, sizes):
     """(start, stop, masked): the columns to compute, and whether an entry is masked."""
     start, stop = tile_columns(w, row0, rows, key0, sizes)
     if start >= stop:
         return 0, 0, False
-    masked = needs_band(row0, rows, key0, start, stop, sizes)
+    masked = not is_whole(row0, rows, key0 + start, stop - start, sizes)
     if mask.kind != NO_MASK:
         some, every = mask_allows(mask, i, row0, rows, key0, start, min(stop, keys))
         if not some:

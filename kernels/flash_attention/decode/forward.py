@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...gpu.runtime import (
     NEGATIVE_INFINITY,
@@ -69,6 +69,25 @@ class DecodeKind(Masked):
     def pieces(self, columns: int) -> int:
         """Vectors of a row that one thread reads."""
         return ceil_div(columns, self.vectors * self.lanes)
+
+
+class Cuts(NamedTuple):
+    """How the keys that some query sees are cut: [begin, end), in splits of `split_keys`."""
+
+    begin: int
+    end: int
+    split_keys: int
+    splits: int
+
+
+class MergeSizes(NamedTuple):
+    """What the kernel that merges splits is told of them."""
+
+    heads: int
+    seqlen_q: int
+    value_dim: int
+    rows: int  # queries of all heads
+    splits: int
 
 
 # ----- the kernel of one split -----
@@ -198,8 +217,8 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     Args:
         kind: what it is compiled for.
         whole: there is one split: write the output and the logsumexp. Else `out` gets the sums of
-            each split, not yet divided by l, and `logsumexp` its m and l, in numbers as they are
-            computed with.
+            each split, not yet divided by l, and `logsumexp`, from `sums_start` on, its m and l, in
+            numbers as they are computed with.
 
     """
     numbers = precision(kind.precision)
@@ -222,10 +241,10 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     @kernel(threads, blocks=AT_ONCE if rows == 1 else 1)
     def flash_decode(
         q, k, v, mask, out, logsumexp, q_steps, k_steps, v_steps, mask_steps, out_steps, sizes,
-        cuts, scale,
+        group, cuts, rows_of_all, sums_start, scale,
     ):  # fmt: skip
-        heads, seqlen_q, lower, upper, group, k_group, v_group = sizes
-        begin, end, split_keys, splits, rows_of_all, sums_start = cuts
+        heads, seqlen_q, _, lower, upper, k_group, v_group = sizes
+        begin, end, split_keys, splits = cuts
         outputs = cuda.shared.array((warps, width), real)
         sums = cuda.shared.array((warps, 2), real)
         q_own = cuda.local.array((rows, size), real)
@@ -240,18 +259,18 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
         row0, rest = cuda.blockIdx.x % row_tiles * rows, cuda.blockIdx.x // row_tiles
         split, kv = rest % splits, rest // splits
         b, first_head = kv // (heads // group), kv % (heads // group) * group
-        k_start = b * k_steps[0] + first_head // k_group * k_steps[1]
-        v_start = b * v_steps[0] + first_head // v_group * v_steps[1]
+        k_start = b * k_steps.batch + first_head // k_group * k_steps.head
+        v_start = b * v_steps.batch + first_head // v_group * v_steps.head
         first_key = begin + split * split_keys
         last_key = min(first_key + split_keys, end)
 
         for r in range(rows):
             packed = min(row0 + r, group * seqlen_q - 1)
             h, i = first_head + packed // seqlen_q, packed % seqlen_q
-            start = b * q_steps[0] + h * q_steps[1] + i * q_steps[2]
+            start = b * q_steps.batch + h * q_steps.head + i * q_steps.row
             for c in range(own):
                 column = (c // vectors * lanes + lane) * vectors + c % vectors
-                number = load(q[start + min(column, head_dim - 1) * q_steps[3]])
+                number = load(q[start + min(column, head_dim - 1) * q_steps.column])
                 inside = column < head_dim
                 q_own[r, c] = number * real(scale) if inside else real(0.0)
             for c in range(own_v):
@@ -261,10 +280,10 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
         for key0 in range(first_key, last_key, groups * unrolled):
             for u in range(unrolled):
                 key = types.int64(min(key0 + u * groups + thread // lanes, last_key - 1))
-                read_key(found, u * own, k, k_start + key * k_steps[2], k_steps[3])
+                read_key(found, u * own, k, k_start + key * k_steps.row, k_steps.column)
             for u in range(unrolled):
                 key = types.int64(min(key0 + u * groups + thread // lanes, last_key - 1))
-                read_value(found_v, u * own_v, v, v_start + key * v_steps[2], v_steps[3])
+                read_value(found_v, u * own_v, v, v_start + key * v_steps.row, v_steps.column)
             # s = q k^T
             for u in range(unrolled):
                 for r in range(rows):
@@ -315,7 +334,7 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
                 row = (b * heads + h) * seqlen_q + i + split * rows_of_all
                 to = row * value_dim
                 if whole:
-                    to = b * out_steps[0] + h * out_steps[1] + i * out_steps[2]
+                    to = b * out_steps.batch + h * out_steps.head + i * out_steps.row
                 for column in range(thread, value_dim, threads):
                     number = real(0.0)
                     for w in range(warps):
@@ -368,9 +387,9 @@ def merge_kernel(name: str) -> Any:
         inverse = reciprocal(total)
         batch_head = row // seqlen_q
         to = (
-            batch_head // heads * out_steps[0]
-            + batch_head % heads * out_steps[1]
-            + row % seqlen_q * out_steps[2]
+            batch_head // heads * out_steps.batch
+            + batch_head % heads * out_steps.head
+            + row % seqlen_q * out_steps.row
         )
         for column in range(thread, value_dim, threads):
             number = real(0.0)

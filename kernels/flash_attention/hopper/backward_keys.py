@@ -32,7 +32,8 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, types
 from ..fragments.dropout import drop_by_bits, dropout_words, keep_bits_of_keys
-from ..schedule import is_whole
+from ..schedule import Band
+from ..schedule_cuda import is_whole
 from ..scores_cuda import head_place
 from .backward_pipeline import (
     ROW_BYTES,
@@ -56,36 +57,36 @@ from .tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     """Device function: one thread has all tiles of all the block's items fetched.
 
-    `own_heads`: 1 if the tensor map of Q has a matrix for each head, 0 if one for all; so of dO.
-    `rows` is the address of all queries' numbers, those of a head `pitch` bytes apart from those of
-    the next.
+    `own_heads` are `OwnHeads`; `rows` is the address of all queries' numbers, those of a head
+    `pitch` bytes apart from those of the next.
     """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, True), blocks.passing, types.int32
 
     @device_function
     def bring(base, maps, own_heads, counter, table, count, heads, group, rows, pitch):
-        q_heads, do_heads = whole(own_heads[0]), whole(own_heads[1])
+        q_heads, do_heads = whole(own_heads.q), whole(own_heads.do)
         turn, number = types.uint32(0), types.uint32(0)
-        left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
+        left, work, stage, full = take_item(base, number, counter, table, count)
         while left:
-            b, first_head = whole(work[0]), whole(work[1])
+            b, first_head = whole(work.batch), whole(work.head)
             load_own(
-                base, stage, maps, full, whole(work[2]), (whole(more[2]), whole(more[3])),
-                (whole(batches[0]), whole(batches[1])),
+                base, stage, maps, full, whole(work.row0), (whole(work.k_head), whole(work.v_head)),
+                (whole(work.k_batch), whole(work.v_batch)),
             )  # fmt: skip
-            others = whole(batches[2]), whole(batches[3])
+            others = whole(work.q_batch), whole(work.do_batch)
             for h in range(first_head, first_head + group):
                 of_head = rows + types.uint64(b * heads + h) * pitch
                 # From the last tile to the first: with a causal mask early queries have the
                 # largest P, and a long sum is most accurate when these come last.
-                row, last = whole((whole(more[0]) - 1) * passing), whole(whole(work[3]) * passing)
+                row = whole((whole(work.end) - 1) * passing)
+                last = whole(whole(work.first) * passing)
                 while row >= last:
                     load_pair(base, turn, maps, row, (h * q_heads, h * do_heads), others, of_head)
                     row -= whole(passing)
                     turn += types.uint32(1)
             number += types.uint32(1)
-            left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
+            left, work, stage, full = take_item(base, number, counter, table, count)
 
     return bring
 
@@ -142,6 +143,8 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
         else:
             take_registers()
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
+            # Keys beyond the last are computed with, and not written.
+            endless = Band(whole(lower), whole(upper), whole(seqlen_q), no_end)
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
             own_scale = types.float32(scale * unit)
@@ -178,7 +181,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         # P = exp(S - L),  dS = P * (Z dP - delta)
                         p = weigh(
                             scores_done(scores), own_scale, numbers,
-                            is_whole(row0, passing, key0, keys, band[0], band[1], no_end),
+                            is_whole(row0, passing, key0, keys, endless),
                             row0 + my_column, key0 + my_row, band, mask, mask_place,
                         )  # fmt: skip
                         if incomplete:
@@ -207,16 +210,16 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
                 row = key0 + my_row
                 if wants_dk:
-                    place = b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2]
+                    place = b * dk_steps.batch + slot * dk_steps.head + row * dk_steps.row
                     write_dk(
                         dk, scale, global_address(dk_out) + types.uint64(2 * place),
-                        2 * dk_steps[2], band[3] - row, head_dim, lane,
+                        2 * dk_steps.row, band[3] - row, head_dim, lane,
                     )  # fmt: skip
                 if wants_dv:
-                    place = b * dv_steps[0] + slot * dv_steps[1] + row * dv_steps[2]
+                    place = b * dv_steps.batch + slot * dv_steps.head + row * dv_steps.row
                     write_dv(
                         dv, keep, global_address(dv_out) + types.uint64(2 * place),
-                        2 * dv_steps[2], band[3] - row, value_dim, lane,
+                        2 * dv_steps.row, band[3] - row, value_dim, lane,
                     )  # fmt: skip
                 number += types.uint32(1)
                 left, work, own_stage = read_item(base, number)

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ...gpu.ptx_hopper import cp_async_bulk_tensor_4d
 from ...gpu.runtime import cuda, device_function, types
-from ..scores import Masked
+from ..problem import AttentionProblem
+from ..schedule import RULES
+from ..scores import Masked, is_additive
 
 NAME, ARCHITECTURE = "hopper", (9, 0)  # of the kernels, and the compute capability they are for
 WARPGROUP = 128
@@ -77,6 +80,21 @@ class Blocks:
         return WARPGROUP * (self.warpgroups + 1)
 
 
+def kind_of(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
+    """What the kernels for a problem are compiled for; the other arguments are fields of `Kind`."""
+    lengths = problem.seqlen_q, problem.seqlen_k
+    return Kind(
+        precision=problem.dtype.name,
+        head_dim=padded(problem.head_dim),
+        value_dim=padded(problem.value_dim),
+        mask=mask_kind,
+        dropout=problem.dropout_p > 0,
+        scaled_first=is_additive(mask_kind) or not problem.scale_in_exponent,
+        banded=not RULES.is_whole(0, lengths[0], 0, lengths[1], problem),
+        vectors=vectors,
+    )
+
+
 def padded(size: int) -> int:
     """The compiled head size that holds `size` columns."""
     return next(n for n in HEAD_SIZES if n >= size)
@@ -106,7 +124,26 @@ def own_place():
     )
 
 
-# ----- rings of tiles in shared memory -----
+# ----- tiles in shared memory -----
+
+
+@cache
+def tile_loader(rows: int, columns: int) -> Any:
+    """Device function `(target, tensor_map, barrier, row, head, batch)`: has the copy engine begin
+    to bring a tile (rows, columns) from `row` on, panel by panel of 64 columns. What is beyond the
+    matrix becomes zeros.
+    """
+    panels, panel_bytes, panel_columns = parts(columns), rows * COLUMNS * 2, COLUMNS
+
+    @device_function
+    def load(target, tensor_map, barrier, row, head, batch):
+        for panel in range(panels):
+            cp_async_bulk_tensor_4d(
+                target + panel * panel_bytes, tensor_map, barrier, panel_columns * panel, row, head,
+                batch,
+            )  # fmt: skip
+
+    return load
 
 
 @cache
@@ -133,9 +170,11 @@ __all__ = [
     "WARPGROUP",
     "Blocks",
     "Kind",
+    "kind_of",
     "own_place",
     "padded",
     "parts",
     "ring",
     "row_bytes",
+    "tile_loader",
 ]

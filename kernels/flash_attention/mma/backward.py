@@ -28,7 +28,7 @@ from ...gpu.runtime import cuda, device_function, kernel, precision, types
 from ..fragments.dropout import dropout_words
 from ..fragments.scores import mask_scores
 from ..fragments.store import write_scores
-from ..schedule import is_whole, tile_range, tile_start
+from ..schedule_cuda import is_whole, key_tiles, query_tiles, tile_start
 from ..scores_cuda import head_place
 from .memory import copy_barriers, pair_copier, row_writer
 from .scores import read_own_rows, scale_columns, score_gradients
@@ -108,8 +108,8 @@ def query_copier(kind: Kind, tiles: Tiles, plan: BackwardMemory) -> Any:
     @device_function
     def copy_queries(memory, base, at, others_of, h, row0):
         q, grad_out, q_start, grad_start, q_steps, grad_steps, seqlen_q = others_of
-        queries = (q, q_start + h * q_steps[1], q_steps[2])
-        upstream = (grad_out, grad_start + h * grad_steps[1], grad_steps[2])
+        queries = (q, q_start + h * q_steps.head, q_steps.row)
+        upstream = (grad_out, grad_start + h * grad_steps.head, grad_steps.row)
         copy(memory, base, at, queries, upstream, row0, seqlen_q)
 
     return copy_queries
@@ -199,9 +199,10 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     @kernel(tiles.threads, blocks=tiles.at_once)
     def flash_backward_key_value_mma(
         q, k, v, mask, offset, grad_out, shift, delta, rest, dk, dv, call, q_steps, k_steps,
-        v_steps, mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
+        v_steps, mask_steps, grad_steps, dk_steps, dv_steps, sizes, group, scale, seed, threshold,
+        keep,
     ):  # fmt: skip
-        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes
+        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory, numbers = cuda.shared.array(0, storage), cuda.shared.array(0, types.float32)
         base, thread = shared_address(memory), cuda.threadIdx.x
         lane, warp_row = thread % 32, thread // 32 * 16 * row_blocks
@@ -209,8 +210,8 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         slots, _ = divide(heads, group)  # of heads that share dK and dV
         b, slot, key0, my_part = place_of(cuda.blockIdx.x, key_tiles, slots)
         first_head = slot * group
-        keys = (k, b * k_steps[0] + divide(first_head, k_group)[0] * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + divide(first_head, v_group)[0] * v_steps[1], v_steps[2])
+        keys = (k, b * k_steps.batch + divide(first_head, k_group)[0] * k_steps.head, k_steps.row)
+        values = (v, b * v_steps.batch + divide(first_head, v_group)[0] * v_steps.head, v_steps.row)
         copy_keys(memory, base, 0, keys, values, key0, seqlen_k)
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
@@ -228,13 +229,13 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         rows_place = types.uint32(base + shift_at + lane % 4 * 8)
         my_key, my_row = key0 + warp_row + lane // 4, lane % 4 * 2
 
-        # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
-        last_key = min(key0 + block_n, seqlen_k) - 1
-        first, end = tile_range(key0, last_key, 1 - upper, 1 - lower, seqlen_q, block_m)
+        first, end = query_tiles(key0, sizes, block_m, block_n)
         count = end - first
         turns = types.int32(count * group)
         rows_of = (shift, delta, b * heads, seqlen_q)
-        others_of = (q, grad_out, b * q_steps[0], b * grad_steps[0], q_steps, grad_steps, seqlen_q)
+        others_of = (
+            q, grad_out, b * q_steps.batch, b * grad_steps.batch, q_steps, grad_steps, seqlen_q,
+        )  # fmt: skip
         if two_stages and turns > 0:
             h, row0 = walk(0, first_head, first, count)
             copy_queries(memory, base, 0, others_of, h, row0)
@@ -266,7 +267,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
                 cuda.syncthreads()
             # S^T = K Q^T and dP^T = V dO^T, whose rows are keys
             s = scores_of(own_k, types.uint32(q_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 mask_place = head_place(b, h, mask_steps)
                 s = apply_mask(s, row0 + my_row, my_key, band, mask, mask_place, own_scale)
             dp = products_of(own_v, types.uint32(do_place + at))
@@ -296,13 +297,13 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         row = key0 + warp_row
         write_dk(
             memory, base, warp_row * part_step, scale_dk(dk_sums, fill_rows(types.float32(scale))),
-            dk, b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2], dk_steps[2],
+            dk, b * dk_steps.batch + slot * dk_steps.head + row * dk_steps.row, dk_steps.row,
             seqlen_k - row, my_part * part,
         )  # fmt: skip
         write_dv(
             memory, base, v_tile + warp_row * v_part_step,
             scale_dv(dv_sums, fill_rows(keep_scale if dropout else types.float32(1.0))), dv,
-            b * dv_steps[0] + slot * dv_steps[1] + row * dv_steps[2], dv_steps[2],
+            b * dv_steps.batch + slot * dv_steps.head + row * dv_steps.row, dv_steps.row,
             seqlen_k - row, my_part * v_part,
         )  # fmt: skip
 
@@ -353,10 +354,10 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         batch_head, tile = divide(cuda.blockIdx.x, row_tiles)
         row0 = (row_tiles - 1 - tile) * block_m
         b, h = divide(batch_head, heads)
-        queries = (q, b * q_steps[0] + h * q_steps[1], q_steps[2])
-        upstream = (grad_out, b * grad_steps[0] + h * grad_steps[1], grad_steps[2])
-        keys = (k, b * k_steps[0] + divide(h, k_group)[0] * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + divide(h, v_group)[0] * v_steps[1], v_steps[2])
+        queries = (q, b * q_steps.batch + h * q_steps.head, q_steps.row)
+        upstream = (grad_out, b * grad_steps.batch + h * grad_steps.head, grad_steps.row)
+        keys = (k, b * k_steps.batch + divide(h, k_group)[0] * k_steps.head, k_steps.row)
+        values = (v, b * v_steps.batch + divide(h, v_group)[0] * v_steps.head, v_steps.row)
         copy_queries(memory, base, 0, queries, upstream, row0, seqlen_q)
         mask_place = head_place(b, h, mask_steps)
         band = (
@@ -376,9 +377,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         shifts = read(shift, first_row, my_row, seqlen_q, types.float32(infinity))
         less = read(delta, first_row, my_row, seqlen_q, types.float32(0.0))
 
-        first, end = tile_range(
-            row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n
-        )
+        first, end = key_tiles(row0, sizes, block_m, block_n)
         if two_stages and first < end:
             copy_keys(memory, base, 0, keys, values, tile_start(first, block_n), seqlen_k)
         commit()
@@ -408,7 +407,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
                 cuda.syncthreads()
             # S = Q K^T and dP = dO V^T
             s = scores_of(own_q, types.uint32(k_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
             dp = products_of(own_do, types.uint32(v_place + at))
             _, ds = gradients(
@@ -437,7 +436,8 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         dq_sums = scale_dq(dq_sums, scale_row(rests, types.float32(scale)))
         write_dq(
             memory, base, warp_row * step, dq_sums, dq,
-            b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2], dq_steps[2], seqlen_q - row, 0,
+            b * dq_steps.batch + h * dq_steps.head + row * dq_steps.row, dq_steps.row,
+            seqlen_q - row, 0,
         )  # fmt: skip
 
     return flash_backward_query_mma

@@ -27,7 +27,7 @@ from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
 from ..fragments.dropout import drop, dropout_words
 from ..fragments.scores import mask_scores
-from ..schedule import is_whole, tile_range, tile_start
+from ..schedule_cuda import is_whole, key_tiles, tile_start
 from ..scores_cuda import head_place
 from .memory import copy_barriers, pair_copier, row_writer, tile_copier
 from .scores import any_changes, pick_row, reciprocal_rows, softmax_rows
@@ -110,8 +110,8 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         batch_head, number = divide(cuda.blockIdx.x, row_tiles)
         row0 = (row_tiles - 1 - number) * block_m
         b, h = divide(batch_head, heads)
-        keys = (k, b * k_steps[0] + divide(h, k_group)[0] * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + divide(h, v_group)[0] * v_steps[1], v_steps[2])
+        keys = (k, b * k_steps.batch + divide(h, k_group)[0] * k_steps.head, k_steps.row)
+        values = (v, b * v_steps.batch + divide(h, v_group)[0] * v_steps.head, v_steps.row)
         mask_place = head_place(b, h, mask_steps)
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
@@ -125,11 +125,9 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         v_place = types.uint32(base + v_tile + across(v_step))
         my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 2
 
-        first, end = tile_range(
-            row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n
-        )
-        q_start = b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2]
-        copy_q(memory, base, 0, q, q_start, q_steps[2], seqlen_q - row0)
+        first, end = key_tiles(row0, sizes, block_m, block_n)
+        q_start = b * q_steps.batch + h * q_steps.head + row0 * q_steps.row
+        copy_q(memory, base, 0, q, q_start, q_steps.row, seqlen_q - row0)
         if two_stages and first < end:
             copy_keys(memory, base, 0, keys, values, tile_start(first, block_n), seqlen_k)
         commit()
@@ -160,7 +158,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
                 cuda.syncthreads()
             # S = Q K^T
             s = scores_of(own_q, types.uint32(k_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
             # m, l, P and O = diag(exp(m - m_new)) O
             m_new = largest(s, m)
@@ -193,9 +191,9 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
             )
         wait()  # for the queries, where there was no tile of keys
         cuda.syncthreads()
-        start = b * out_steps[0] + h * out_steps[1] + (row0 + warp_row) * out_steps[2]
+        start = b * out_steps.batch + h * out_steps.head + (row0 + warp_row) * out_steps.row
         write_o(
-            memory, base, warp_row * v_step, o, out, start, out_steps[2],
+            memory, base, warp_row * v_step, o, out, start, out_steps.row,
             seqlen_q - row0 - warp_row, 0,
         )  # fmt: skip
 
