@@ -2,14 +2,16 @@
 
 The same way that numba-cuda goes when a kernel is first launched: numba lowers the Python function
 to LTO-IR, NVIDIA's nvJitLink makes machine code of it for one architecture. The first step takes
-ten times as long as the second. It is made once, for the oldest architecture, unless what it makes
+five times as long as the second. It is made once, for the oldest architecture, unless what it makes
 depends on the architecture, as storing bfloat16 does (kernels/gpu/runtime.py) and nothing else.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cuda.bindings import nvjitlink
 
@@ -41,6 +43,7 @@ class Usage:
     remarks: tuple[str, ...] = ()
 
 
+@lru_cache(maxsize=4)  # the next test may want the same for other architectures
 def intermediate(instance: Instance, capability: tuple[int | str, ...] = OLDEST) -> bytes:
     """A kernel's LTO-IR, with the options it was declared with."""
     options = instance.kernel.targetoptions
@@ -58,17 +61,23 @@ def intermediate(instance: Instance, capability: tuple[int | str, ...] = OLDEST)
     return bytes(code)
 
 
-def usages(instance: Instance) -> dict[str, Usage]:
-    """What a kernel needs on each of its architectures."""
-    bfloat16 = precision("bfloat16").array in instance.signature
-    code: dict[tuple[int, int], bytes] = {}
+def architectures_of(instance: Instance) -> tuple[str, ...]:
+    """Those that a kernel is for, from the oldest to the newest."""
+    return instance.architectures or ARCHITECTURES
+
+
+def stores_bfloat16(instance: Instance) -> bool:
+    """Whether a kernel's code is another one on Turing."""
+    return precision("bfloat16").array in instance.signature
+
+
+def usages(instance: Instance, architectures: Iterable[str] = ()) -> dict[str, Usage]:
+    """What a kernel needs on some of its architectures, unless told on all."""
     found = {}
-    for architecture in instance.architectures or ARCHITECTURES:
-        newer = bfloat16 and architecture != "sm_75"
-        lowered_for = OLDEST_WITH_BFLOAT16 if newer else OLDEST
-        if lowered_for not in code:
-            code[lowered_for] = intermediate(instance, lowered_for)
-        found[architecture] = assembled(instance, code[lowered_for], architecture)
+    for architecture in architectures or architectures_of(instance):
+        newer = stores_bfloat16(instance) and architecture != "sm_75"
+        code = intermediate(instance, OLDEST_WITH_BFLOAT16 if newer else OLDEST)
+        found[architecture] = assembled(instance, code, architecture)
     return found
 
 
