@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from minitorch.dtypes import BFLOAT16
-from minitorch.kernels.flash_attention.problem import AttentionProblem, mask_numbers
+from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.flash_attention.scores import mask_numbers
 from minitorch.kernels.philox import attention_dropout_mask
 from tests import references
 

@@ -16,7 +16,7 @@ from minitorch.kernels.flash_attention.hopper import backward_launch as hopper_b
 from minitorch.kernels.flash_attention.hopper import launch as hopper
 from minitorch.kernels.flash_attention.hopper.tiles import Blocks
 from minitorch.kernels.flash_attention.mma import launch as mma
-from minitorch.kernels.flash_attention.problem import mask_numbers
+from minitorch.kernels.flash_attention.scores import mask_numbers
 from minitorch.kernels.flash_attention.simt import launch as simt
 from minitorch.kernels.flash_attention.standard import (
     standard_attention,
@@ -192,7 +192,8 @@ HOPPER = replace(
     longest=(400, 400), columns=st.sampled_from([16, 64]), value_columns=st.sampled_from([16, 64]),
     examples=0 if SIMULATED else 14,
     thorough=(
-        *OF_THE_HOST, "test_every_dtype", "test_rows_that_see_no_key", "test_dropout_keeps_what_the_mask_says",
+        *OF_THE_HOST, "test_every_dtype", "test_rows_that_see_no_key",
+        "test_dropout_keeps_what_the_mask_says",
         "test_nothing_outside_of_the_inputs_is_used",
     ) if SIMULATED else (),
     head_sizes=(
@@ -209,7 +210,8 @@ HOPPER = replace(
     ),
 )  # fmt: skip
 DECODE = replace(
-    SIMT, name="decode", thorough=OF_THE_HOST, compute=by_decode, force=use(decode, simt), dropout=False,
+    SIMT, name="decode", thorough=OF_THE_HOST, compute=by_decode, force=use(decode, simt),
+    dropout=False,
     shape=(3, 40, 7, 4) if SIMULATED else (3, 1500, 59, 64),
     longest=(decode.MOST_QUERIES, 40 if SIMULATED else 1500),
     columns=st.sampled_from((1, 4, 7) if SIMULATED else (1, 59, 64, 96, 128, 256)),
