@@ -385,10 +385,11 @@ def markdown(result: dict[str, Any]) -> str:
             f"compile cache, {cold['first_call']:.1f} s with a cold one "
             f"(import: {warm['import']:.2f} s).",
         ]
-    titles = [TITLES[mode] for mode in modes]
+    titles = " | ".join(TITLES[mode] for mode in modes)
+    first = next(iter(modes))
     lines += [
         "",
-        f"| B, H | D | N | causal | ours, ms ({titles[0]}) | {' | '.join(titles)} |",
+        f"| B, H | D | N | causal | ours, ms ({TITLES[first]}) | {titles} |",
         "|---|---|---|---|---|" + "---|" * len(modes),
     ]
     for cells in zip(*(measured["cells"] for measured in modes.values()), strict=True):

@@ -344,3 +344,6 @@ def _store_each(dtype: str, turing: bool) -> Callable[..., None]:
             st_global_b16_if(inside[c], address + 2 * c, x)
 
     return put
+
+
+__all__ = ["Place", "RegisterTile"]
