@@ -13,7 +13,7 @@ import numpy as np
 
 from .cuda import attention
 from .cuda.device_array import DeviceArray, error_word
-from .cuda.storage import contiguous
+from .cuda.storage import contiguous, in_dtype
 from .cuda.views import contiguous_data, device_storage, gradient_memory
 from .cuda_ops import CudaOps
 from .dtypes import HALF_DTYPES, layer_dtype
@@ -43,9 +43,7 @@ def _elements(t: Tensor, dtype: DType | None = None) -> DeviceArray:
     """The elements of a tensor in row-major order, in `dtype`, where kernels can read 16 bytes at
     a time: the tensor's own memory if that is so already.
     """
-    data = t._tensor
-    if dtype is not None and data.dtype != dtype:
-        data = t.backend.ops.cast(t, dtype)._tensor
+    data = t._tensor if dtype is None else in_dtype(t._tensor, dtype)
     storage = device_storage(contiguous(data))
     if storage.size != data.size:
         storage = storage[: data.size]
@@ -193,11 +191,6 @@ class CudaKernelOps(CudaOps):
         )
         return _output(inp, out, inp.shape)
 
-    @classmethod
-    def attn_softmax_bw(cls, out_grad: Tensor, soft_inp: Tensor) -> Tensor:
-        """See `FusedOps.attn_softmax_bw`."""
-        return cls.softmax_backward(out_grad, soft_inp, soft_inp.dims - 1)
-
     # ----- layer norm -----
 
     @staticmethod
@@ -247,11 +240,10 @@ class CudaKernelOps(CudaOps):
             dx.array, partials.array, device_storage(dgamma).array, device_storage(dbeta).array,
             rows, columns,
         )  # fmt: skip
-        of_gamma, of_beta = gamma._new(dgamma), beta._new(dbeta)
         return (
             _output(inp, dx, inp.shape),
-            of_gamma if gamma.dtype == weight else gamma.backend.ops.cast(of_gamma, gamma.dtype),
-            of_beta if beta.dtype == weight else beta.backend.ops.cast(of_beta, beta.dtype),
+            _in_dtype(gamma._new(dgamma), gamma.dtype),
+            _in_dtype(beta._new(dbeta), beta.dtype),
         )
 
     # ----- GELU -----
@@ -280,11 +272,6 @@ class CudaKernelOps(CudaOps):
         offset = device_offset().array
         dropout_cuda.forward(x.dtype.name, source.array, out.array, x.size, p, seed, offset)
         return _output(x, out, x.shape)
-
-    @classmethod
-    def dropout_backward(cls, grad: Tensor, p: float, seed: int) -> Tensor:
-        """See `StorageOps.dropout_backward`."""
-        return cls.dropout_forward(grad, p, seed)
 
     # ----- embedding -----
 
@@ -372,7 +359,7 @@ class CudaKernelOps(CudaOps):
 
 
 def _in_dtype(t: Tensor, dtype: DType) -> Tensor:
-    return t if t.dtype == dtype else t.backend.ops.cast(t, dtype)
+    return t if t.dtype == dtype else t._new(in_dtype(t._tensor, dtype))
 
 
 def _weight_dtype(inp: Tensor, gamma: Tensor) -> DType:

@@ -58,7 +58,6 @@ class CudaOps(TensorOps):
     # Scalar functions, matrix products, linear layers
 
     map = staticmethod(elementwise.map_op)
-    cmap = staticmethod(elementwise.map_op)
     zip = staticmethod(elementwise.zip_op)
     reduce = staticmethod(elementwise.reduce_op)
     matrix_multiply = staticmethod(matmul.matrix_multiply)

@@ -65,11 +65,6 @@ class FastOps(FastFusedOps):
         return apply
 
     @staticmethod
-    def cmap(fn: MapFn) -> Callable[[Tensor, Tensor], Tensor]:
-        """See `TensorOps.cmap`."""
-        return FastOps.map(fn)
-
-    @staticmethod
     def zip(fn: ZipFn) -> Callable[[Tensor, Tensor], Tensor]:
         """See `TensorOps.zip`. Tensors of two dtypes are computed in the larger one."""
         worker = _worker(_zip_worker, fn, keep=True)
@@ -79,7 +74,7 @@ class FastOps(FastFusedOps):
                 dtype = a.dtype
             else:
                 dtype = np.promote_types(a.dtype, b.dtype)
-                a, b = _cast(a, dtype), _cast(b, dtype)
+                a, b = (x if x.dtype == dtype else FastOps.cast(x, dtype) for x in (a, b))
             out = empty_output(a, shape_broadcast(a.shape, b.shape), dtype)
             _run(worker, out.size, *out.tuple(), *a.tuple(), *b.tuple())
             return out
@@ -139,12 +134,6 @@ def _copy(a: Tensor, out: Tensor | None = None, /) -> Tensor:
     target = map_output(a, out)
     np.copyto(target._tensor.array, a._tensor.array)
     return target
-
-
-def _cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
-    if a.dtype == dtype:
-        return a
-    return a._new(TensorData.from_array(a._tensor.array.astype(dtype)))
 
 
 # ----- matrix product -----

@@ -156,10 +156,10 @@ class StorageOps:
         factor = a.dtype.type(0 if p == 1 else 1 / (1 - p))
         return like(x, np.where(kept, a * factor, a.dtype.type(0)))
 
-    @staticmethod
-    def dropout_backward(grad: Tensor, p: float, seed: int) -> Tensor:
+    @classmethod
+    def dropout_backward(cls, grad: Tensor, p: float, seed: int) -> Tensor:
         """The same mask and factor, on the gradient."""
-        return StorageOps.dropout_forward(grad, p, seed)
+        return cls.dropout_forward(grad, p, seed)
 
     # ----- checks -----
 

@@ -60,7 +60,7 @@ class Call(NamedTuple):
     @property
     def wants_mask(self) -> bool:
         """Whether there is a gradient of the mask."""
-        return self.problem.mask_kind == "additive"
+        return self.problem.additive_mask
 
 
 @dataclass(frozen=True)
