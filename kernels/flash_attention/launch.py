@@ -157,7 +157,8 @@ class Inputs(NamedTuple):
     @property
     def strides(self) -> tuple[Strides, Strides, Strides, Strides]:
         """The strides of `arrays`."""
-        return self.q.strides, self.k.strides, self.v.strides, self.mask_strides
+        of_mask = NO_STRIDES if self.mask is None else self.mask.strides
+        return self.q.strides, self.k.strides, self.v.strides, of_mask
 
 
 class Gradients(NamedTuple):
