@@ -151,12 +151,14 @@ class Inputs(NamedTuple):
     @property
     def arrays(self) -> tuple[Any, Any, Any, Any]:
         """What a kernel's arguments begin with: the arrays of Q, K, V and the mask."""
-        return self.q.array, self.k.array, self.v.array, self.mask_array
+        mask = self.mask or self.q
+        return self.q.array, self.k.array, self.v.array, mask.array
 
     @property
     def strides(self) -> tuple[Strides, Strides, Strides, Strides]:
         """The strides of `arrays`."""
-        return self.q.strides, self.k.strides, self.v.strides, self.mask_strides
+        of_mask = NO_STRIDES if self.mask is None else self.mask.strides
+        return self.q.strides, self.k.strides, self.v.strides, of_mask
 
 
 class Gradients(NamedTuple):
@@ -183,13 +185,14 @@ def has_vectors(problem: AttentionProblem, columns: tuple[int, ...], *matrices: 
     """Whether rows of as many columns begin at multiples of 16 bytes, and are a multiple of 16
     bytes long.
     """
-    count = 16 // precision(problem.dtype.name).storage.itemsize
-    return all(n % count == 0 for n in columns) and all(
-        m.address % 16 == 0
-        and m.strides.column == 1
-        and all(stride % count == 0 for stride in m.strides[:3])
-        for m in matrices
-    )
+    count = 16 // precision(problem.dtype.name).storage.itemsize  # a power of two
+    for matrix in matrices:
+        strides = matrix.strides
+        if matrix.address % 16 or strides.column != 1:
+            return False
+        if (strides.batch | strides.head | strides.row) % count:  # any of them
+            return False
+    return not any(n % count for n in columns)
 
 
 # ----- what goes to the kernels -----
@@ -211,19 +214,18 @@ def sizes_of(problem: AttentionProblem, heads: Heads) -> Sizes:
     """The band's bounds go no farther than where a query sees everything, or nothing, so that
     kernels can compute with them in 32 bits.
     """
-    far = problem.seqlen_q + problem.seqlen_k
-    lower, upper = (min(max(x, -far), far) for x in (problem.lower, problem.upper))
-    return Sizes(
-        heads.heads, problem.seqlen_q, problem.seqlen_k, lower, upper, heads.k_group, heads.v_group
-    )
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    far = seqlen_q + seqlen_k
+    lower, upper = min(max(problem.lower, -far), far), min(max(problem.upper, -far), far)
+    return Sizes(heads.heads, seqlen_q, seqlen_k, lower, upper, heads.k_group, heads.v_group)
 
 
 def scalars_of(problem: AttentionProblem) -> tuple[float, np.uint64, int, float]:
     """Arguments `scale`, `seed`, `threshold` and `keep` of all kernels: a weight is dropped if its
     random word is below the threshold, else multiplied by 1 / (1 - p).
     """
-    threshold = dropout_threshold(problem.dropout_p)
-    return float(problem.scale), np.uint64(problem.seed), threshold, problem.keep_scale
+    p, seed = problem.dropout_p, np.uint64(problem.seed)
+    return problem.scale, seed, dropout_threshold(p) if p else 0, problem.keep_scale
 
 
 # ----- for the compile tests -----

@@ -148,7 +148,8 @@ class AttentionProblem:
         """What dropout multiplies the weights by that it keeps: 1 / (1 - dropout_p). It keeps none
         where no random word of 32 bits reaches the threshold: 0.
         """
-        return 1 / (1 - self.dropout_p) if dropout_threshold(self.dropout_p) < 1 << 32 else 0.0
+        p = self.dropout_p
+        return 1 / (1 - p) if p == 0 or dropout_threshold(p) < 1 << 32 else 0.0
 
     @property
     def scale_in_exponent(self) -> bool:

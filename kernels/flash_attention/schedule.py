@@ -106,9 +106,11 @@ def rules(compiled: Callable[[Any], Any], number: Any = None) -> Rules:
 
     @compiled
     def is_whole(row0, rows, key0, keys, band):
-        first, _ = keys_of(row0 + rows - 1, band.lower, band.upper)
-        _, end = keys_of(row0, band.lower, band.upper)
-        return key0 + keys <= band.seqlen_k and first <= key0 and key0 + keys <= end
+        return (
+            key0 + keys <= band.seqlen_k
+            and keys_of(row0 + rows - 1, band.lower, band.upper)[0] <= key0
+            and key0 + keys <= keys_of(row0, band.lower, band.upper)[1]
+        )
 
     return Rules(first_key, end_key, key_tiles, query_tiles, tile_start, is_whole)
 

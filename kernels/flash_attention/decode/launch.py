@@ -151,7 +151,7 @@ def forward(
         problem.batch_heads // heads.group * row_tiles * cuts.splits, WARPS * WARP,
         *inputs.arrays, out.array if whole else workspace, logsumexp if whole else workspace,
         *inputs.strides, out.strides, sizes_of(problem, heads), heads.group, cuts, rows,
-        0 if whole else sums_start, float(problem.scale),
+        0 if whole else sums_start, problem.scale,
     )  # fmt: skip
     if not whole:
         launch(

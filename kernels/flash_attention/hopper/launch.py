@@ -38,7 +38,6 @@ from .tiles import ARCHITECTURE, HEAD_SIZES, NAME, ROWS, Blocks, Kind, kind_of
 
 ROW_ALIGNMENT = 16  # bytes at whose multiples the copy engine's rows begin
 MOST_ROWS = 1 << 30
-MASKS = ("bool", "float16", "bfloat16", "float32", "float64")
 
 
 def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
