@@ -126,7 +126,7 @@ def attend(inputs: AttentionInputs, method: str, dtype: npt.DTypeLike) -> list[A
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_flash_attention_is_standard_attention(backend: str, data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs(BACKENDS[backend]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -55,27 +56,67 @@ def rare_garbage_collection() -> Iterator[None]:
 
 
 def is_rare(instance: Instance) -> bool:
-    """Whether few users meet it: float64 on a GPU, or attention in bfloat16 on Turing, which has no
-    instructions for that.
+    """Whether few users meet it: float64 on a GPU; attention in bfloat16 on Turing, which has no
+    instructions for that, with heads of more than 128 columns, or without tensor cores, and with
+    every feature, in the tiles of the GPUs of data centres.
     """
-    attention = instance.name.startswith("flash_")
-    on_turing = attention and "bfloat16" in instance.name and instance.architectures == ("sm_75",)
-    return on_turing or "float64" in instance.name
+    name, architectures = instance.name, instance.architectures
+    if not name.startswith(("flash_", "mma_", "hopper_")):
+        return "float64" in name
+    on_turing = "bfloat16" in name and architectures == ("sm_75",)
+    large_heads = re.search(r"\b(192|256)\b", name) is not None
+    other_tiles = "80, 40, bool, dropout" in name and "sm_75" not in architectures
+    return "float64" in name or on_turing or large_heads or other_tiles
 
 
-@pytest.mark.parametrize(
-    "instance",
-    [
-        pytest.param(i, id=i.name, marks=[pytest.mark.thorough] * is_rare(i))
-        for i in machine_code.instances()
-    ],
-)
-def test_compiles(instance: Instance) -> None:
+def kernel_of(instance: Instance) -> tuple[str, str]:
+    """The module and the name of its kernel, which stands in a function that makes its kinds."""
+    function = instance.kernel.py_func
+    return function.__module__, function.__qualname__
+
+
+def compilations() -> Iterator[Any]:
+    """Parameters of `test_compiles`: each instance with the architectures that `make test` compiles
+    it for, and with the others.
+
+    Each kernel for each of its architectures, once; in its other kinds for the oldest and the
+    newest, between which the others lie; one that stores bfloat16, which is lowered anew for
+    Turing, for those that have it.
+    """
+    seen: set[tuple[Any, str]] = set()
+    for instance in machine_code.instances():
+        every, kernel = machine_code.architectures_of(instance), kernel_of(instance)
+        usual = [a for a in every if a != "sm_75" or not machine_code.stores_bfloat16(instance)]
+        common = {a for a in usual if (kernel, a) not in seen} | {*usual[:1], *usual[-1:]}
+        if is_rare(instance):
+            common = set()
+        seen |= {(kernel, architecture) for architecture in common}
+        rest = [a for a in every if a not in common]
+        if common:
+            yield pytest.param(instance, sorted(common), id=instance.name)
+        if rest:
+            name = f"{instance.name} for {', '.join(rest)}"
+            yield pytest.param(instance, rest, id=name, marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize(("instance", "architectures"), list(compilations()))
+def test_compiles(instance: Instance, architectures: list[str]) -> None:
     complaints = {
         architecture: machine_code.complaint(instance, usage)
-        for architecture, usage in machine_code.usages(instance).items()
+        for architecture, usage in machine_code.usages(instance, architectures).items()
     }
     assert not any(complaints.values()), f"{instance.name}: {complaints}"
+
+
+def test_every_kernel_is_compiled_for_every_architecture_by_make_test() -> None:
+    """Of those that it has instances for, but bfloat16 on Turing and float64."""
+    common: dict[Any, set[str]] = {}
+    for instance, architectures in (p.values for p in compilations() if not p.marks):
+        common.setdefault(kernel_of(instance), set()).update(architectures)
+    for instance in machine_code.instances():
+        if not is_rare(instance):
+            wanted = {a for a in machine_code.architectures_of(instance) if a != "sm_75"}
+            assert wanted <= common[kernel_of(instance)], instance.name
 
 
 # ----- the checks find what they are there to find -----

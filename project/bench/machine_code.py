@@ -12,7 +12,7 @@ processes.
 
 Kernels are compiled the way that numba-cuda goes when one is first launched: numba lowers the
 Python function to LTO-IR, NVIDIA's nvJitLink makes machine code of it for one architecture. The
-first step takes ten times as long as the second. It is made once, for the oldest architecture,
+first step takes five times as long as the second. It is made once, for the oldest architecture,
 unless what it makes depends on the architecture, as storing bfloat16 does (kernels/gpu/runtime.py)
 and nothing else.
 """
@@ -27,8 +27,9 @@ import inspect
 import re
 import struct
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # PYTHONPATH may name another checkout
@@ -106,6 +107,7 @@ def instances() -> list[Instance]:
 # ----- compiling -----
 
 
+@lru_cache(maxsize=4)  # the next call may want the same for other architectures
 def intermediate(instance: Instance, capability: tuple[int | str, ...] = OLDEST) -> bytes:
     """A kernel's LTO-IR, with the options it was declared with."""
     options = instance.kernel.targetoptions
@@ -123,17 +125,23 @@ def intermediate(instance: Instance, capability: tuple[int | str, ...] = OLDEST)
     return bytes(code)
 
 
-def usages(instance: Instance) -> dict[str, Usage]:
-    """What a kernel needs on each of its architectures."""
-    bfloat16 = precision("bfloat16").array in instance.signature
-    code: dict[tuple[int, int], bytes] = {}
+def architectures_of(instance: Instance) -> tuple[str, ...]:
+    """Those that a kernel is for, from the oldest to the newest."""
+    return instance.architectures or ARCHITECTURES
+
+
+def stores_bfloat16(instance: Instance) -> bool:
+    """Whether a kernel's code is another one on Turing."""
+    return precision("bfloat16").array in instance.signature
+
+
+def usages(instance: Instance, architectures: Iterable[str] = ()) -> dict[str, Usage]:
+    """What a kernel needs on some of its architectures, unless told on all."""
     found = {}
-    for architecture in instance.architectures or ARCHITECTURES:
-        newer = bfloat16 and architecture != "sm_75"
-        lowered_for = OLDEST_WITH_BFLOAT16 if newer else OLDEST
-        if lowered_for not in code:
-            code[lowered_for] = intermediate(instance, lowered_for)
-        found[architecture] = assembled(instance, code[lowered_for], architecture)
+    for architecture in architectures or architectures_of(instance):
+        newer = stores_bfloat16(instance) and architecture != "sm_75"
+        code = intermediate(instance, OLDEST_WITH_BFLOAT16 if newer else OLDEST)
+        found[architecture] = assembled(instance, code, architecture)
     return found
 
 
