@@ -192,8 +192,8 @@ HOPPER = replace(
     longest=(400, 400), columns=st.sampled_from([16, 64]), value_columns=st.sampled_from([16, 64]),
     examples=0 if SIMULATED else 14,
     thorough=(
-        *OF_THE_HOST, "test_every_dtype", "test_rows_that_see_no_key", "test_dropout_keeps_what_the_mask_says",
-        "test_nothing_outside_of_the_inputs_is_used",
+        *OF_THE_HOST, "test_every_dtype", "test_rows_that_see_no_key",
+        "test_dropout_keeps_what_the_mask_says", "test_nothing_outside_of_the_inputs_is_used",
     ) if SIMULATED else (),
     head_sizes=(
         *((n, n) for n in (8, 32, 40, 59, 64, 72, 96, 111, 128, 160, 192, 224, 256)),
@@ -209,7 +209,8 @@ HOPPER = replace(
     ),
 )  # fmt: skip
 DECODE = replace(
-    SIMT, name="decode", thorough=OF_THE_HOST, compute=by_decode, force=use(decode, simt), dropout=False,
+    SIMT, name="decode", compute=by_decode, force=use(decode, simt), dropout=False,
+    thorough=OF_THE_HOST,
     shape=(3, 40, 7, 4) if SIMULATED else (3, 1500, 59, 64),
     longest=(decode.MOST_QUERIES, 40 if SIMULATED else 1500),
     columns=st.sampled_from((1, 4, 7) if SIMULATED else (1, 59, 64, 96, 128, 256)),

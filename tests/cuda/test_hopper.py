@@ -51,9 +51,7 @@ class TestHopper(Rules):
         check(HOPPER, [(1, 1, nq, d), (1, 1, nk, d), (1, 1, nk, dv)], "float16")
 
     def test_two_warpgroups_in_the_backward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The longest of the simulator's tests: 384 threads, each a thread of the operating
-        system, for two tiles of queries and two of keys.
-        """
+        """Blocks of 384 threads: one warpgroup loads, and two have 64 rows each."""
         if SIMULATED:
             find = hopper_backward.backward_blocks
             monkeypatch.setattr(
