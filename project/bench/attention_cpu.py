@@ -267,7 +267,7 @@ def memory_table(rows: list[dict[str, float]]) -> str:
         sizes = [row[name] for name in ("ours", "torch", "standard")]
         one, two, three = sizes
         ratios = [f"{one / two:.2f}", f"{three / one:.1f}"]
-        shown.append([str(row["length"]), *(f"{size:.0f}" for size in sizes), *ratios])
+        shown.append([row["length"], *(f"{size:.0f}" for size in sizes), *ratios])
     return pages.table(titles, shown)
 
 
@@ -287,9 +287,9 @@ def cell_table(modes: dict[str, Any]) -> str:
     rows = []
     for cells in zip(*(measured["cells"] for measured in modes.values()), strict=True):
         c = cells[0]
-        shape = [f"{c['batch']}, {c['heads']}", str(c["head_dim"]), str(c["length"])]
+        shape = [f"{c['batch']}, {c['heads']}", c["head_dim"], c["length"]]
         ratios = [both(cell, "{}_ratio") for cell in cells]
-        rows.append([*shape, pages.yes(c["causal"]), both(c, "{}_ms"), *ratios])
+        rows.append([*shape, c["causal"], both(c, "{}_ms"), *ratios])
     return pages.table([*titles, *(TITLES[mode] for mode in modes)], rows)
 
 

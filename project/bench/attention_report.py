@@ -213,9 +213,9 @@ def cell_table(cells: list[Cell], what: str) -> str:
     others = [name for name in OTHERS if name in ran]
     titles: list[str] = ["D", "N", "causal", *[LABELS.get(name, name) for name in names]]
     titles += [f"{LABELS.get(own, own)} over {LABELS[n]}" for n in others]
-    rows: list[list[str]] = []
+    rows: list[list[Any]] = []
     for cell in cells:
-        row = [str(cell["head_dim"]), str(cell["seqlen_k"]), pages.yes(cell["causal"])]
+        row = [cell["head_dim"], cell["seqlen_k"], cell["causal"]]
         for name in names:
             error = cell[what].get(name, {}).get("error")
             shown = pages.number(tflops(cell, what, name), "{:.0f}")
@@ -232,7 +232,7 @@ def decode_table(cells: list[Cell], copy: float) -> str:
     rows = []
     for cell in cells:
         rates = {n: decode_rate(cell, n) if n in cell["forward"] else None for n in names}
-        row = [str(cell["head_dim"]), cell["dtype"], *(pages.number(r) for r in rates.values())]
+        row = [cell["head_dim"], cell["dtype"], *(pages.number(r) for r in rates.values())]
         rows.append([*row, pages.number((rates.get("ours") or math.nan) / copy)])
     return pages.table(titles, rows)
 

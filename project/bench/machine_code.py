@@ -107,7 +107,7 @@ def instances() -> list[Instance]:
 # ----- compiling -----
 
 
-@lru_cache(maxsize=4)  # the next may be the same kernel for other architectures
+@lru_cache(maxsize=4)  # the next call may want the same for other architectures
 def intermediate(instance: Instance, capability: tuple[int | str, ...] = OLDEST) -> bytes:
     """A kernel's LTO-IR, with the options it was declared with."""
     options = instance.kernel.targetoptions

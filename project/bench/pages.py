@@ -27,20 +27,17 @@ def page(title: str, *paragraphs: str | None) -> str:
     return "\n\n".join([f"# {title}", *filter(None, paragraphs)]) + "\n"
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+def table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown; of truth values it says "yes" or "no"."""
     head = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
-    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
+    words = {"True": "yes", "False": "no"}
+    cells = ([words.get(text, text) for text in map(str, row)] for row in rows)
+    return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in cells)])
 
 
 def number(x: float | None, form: str = "{:.2f}") -> str:
     """A figure, or a dash."""
     return "-" if x is None or math.isnan(x) else form.format(x)
-
-
-def yes(causal: bool) -> str:
-    """A word for the column "causal"."""
-    return "yes" if causal else "no"
 
 
 def source(result: Mapping[str, Any], *more: str) -> str:

@@ -125,7 +125,7 @@ def page(result: pages.Result) -> str:
     for row in result["rows"]:
         times = row["milliseconds"]
         cells = [f"{times[name]:.1f}" if name in times else "" for name in CONTESTANTS]
-        rows.append([row["mode"], str(row["middle"]), *cells, ratio(row)])
+        rows.append([row["mode"], row["middle"], *cells, ratio(row)])
     settings = result["rows"][0]["environment"] if result["rows"] else {}
     return pages.page(
         "One training step",

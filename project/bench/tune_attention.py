@@ -23,6 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `minitorch` is found
 
+from minitorch.kernels.flash_attention import tuning
+from minitorch.kernels.flash_attention.tuning import Entry, Numbers
 from project.arguments import COUNT, POSITIVE, parser_of, real, whole
 from project.bench import attention_contestants as contestants
 from project.bench.attention_parts import HIDDEN, TOKENS
@@ -67,15 +69,10 @@ def forget_choices(module: Any) -> None:
             function.cache_clear()
 
 
-def candidates_of(
-    module: Any, kernel: str, head_dim: int, causal: bool
-) -> tuple[tuple[int, ...], ...]:
+def candidates_of(module: Any, kernel: str, head_dim: int, causal: bool) -> tuple[Numbers, ...]:
     """What a module wants to be tried."""
-    of_kernel = getattr(module, "CANDIDATES", {}).get(kernel, {})
-    found: tuple[tuple[int, ...], ...] = of_kernel.get((head_dim, causal)) or of_kernel.get(
-        head_dim, ()
-    )
-    return found
+    of_kernel: dict[Any, tuple[Numbers, ...]] = getattr(module, "CANDIDATES", {}).get(kernel, {})
+    return of_kernel.get((head_dim, causal)) or of_kernel.get(head_dim, ())
 
 
 def head_dims_of(module: Any, kernel: str) -> list[int]:
@@ -84,12 +81,8 @@ def head_dims_of(module: Any, kernel: str) -> list[int]:
     return sorted({key[0] if isinstance(key, tuple) else key for key in keys})
 
 
-def measure(
-    recorder: Recorder, module: Any, entry: tuple[Any, ...], rounds: int
-) -> dict[tuple[int, ...], float]:
+def measure(recorder: Recorder, module: Any, entry: Entry, rounds: int) -> dict[Numbers, float]:
     """Milliseconds of each candidate for an entry of the table; those that fail are left out."""
-    from minitorch.kernels.flash_attention import tuning
-
     _, kernel, _, head_dim, causal, short = entry
     length = LENGTHS[short]
     case = contestants.Case(TOKENS // length, HIDDEN // head_dim, length, length, head_dim, causal)
@@ -119,7 +112,7 @@ def measure(
     return {numbers: figures[str(numbers)]["ms"] for numbers in running}
 
 
-def entries(arguments: argparse.Namespace) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+def entries(arguments: argparse.Namespace) -> Iterator[tuple[Any, Entry]]:
     """What is to be measured: modules, and entries with more than one candidate."""
     from minitorch.cuda import attention as cuda_attention
     from minitorch.kernels.gpu.runtime import compute_capability
@@ -141,7 +134,6 @@ def entries(arguments: argparse.Namespace) -> Iterator[tuple[Any, tuple[Any, ...
 def main() -> None:
     arguments = parse_arguments()
     from minitorch.cuda import attention as cuda_attention
-    from minitorch.kernels.flash_attention import tuning
 
     require_gpu()
     wanted = list(entries(arguments))
