@@ -85,8 +85,8 @@ def weigher(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
     def weigh(scores, scale, shifts, whole, query, key, band, mask, place):
         if has_mask or (has_edges and not whole):
             scores = masked(scores, query, key, band, mask, place, scale)
-        elif scaled_first:
-            scores = scale_all(scores, scale)
+        elif scaled_first:  # an end of its own: with one for both registers spill at D = 64
+            return exponentials(scale_all(scores, scale), types.float32(1.0), shifts)
         return exponentials(scores, types.float32(1.0) if scaled_first else scale, shifts)
 
     return weigh
