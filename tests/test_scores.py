@@ -91,7 +91,10 @@ def test_numbers_of_an_additive_mask(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_tile_on_the_cpu(dtype: str) -> None:
-    """Tiles that lie across the band, with each kind of mask, broadcast or not."""
+    """Tiles that lie across the band, with each kind of mask, broadcast or not.
+
+    The time that it takes is the compiler's.
+    """
     random = np.random.default_rng(0)
     bools = (random.random(2 * SEQLEN_Q * SEQLEN_K) < 0.6).astype(np.uint8)
     bias = random.normal(size=bools.size).astype(dtype)

@@ -74,19 +74,19 @@ def weigher(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
     `query` and `key` are those of the lane's first score. The scores are scaled and masked as in
     the forward pass, to the last bit.
     """
-    additive, scaled_first, always_masked = kind.additive, kind.scaled_first, kind.mask != "none"
+    scaled_first, has_mask = kind.scaled_first, kind.mask != "none"
     scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
-    masked = mask_scores(kind.mask, tile, keys_are_rows=keys_are_rows)
+    masked = mask_scores(kind.mask, tile, scaled_first, keys_are_rows)
     exponentials = probabilities(kind, tile, keys_are_rows)
     # What is computed for keys past the end is not written, where keys are rows.
     has_edges = kind.banded or not keys_are_rows
 
     @device_function
     def weigh(scores, scale, shifts, whole, query, key, band, mask, place):
-        if scaled_first and not additive:
-            scores = scale_all(scores, scale)
-        if always_masked or (has_edges and not whole):
+        if has_mask or (has_edges and not whole):
             scores = masked(scores, query, key, band, mask, place, scale)
+        elif scaled_first:
+            scores = scale_all(scores, scale)
         return exponentials(scores, types.float32(1.0) if scaled_first else scale, shifts)
 
     return weigh
