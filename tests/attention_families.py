@@ -149,7 +149,8 @@ OF_THE_HOST = tuple(
     f"test_feature[{name}]"
     for name in (
         "mask for every batch", "mask whose batch has no single stride",
-        "heads share keys, a mask that broadcasts, layouts",
+        "heads share keys, a mask that broadcasts, layouts", "layouts",
+        "queries of one batch for two",
     )
 )  # fmt: skip
 SIZES = (1, 16, 40, 64, 96, 128, 160, 256)
@@ -175,7 +176,8 @@ SIMT = Family(
     repeated=(((*BATCHES, 239, 64), (*BATCHES, 128, 64)),), runs=250,
 )  # fmt: skip
 MMA = replace(
-    SIMT, name="mma", thorough=OF_THE_HOST, force=use_mma, dtypes=("float16", "bfloat16", "tf32x3"),
+    SIMT, name="mma", force=use_mma, dtypes=("float16", "bfloat16", "tf32x3"),
+    thorough=(*OF_THE_HOST, "test_every_dtype"),
     shape=(17, 20, 20, 7) if SIMULATED else (150, 339, 20, 7),
     columns=st.integers(1, 24 if SIMULATED else 256),
     value_columns=st.integers(1, 24 if SIMULATED else 256),
@@ -192,7 +194,8 @@ HOPPER = replace(
     longest=(400, 400), columns=st.sampled_from([16, 64]), value_columns=st.sampled_from([16, 64]),
     examples=0 if SIMULATED else 14,
     thorough=(
-        *OF_THE_HOST, "test_every_dtype", "test_rows_that_see_no_key",
+        *OF_THE_HOST, "test_every_dtype", "test_rows_that_see_no_key", "test_feature[scale 0]",
+        "test_feature[no gradient of the logsumexp]", "test_feature[window before the last]",
         "test_dropout_keeps_what_the_mask_says", "test_nothing_outside_of_the_inputs_is_used",
     ) if SIMULATED else (),
     head_sizes=(
@@ -210,7 +213,7 @@ HOPPER = replace(
 )  # fmt: skip
 DECODE = replace(
     SIMT, name="decode", compute=by_decode, force=use(decode, simt), dropout=False,
-    thorough=OF_THE_HOST,
+    thorough=(*OF_THE_HOST, "test_every_dtype"),
     shape=(3, 40, 7, 4) if SIMULATED else (3, 1500, 59, 64),
     longest=(decode.MOST_QUERIES, 40 if SIMULATED else 1500),
     columns=st.sampled_from((1, 4, 7) if SIMULATED else (1, 59, 64, 96, 128, 256)),
