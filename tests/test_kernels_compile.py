@@ -56,13 +56,14 @@ def rare_garbage_collection() -> Iterator[None]:
 
 
 def is_rare(instance: Instance) -> bool:
-    """Whether few users meet it: float64 on a GPU; attention in bfloat16 on Turing, which has no
-    instructions for that, with heads of more than 128 columns, or without tensor cores, and with
-    every feature, in the tiles of the GPUs of data centres.
+    """Whether few users meet it: float64 on a GPU; rows of more than 10,000 columns, but for the
+    classes of a cross entropy; attention in bfloat16 on Turing, which has no instructions for that,
+    with heads of more than 128 columns, or without tensor cores, and with every feature, in the
+    tiles of the GPUs of data centres.
     """
     name, architectures = instance.name, instance.architectures
     if not name.startswith(("flash_", "mma_", "hopper_")):
-        return "float64" in name
+        return "float64" in name or re.search(r"\b(16384|100000)\b", name) is not None
     on_turing = "bfloat16" in name and architectures == ("sm_75",)
     large_heads = re.search(r"\b(192|256)\b", name) is not None
     other_tiles = "80, 40, bool, dropout" in name and "sm_75" not in architectures
