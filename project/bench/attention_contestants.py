@@ -67,6 +67,23 @@ class Contestant:
                 work.close()
 
 
+def entered(name: str, enter: Callable[[], Contestant | None]) -> Contestant | None:
+    """A contestant; None, after a line about it, if it cannot take part.
+
+    Args:
+        name: of the contestant.
+        enter: makes it, or raises.
+
+    """
+    try:
+        return enter()
+    except (
+        Exception
+    ) as error:  # no kernel for the case, no memory: others are measured all the same
+        print(f"  {name}: {(str(error) or repr(error)).splitlines()[0][:120]}", flush=True)
+        return None
+
+
 # ----- ours -----
 
 
@@ -162,8 +179,8 @@ def our_standard(
 
 def pytorchs(
     recorder: Recorder, name: str, case: Case, inputs: list[Any], backward: bool
-) -> Contestant | None:
-    """One of PyTorch's backends, all others switched off; None if it does not take the case.
+) -> Contestant:
+    """One of PyTorch's backends, all others switched off.
 
     Args:
         recorder: makes the graphs.
@@ -171,6 +188,9 @@ def pytorchs(
         case: what is asked for.
         inputs: of `Case.inputs`.
         backward: whether the backward pass is wanted too.
+
+    Raises:
+        RuntimeError: the backend does not take the case.
 
     """
     import torch
@@ -187,9 +207,7 @@ def pytorchs(
     return _recorded(recorder, attend, (q, k, v), inputs[3] if backward else None)
 
 
-def standard(
-    recorder: Recorder, case: Case, inputs: list[Any], backward: bool
-) -> Contestant | None:
+def standard(recorder: Recorder, case: Case, inputs: list[Any], backward: bool) -> Contestant:
     """Standard attention by PyTorch's matmul, softmax, dropout and matmul; not causal."""
     import torch
 
@@ -206,24 +224,18 @@ def standard(
 
 def _recorded(
     recorder: Recorder, attend: Callable[[], Any], leaves: Any, grad_out: Any
-) -> Contestant | None:
-    """Graphs of a function of PyTorch's and of its gradients; None if it raises."""
+) -> Contestant:
+    """Graphs of a function of PyTorch's and of its gradients."""
     import torch
 
-    try:
-        forward = recorder.torch_graph(attend)
-        if grad_out is None:
-            return Contestant(forward, None)
-        out = forward.results
-        return Contestant(
-            forward,
-            recorder.torch_graph(
-                lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
-            ),
-        )
-    except RuntimeError as error:  # no kernel of this backend, or no memory
-        print("  " + str(error).splitlines()[0][:120], flush=True)
-        return None
+    forward = recorder.torch_graph(attend)
+    if grad_out is None:
+        return Contestant(forward, None)
+    out = forward.results
+    return Contestant(
+        forward,
+        recorder.torch_graph(lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True)),
+    )
 
 
 # ----- correctness -----

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from project.bench.attention_contestants import Case, Contestant
 from project.bench.attention_report import PASSES, decode_rate, tflops
 from project.bench.pages import number
 from project.bench.processes import in_child
-from project.bench.timing import Recorder, Work
+from project.bench.timing import Recorder
 
 Cells = Iterator[dict[str, Any]]
 COMMAND = str(Path(__file__).resolve().with_name("attention_cuda.py"))
@@ -45,11 +46,7 @@ def measure(
     torch.cuda.synchronize()
     running: dict[str, Contestant] = {}
     for name, enter in entrants.items():
-        try:
-            made = enter(recorder, case, inputs, backward)
-        except Exception as error:  # the others are measured all the same
-            print(f"  {name}: {(str(error) or repr(error)).splitlines()[0][:120]}", flush=True)
-            continue
+        made = contestants.entered(name, partial(enter, recorder, case, inputs, backward))
         if made is not None:
             running[name] = made
     cell: dict[str, Any] = asdict(case)
@@ -281,12 +278,8 @@ def measure_triton(recorder: Recorder, arguments: argparse.Namespace) -> Cells:
         if case.causal:
             shape = (None, None, case.seqlen_q, case.seqlen_k)
             mask = flex.create_block_mask(lambda b, h, i, j: i >= j, *shape)
-        try:
-            work: Work = recorder.torch_graph(lambda: compiled(q, k, v, block_mask=mask))
-        except Exception as error:  # Triton, or the compiler that it needs, is not there
-            print("  " + str(error).splitlines()[0][:120], flush=True)
-            return None
-        return Contestant(work, None)
+        # Raises where Triton, or the compiler that it needs, is not there.
+        return Contestant(recorder.torch_graph(lambda: compiled(q, k, v, block_mask=mask)), None)
 
     entrants = {"triton": enter, **entrants_of(["ours"], [])}
     for case in cases([4096], [64, 128], dtype=arguments.dtype, seed=arguments.seed):

@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `minitor
 
 from project.arguments import SHARE, Range, parser_of, real, whole
 from project.bench import pages
-from project.bench.attention_contestants import OURS, PYTORCH, Case, ours, pytorchs
+from project.bench.attention_contestants import OURS, PYTORCH, Case, entered, ours, pytorchs
 from project.bench.attention_parts import HIDDEN, TOKENS
 from project.bench.machine import gpu_machine
 from project.bench.timing import require_gpu
@@ -91,12 +92,10 @@ def run(arguments: argparse.Namespace) -> None:
         TOKENS // arguments.seqlen, heads, arguments.seqlen, arguments.seqlen,
         arguments.head_dim, arguments.causal, dropout_p=arguments.dropout_p,
     )  # fmt: skip
-    inputs, once = case.inputs(), OneCall()
-    for made in (
-        ours(once, arguments.ours, case, inputs, arguments.backward),  # type: ignore[arg-type]
-        pytorchs(once, arguments.theirs, case, inputs, arguments.backward),  # type: ignore[arg-type]
-    ):
-        if made is None:
+    inputs = case.inputs()
+    once: Any = OneCall()
+    for name, enter in ((arguments.ours, ours), (arguments.theirs, pytorchs)):
+        if entered(name, partial(enter, once, name, case, inputs, arguments.backward)) is None:
             raise SystemExit("a contestant does not compute this case here")
 
 

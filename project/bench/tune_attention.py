@@ -18,6 +18,7 @@ import pprint
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,8 @@ def measure(recorder: Recorder, module: Any, entry: Entry, rounds: int) -> dict[
     for numbers in candidates_of(module, kernel, head_dim, causal):
         tuning.TABLE[entry] = numbers
         forget_choices(module)
-        try:
-            made = contestants.ours(
-                recorder, module.NAME, case, inputs, backward=kernel != "forward"
-            )
-        except Exception as error:  # a candidate that does not fit is out of the race
-            print(f"  {numbers}: {(str(error) or repr(error)).splitlines()[0][:90]}", flush=True)
-            continue
+        enter = partial(contestants.ours, recorder, module.NAME, case, inputs, kernel != "forward")
+        made = contestants.entered(str(numbers), enter)
         if made is not None:
             running[numbers] = made
     tuning.TABLE.pop(entry, None)
