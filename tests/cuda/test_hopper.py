@@ -96,8 +96,8 @@ WARPGROUP = 128
 
 def dropped(columns: int, keys_are_rows: bool) -> Any:
     """Kernel: 1 where a weight of the tile at (row0, column0) is kept, else 0, as (64, columns)."""
-    tile, drop_some = RegisterTile(columns), drop(1, columns)
-    bits_of, drop_by = keep_bits_of_keys(columns), drop_by_bits(columns)
+    tile = RegisterTile(columns)
+    drop_some, bits_of, drop_by = drop(tile), keep_bits_of_keys(tile), drop_by_bits(tile)
     ones = tile.each(lambda x: x + 1.0, tile.type)
     zero, count = tile.zero, tile.registers
 
