@@ -71,9 +71,9 @@ FEATURES: dict[str, dict[str, Any]] = {
     "layouts": {"leading": ((1, 2),) * 2, "layouts": ("heads", "part", "transposed", "heads")},
 }  # fmt: skip
 
-# Errors of rounding where P is 0 or 1, and of 16-bit numbers of such a sum.
 # Beyond it P of float16 has no room for scores (3e8); float64's reference rounds as much itself.
 LARGEST_TIES = {"float16": 3e2, "float64": 3e2}
+# Errors of rounding where P is 0 or 1, and of 16-bit numbers of such a sum.
 ROUNDED = {"float16": 6e-4, "bfloat16": 5e-3, "float32": 1e-5, "float64": 1e-12, "tf32x3": 1e-5}
 large = pytest.mark.large
 
