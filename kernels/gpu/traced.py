@@ -56,8 +56,8 @@ if SIMULATED:
         return yes if condition else no
 
     def maximum(a: Any, b: Any) -> Any:
-        """The larger; the other one if one is NaN."""
-        return np.fmax(a, b)
+        """The larger; the other one if one is NaN. Of two Python floats, too, a float32."""
+        return np.fmax(np.float32(a), np.float32(b))
 
     def fma(a: Any, b: Any, c: Any) -> Any:
         """A * b + c, rounded once."""
