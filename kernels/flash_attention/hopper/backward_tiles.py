@@ -79,15 +79,20 @@ def weigher(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
     masked = mask_scores(kind.mask, tile, scaled_first, keys_are_rows)
     exponentials = probabilities(kind, tile, keys_are_rows)
     # What is computed for keys past the end is not written, where keys are rows.
-    has_edges = kind.banded or not keys_are_rows
+    has_edges, one = kind.banded or not keys_are_rows, types.float32(1.0)
+    # Whole tiles may have exponentials of their own, right behind their product. At D = 64 that is
+    # 4% faster, with dropout 5% slower; and scaled first, registers spill without.
+    apart = not kind.dropout
 
     @device_function
     def weigh(scores, scale, shifts, whole, query, key, band, mask, place):
         if has_mask or (has_edges and not whole):
             scores = masked(scores, query, key, band, mask, place, scale)
-        elif scaled_first:  # an end of its own: with one for both registers spill at D = 64
-            return exponentials(scale_all(scores, scale), types.float32(1.0), shifts)
-        return exponentials(scores, types.float32(1.0) if scaled_first else scale, shifts)
+        elif scaled_first:
+            return exponentials(scale_all(scores, scale), one, shifts)
+        elif apart:
+            return exponentials(scores, scale, shifts)
+        return exponentials(scores, one if scaled_first else scale, shifts)
 
     return weigh
 
