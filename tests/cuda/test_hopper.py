@@ -45,7 +45,13 @@ SIZES = {
 class TestHopper(Rules):
     family = HOPPER
 
-    @pytest.mark.parametrize("name", SIZES)
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(n, marks=[pytest.mark.thorough] * (n in ("long rows", "two head sizes")))
+            for n in SIZES
+        ],
+    )
     def test_sizes(self, name: str) -> None:
         nq, nk, d, dv = SIZES[name]
         check(HOPPER, [(1, 1, nq, d), (1, 1, nk, d), (1, 1, nk, dv)], "float16")
@@ -61,7 +67,9 @@ class TestHopper(Rules):
             )
         check(HOPPER, [(1, 1, 70, 64), (1, 1, 80, 64), (1, 1, 80, 64)], "float16")
 
-    @pytest.mark.parametrize(("nq", "nk"), [(135, 150), (70, 150)])
+    @pytest.mark.parametrize(
+        ("nq", "nk"), [(135, 150), pytest.param(70, 150, marks=pytest.mark.thorough)]
+    )
     def test_tiles_that_a_band_leaves_out(self, nq: int, nk: int) -> None:
         """The forward pass alone, since the simulator takes long for such a backward pass."""
         for options in ({"is_causal": True}, {"window": (40, 10)}):
