@@ -52,13 +52,8 @@ def run_script(**environment: str) -> list[str]:
 @pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="names of x86 processors"
 )
-@pytest.mark.parametrize(
-    "name, lanes, fma",
-    [
-        pytest.param("haswell", "8", "True", marks=pytest.mark.thorough),
-        ("x86-64", "4", "False"),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("name, lanes, fma", [("haswell", "8", "True"), ("x86-64", "4", "False")])
 def test_older_processors(name: Any, lanes: Any, fma: Any) -> None:
     """It takes 10 s, since both passes are compiled for that processor."""
     assert run_script(NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES="")[:2] == [lanes, fma]

@@ -189,6 +189,7 @@ def test_pieces_are_trained_and_sampled(
     assert "日本" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_compare_shows_the_same_loss(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = {k: v for k, v in TINY.items() if not k.endswith("_every")}
     values |= {"data": text, "steps": 2, "dtype": "float64"}

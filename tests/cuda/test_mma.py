@@ -33,7 +33,7 @@ class TestMma(Rules):
         ("tiles", "dtype"),
         [
             (Tiles(32, 16, 1, 2), "float16"),
-            (Tiles(32, 32, 2, 1), "tf32x3"),
+            pytest.param(Tiles(32, 32, 2, 1), "tf32x3", marks=pytest.mark.thorough),
             (Tiles(32, 16, 1, 1, in_registers=True, lazy=True), "float16"),
             (Tiles(16, 16, 1, 2, parts=2), "bfloat16"),
         ],
