@@ -24,7 +24,7 @@ help:
 	@echo "make test       linter, formatter, type checker and tests; no GPU needed. Its parts:"
 	@echo "                lint, types, unit, compile (GPU kernels for five architectures),"
 	@echo "                simulator (GPU kernels in numba's simulator)"
-	@echo "make test-all   the same, with kernels in kinds that few users meet"
+	@echo "make test-all   the same, with kernels in kinds that few users meet and more examples"
 	@echo "make bounds     the tests of CPU kernels with every index checked; compiles all anew"
 	@echo "make test-gpu   the GPU tests on the GPU"
 	@echo "make sanitize   the same, small ones, under compute-sanitizer: memcheck and racecheck"
@@ -39,7 +39,8 @@ train: $(VENV)/train.stamp
 	$(BIN)/python project/run_transformer.py train --out $(OUT) \
 	$(if $(FRESH),--overwrite,$(if $(wildcard $(OUT)/checkpoint.safetensors),--resume))
 
-# What `make test` leaves out, kernels in kinds that few users meet, `make test-all` runs as well.
+# What `make test` leaves out, kernels in kinds that few users meet and examples of a rule that others
+# show, `make test-all` runs as well.
 COMMON := -m "not thorough"
 test-all:
 	@$(MAKE) --no-print-directory test COMMON=
@@ -50,7 +51,7 @@ test: $(VENV)/dev.stamp
 
 # On a machine with a GPU this runs tests/cuda on it, too.
 unit: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest --ignore tests/test_kernels_compile.py
+	$(BIN)/python -m pytest --ignore tests/test_kernels_compile.py $(COMMON)
 
 # Two processes, since it is the longest part; so is the simulator's.
 compile: $(VENV)/dev.stamp
@@ -60,14 +61,14 @@ compile: $(VENV)/dev.stamp
 # is not installed (macOS) it is numba's own, in which some of the tests run once more.
 SIMULATE := NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 simulator: $(VENV)/dev.stamp
-	$(SIMULATE) tests/cuda
+	$(SIMULATE) tests/cuda $(COMMON)
 	$(SIMULATE) -p tests.cuda.own_simulator \
-	tests/cuda/test_simulator.py tests/cuda/test_fused_cuda.py
+	tests/cuda/test_simulator.py tests/cuda/test_fused_cuda.py tests/cuda/test_sums_cuda.py
 
 # A cache of its own, since numba's does not tell code that checks from code that does not. What
 # intrinsics read and write (kernels/cpu/simd.py) is not checked here; it is without compilation, where
 # numpy does it (tests/test_without_jit.py).
-BOUNDED := conv fast_ops flash_attention_kernels functions_grad fused_checks fused_kernels optim simd
+BOUNDED := attention_cpu conv fast_ops functions_grad fused_checks fused_kernels optim simd
 bounds: $(VENV)/dev.stamp
 	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(CURDIR)/.bounds_cache $(BIN)/python -m pytest \
 	$(BOUNDED:%=tests/test_%.py) --numprocesses 2 --dist worksteal
@@ -105,19 +106,19 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 bench: $(VENV)/bench.stamp
-	$(BIN)/python project/bench_attention.py
-	$(BIN)/python project/bench_transformer.py
+	$(BIN)/python project/bench/attention_cpu.py
+	$(BIN)/python project/bench/transformer_cpu.py
 	$(BIN)/python project/run_transformer.py train --out runs/bench --overwrite \
 		--record project/results/training_cpu.md
-	$(BIN)/python project/readme_tables.py
+	$(BIN)/python project/bench/results.py
 
 # PyTorch's default build, with CUDA.
 bench-gpu: $(VENV)/gpu.stamp
 	$(PIP) install 'torch>=2.9'
-	$(BIN)/python project/bench_cuda_ops.py
-	$(BIN)/python project/bench_attention.py --device cuda
-	$(BIN)/python project/bench_training_cuda.py
-	$(BIN)/python project/readme_tables.py
+	$(BIN)/python project/bench/ops_cuda.py
+	$(BIN)/python project/bench/attention_cuda.py
+	$(BIN)/python project/bench/training_cuda.py
+	$(BIN)/python project/bench/results.py
 
 doctor: $(VENV)/train.stamp
 	$(BIN)/python -m minitorch doctor
@@ -138,12 +139,13 @@ $(VENV)/python.stamp:
 	$(PYTHON) -m venv --clear $(VENV)
 	@touch $@
 
+# Python compiles the modules that it imports; pip would compile all, for 20 s.
 $(VENV)/train.stamp $(VENV)/dev.stamp: $(VENV)/%.stamp: $(VENV)/python.stamp setup.py pyproject.toml
-	$(PIP) install --editable '.[$*]'
+	$(PIP) install --no-compile --editable '.[$*]'
 	@touch $@
 
 $(VENV)/gpu.stamp: $(VENV)/python.stamp setup.py pyproject.toml
-	$(PIP) install --editable '.[dev,cuda]'
+	$(PIP) install --no-compile --editable '.[dev,cuda]'
 	@touch $@
 
 $(VENV)/bench.stamp: $(VENV)/python.stamp setup.py pyproject.toml

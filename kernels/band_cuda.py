@@ -61,6 +61,3 @@ def instances() -> Iterator[Instance]:
         whole = (types.int64,) * 4
         signature = (array, array, *whole, types.float64)
         yield Instance(f"band_fill[{dtype}]", fill_kernel(dtype), signature, 64)
-
-
-__all__ = ["fill", "instances"]

@@ -37,7 +37,7 @@ from .gpu.runtime import (
     precision,
     types,
 )
-from .gpu.vectors import BYTES, vector_access
+from .gpu.vectors import BYTES, longest_vector, vector_access
 
 MOST_THREADS = 8 if SIMULATED else 256
 BAND = 2 if SIMULATED else 16  # tiles
@@ -234,7 +234,7 @@ def instances() -> Iterator[Instance]:
     """Kernels for the compile tests: transpositions, and casts from and to float32."""
     for dtype in ("float32", "float64", "float16", "bfloat16"):
         array = precision(dtype).array
-        most = BYTES // precision(dtype).storage.itemsize
+        most = longest_vector(dtype)
         for dims, lanes in ((1, 1), (1, most), (2, most)) if dtype == "float32" else ((1, most),):
             ints = types.UniTuple(types.int64, dims)
             yield Instance(

@@ -164,7 +164,7 @@ def instances() -> Iterator[Instance]:
     size, target = types.int64, precision("float32").array
     error = types.Array(types.int32, 1, "C")
     for name in ("float32", "float64", "float16", "bfloat16"):
-        array, real = precision(name).array, precision(precision(name).real.name).array
+        array, real = precision(name).array, precision(name).real_array
         for classes in (65, 10_000, 50_257) if name == "float32" else (50_257,):
             shape = row_shape(name, classes, FORWARD_BYTES)
             yield Instance(

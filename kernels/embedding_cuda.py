@@ -26,7 +26,7 @@ from .gpu.runtime import (
     precision,
     types,
 )
-from .gpu.vectors import BYTES, vector_access
+from .gpu.vectors import longest_vector, vector_access
 
 ERROR_BIT = 1  # of the device's word of errors: an id that is no row of the table
 WARPS = 2 if SIMULATED else 4  # of a block, one token or one row of the table each
@@ -64,7 +64,7 @@ def forward(
     """
     if tokens and width:
         launch(
-            forward_kernel(precision_name, id_name, _vector(precision_name, width)),
+            forward_kernel(precision_name, id_name, longest_vector(precision_name, width)),
             ceil_div(tokens, WARPS), (WARP, WARPS),
             ids, weight, y, error, tokens, width, num_embeddings,
         )  # fmt: skip
@@ -182,7 +182,7 @@ def backward(
         return
     parts = workspace(tokens, num_embeddings)
     places = (parts.totals, parts.starts, parts.ranks, parts.order)
-    vector = _vector(precision_name, width)
+    vector = longest_vector(precision_name, width)
     across = ceil_div(width, WARP * vector)
     if tokens:
         rounds = ceil_div(ceil_div(tokens, CHUNK), parts.chunks)
@@ -417,13 +417,6 @@ def row_kernel(precision_name: str, vector: int) -> Any:
     return embedding_rows
 
 
-def _vector(precision_name: str, width: int) -> int:
-    vector = BYTES // precision(precision_name).storage.itemsize
-    while width % vector:
-        vector //= 2
-    return vector
-
-
 def instances() -> Iterator[Instance]:
     """Rows of an odd width, and of whole vectors."""
     size, ids = types.int64, precision("float32").array
@@ -433,8 +426,8 @@ def instances() -> Iterator[Instance]:
     yield Instance("embedding_starts", starts_kernel(), (work, *places, size))
     yield Instance("embedding_order", order_kernel("float32"), (ids, work, *places, *three))
     for name in ("float32", "float64", "float16", "bfloat16"):
-        array, partials = precision(name).array, precision(precision(name).real.name).array
-        largest = BYTES // precision(name).storage.itemsize
+        array, partials = precision(name).array, precision(name).real_array
+        largest = longest_vector(name)
         for vector in (1, largest) if name == "float32" else (largest,):
             yield Instance(
                 f"embedding_forward[{name}, {vector}]",

@@ -35,7 +35,7 @@ from .gpu.runtime import (
     types,
 )
 from .gpu.scalar import scalar_function
-from .gpu.vectors import BYTES, vector_load_or
+from .gpu.vectors import BYTES, longest_vector, vector_load_or
 
 THREADS = 32 if SIMULATED else 256
 TREE = 8 if SIMULATED else WARP  # threads that meet by shuffles
@@ -314,7 +314,7 @@ def instances(folds: Iterable[Callable[[float, float], float]]) -> Iterator[Inst
     """Kernels of these functions: the first in every layout and dtype, the others in float32."""
     for number, fn in enumerate(folds):
         for dtype in ("float32", "float64", "float16", "bfloat16") if number == 0 else ("float32",):
-            partial, lanes = workspace_dtype(dtype), BYTES // precision(dtype).storage.itemsize
+            partial, lanes = workspace_dtype(dtype), longest_vector(dtype)
             yield _instance(fn, dtype, dtype, 1, lanes, 8, along_row=False, final=True)
             yield _instance(fn, partial, dtype, 2, lanes, 32, along_row=True, final=False)
     yield _instance(fn, "float32", "float32", 3, 1, 1, along_row=False, final=True)

@@ -42,7 +42,7 @@ from .gpu.runtime import (
     precision,
     types,
 )
-from .gpu.vectors import BYTES, vector_access
+from .gpu.vectors import longest_vector, vector_access
 from .reduce_cuda import FOLD_COLUMNS, FOLD_SIZE, FOLD_THREADS, fold
 
 FORWARD_BYTES = 128  # of a row that a thread keeps, in its registers
@@ -210,8 +210,7 @@ def blocks_at_once(precision_name: str, shape: RowShape) -> int:
 
 def _blocks_by_registers(precision_name: str, shape: RowShape) -> int:
     """Of a multiprocessor; the compiler is told, and keeps to it."""
-    threads = shape.threads * shape.rows
-    return max(1, REGISTERS // (_registers(precision_name, shape) * threads))
+    return max(1, REGISTERS // (_registers(precision_name, shape) * shape.threads * shape.rows))
 
 
 def _registers(precision_name: str, shape: RowShape) -> int:
@@ -321,10 +320,9 @@ def _team_sums(precision_name: str, shape: RowShape) -> tuple[Any, Any, Any]:
     number n. The sums lie in pieces of 16 bytes, those of neighbouring threads side by side: thus a
     warp's are in different banks.
     """
-    real, count, vector, threads = (
-        precision(precision_name).real, shape.values, shape.vector, shape.threads,
-    )  # fmt: skip
-    piece, width = min(vector, BYTES // precision(real.name).storage.itemsize), shape.tile
+    real, count = precision(precision_name).real, shape.values
+    vector, threads = shape.vector, shape.threads
+    piece, width = min(vector, longest_vector(real.name)), shape.tile
     load, store = vector_access(piece)
     kept = sums_in_registers(precision_name, shape)
 
@@ -469,8 +467,9 @@ def instances() -> Iterator[Instance]:
     size, eps = types.int64, types.float64
     lengths = {"float32": (63, 384, 1024, 16384, 100_000), "float64": (1024, 100_000)}
     for name in ("float32", "float64", "float16", "bfloat16"):
-        array, sums = precision(name).array, precision(precision(name).real.name).array
-        for weight_name in sorted({name, precision(name).real.name}):
+        number = precision(name)
+        array, sums = number.array, number.real_array
+        for weight_name in sorted({name, number.real.name}):
             weight = precision(weight_name).array
             for columns in lengths.get(name, (384,)):
                 yield Instance(
@@ -479,11 +478,8 @@ def instances() -> Iterator[Instance]:
                     (array, weight, weight, eps, array, sums, sums, size, size),
                 )
                 yield _backward_instance(name, weight_name, columns, 47 * 1024)
-            fold_of = fold_kernel(precision(name).real.name, weight_name)
-            if name == weight_name:
-                yield Instance(
-                    f"layernorm_fold[{name}]", fold_of, (sums, weight, weight, size, size)
-                )
+        fold_of = fold_kernel(number.real.name, name)
+        yield Instance(f"layernorm_fold[{name}]", fold_of, (sums, array, array, size, size))
     # More memory makes other shapes.
     for name, columns in (("float32", 1024), ("float32", 16384), ("bfloat16", 16384)):
         yield _backward_instance(name, name, columns, 226 * 1024, ("sm_90a",))
@@ -493,12 +489,11 @@ def _backward_instance(
     name: str, weight_name: str, columns: int, room: int, architectures: tuple[str, ...] = ()
 ) -> Instance:
     """The backward pass where a block has `room` bytes of shared memory."""
-    number, size = precision(name), types.int64
-    array, sums = number.array, precision(number.real.name).array
-    weight = precision(weight_name).array
+    array, sums, size = precision(name).array, precision(name).real_array, types.int64
+    weight, eps = precision(weight_name).array, types.float64
     return Instance(
         f"layernorm_backward[{name}, {weight_name}, {columns}, {room // 1024} KB]",
         backward_kernel(name, weight_name, backward_shape(name, columns, room)),
-        (array, array, weight, sums, sums, types.float64, array, sums, size, size),
+        (array, array, weight, sums, sums, eps, array, sums, size, size),
         architectures=architectures,
     )

@@ -24,7 +24,7 @@ from .gpu.runtime import (
     precision,
     types,
 )
-from .gpu.vectors import BYTES, vector_access
+from .gpu.vectors import longest_vector, vector_access
 
 FOLD_COLUMNS = WARP  # threads of a block along the columns
 FOLD_THREADS = 2 if SIMULATED else 16  # along the rows
@@ -66,7 +66,7 @@ def fold(real: Any, width: int) -> Any:
 
 def column_parts(precision_name: str, rows: int, columns: int) -> int:
     """How many parts of the rows `column_sums` adds up by themselves, at least 1."""
-    across = ceil_div(columns, FOLD_COLUMNS * _vector(precision_name, columns))
+    across = ceil_div(columns, FOLD_COLUMNS * longest_vector(precision_name, columns))
     return max(1, min(ceil_div(rows, AHEAD * FOLD_THREADS), MOST_BLOCKS // across, MOST_PARTS))
 
 
@@ -105,19 +105,12 @@ def column_sums(
 def _column_sums(
     precision_name: str, out_name: str, x: Any, out: Any, rows: int, columns: int, parts: int
 ) -> None:
-    vector = _vector(precision_name, columns)
+    vector = longest_vector(precision_name, columns)
     launch(
         column_sums_kernel(precision_name, out_name, vector),
         (ceil_div(columns, FOLD_COLUMNS * vector), parts), (FOLD_COLUMNS, FOLD_THREADS),
         x, out, rows, columns,
     )  # fmt: skip
-
-
-def _vector(precision_name: str, columns: int) -> int:
-    vector = BYTES // precision(precision_name).storage.itemsize
-    while columns % vector:
-        vector //= 2
-    return vector
 
 
 @cache
@@ -197,7 +190,7 @@ def sum_of_squares_kernel(precision_name: str) -> Any:
     """One sum a block."""
     number = precision(precision_name)
     real, to_real, storage = number.real, number.load, number.storage
-    vector = BYTES // storage.itemsize
+    vector = longest_vector(precision_name)
     load_vector, _ = vector_access(vector)
     add = team_sum(precision_name, THREADS)
 
@@ -256,9 +249,8 @@ def instances() -> Iterator[Instance]:
     for name in ("float32", "float64", "float16", "bfloat16"):
         number = precision(name)
         real = number.real.name
-        partials = precision(real).array
         for out_name in sorted({name, real}):
-            for vector in (1, 4) if name == "float32" else (BYTES // number.storage.itemsize,):
+            for vector in (1, 4) if name == "float32" else (longest_vector(name),):
                 yield Instance(
                     f"column_sums[{name} to {out_name}, {vector}]",
                     column_sums_kernel(name, out_name, vector),
@@ -267,7 +259,7 @@ def instances() -> Iterator[Instance]:
         yield Instance(
             f"sum_of_squares[{name}]",
             sum_of_squares_kernel(name),
-            (number.array, size, partials, size, precision("float32").array),
+            (number.array, size, number.real_array, size, precision("float32").array),
         )
     for name in ("float32", "float64"):
         array = precision(name).array

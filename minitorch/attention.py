@@ -23,8 +23,8 @@ from .kernels.flash_attention.problem import (
     checked_dropout_p,
     checked_flag,
     checked_seed,
-    mask_numbers,
 )
+from .kernels.flash_attention.scores import mask_numbers
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
 from .tensor_data import TensorData
@@ -166,7 +166,7 @@ def describe(
         key.shape,
         value.shape,
         query.dtype,
-        attn_mask=None if attn_mask is None else _mask_description(attn_mask),
+        attn_mask=_checked_mask(attn_mask),
         is_causal=is_causal,
         dropout_p=dropout_p,
         scale=scale,
@@ -193,24 +193,14 @@ def _native(mask: Any, dtype: np.dtype[Any]) -> Any:
     return mask
 
 
-def _mask_description(mask: Any) -> npt.NDArray[Any]:
-    """An array with the shape and the kind of dtype of a mask, a Tensor or an array, and with
-    elements that nobody reads: they may be on the GPU.
-
-    Raises:
-        TypeError: it is neither.
-
-    """
+def _checked_mask(mask: Any) -> Any:
+    """The mask itself; TypeError if it is neither a Tensor nor an array."""
     if isinstance(mask, np.ma.MaskedArray):
         raise TypeError(
             "attn_mask is a masked array of numpy: fill it first, attn_mask.filled(...)"
         )
-    if isinstance(mask, np.ndarray):
+    if mask is None or isinstance(mask, np.ndarray | TensorData) or hasattr(mask, "_tensor"):
         return mask
-    if hasattr(mask, "_tensor"):
-        return np.broadcast_to(np.float32(0), mask.shape)
-    if isinstance(mask, TensorData):  # what interop.py imports
-        return np.broadcast_to(np.zeros((), mask.dtype), mask.shape)
     raise TypeError(
         f"attn_mask must be a minitorch.Tensor or a numpy array, got {type_name(mask)}: "
         "np.asarray makes an array, minitorch.as_tensor a Tensor"
@@ -237,8 +227,7 @@ def _as_tensor(mask: Any, like: Tensor) -> Tensor:
 def _dropout_factors(weights: Tensor, problem: AttentionProblem) -> Tensor:
     """0 for a dropped weight, 1 / (1 - dropout_p) for a kept one; made on the host."""
     kept = attention_dropout_mask(weights.shape, problem.dropout_p, problem.seed)
-    factor = 0.0 if problem.dropout_p == 1 else 1 / (1 - problem.dropout_p)
-    return weights._from_numpy((kept * factor).astype(weights.dtype))
+    return weights._from_numpy((kept * problem.keep_scale).astype(weights.dtype))
 
 
 def attention_dropout_mask(

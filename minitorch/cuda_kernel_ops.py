@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cuda.attention import CudaAttentionOps
+from .cuda import attention
 from .cuda.device_array import DeviceArray, error_word
-from .cuda.matmul import contiguous
+from .cuda.storage import contiguous, in_dtype
 from .cuda.views import contiguous_data, device_storage, gradient_memory
 from .cuda_ops import CudaOps
 from .dtypes import HALF_DTYPES, layer_dtype
@@ -43,9 +43,7 @@ def _elements(t: Tensor, dtype: DType | None = None) -> DeviceArray:
     """The elements of a tensor in row-major order, in `dtype`, where kernels can read 16 bytes at
     a time: the tensor's own memory if that is so already.
     """
-    data = t._tensor
-    if dtype is not None and data.dtype != dtype:
-        data = t.backend.ops.cast(t, dtype)._tensor
+    data = t._tensor if dtype is None else in_dtype(t._tensor, dtype)
     storage = device_storage(contiguous(data))
     if storage.size != data.size:
         storage = storage[: data.size]
@@ -125,12 +123,18 @@ def _mask_operand(
 # ----- operations -----
 
 
-class CudaKernelOps(CudaAttentionOps, CudaOps):
+class CudaKernelOps(CudaOps):
     """Tensors on the GPU, every fused operation by a kernel of its own.
 
     Without a GPU `TensorBackend(CudaKernelOps)` computes with `FastOps`, so that programs and tests
     that make it run anywhere.
     """
+
+    @staticmethod
+    def check_class_numbers(ids: Tensor, num_classes: int, name: str) -> None:
+        """Nothing is read here: the kernels that use the numbers report bad ones
+        (`device_array.error_word`).
+        """
 
     # ----- softmax -----
 
@@ -187,11 +191,6 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
         )
         return _output(inp, out, inp.shape)
 
-    @classmethod
-    def attn_softmax_bw(cls, out_grad: Tensor, soft_inp: Tensor) -> Tensor:
-        """See `FusedOps.attn_softmax_bw`."""
-        return cls.softmax_backward(out_grad, soft_inp, soft_inp.dims - 1)
-
     # ----- layer norm -----
 
     @staticmethod
@@ -241,11 +240,10 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
             dx.array, partials.array, device_storage(dgamma).array, device_storage(dbeta).array,
             rows, columns,
         )  # fmt: skip
-        of_gamma, of_beta = gamma._new(dgamma), beta._new(dbeta)
         return (
             _output(inp, dx, inp.shape),
-            of_gamma if gamma.dtype == weight else gamma.backend.ops.cast(of_gamma, gamma.dtype),
-            of_beta if beta.dtype == weight else beta.backend.ops.cast(of_beta, beta.dtype),
+            _in_dtype(gamma._new(dgamma), gamma.dtype),
+            _in_dtype(beta._new(dbeta), beta.dtype),
         )
 
     # ----- GELU -----
@@ -274,11 +272,6 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
         offset = device_offset().array
         dropout_cuda.forward(x.dtype.name, source.array, out.array, x.size, p, seed, offset)
         return _output(x, out, x.shape)
-
-    @classmethod
-    def dropout_backward(cls, grad: Tensor, p: float, seed: int) -> Tensor:
-        """See `StorageOps.dropout_backward`."""
-        return cls.dropout_forward(grad, p, seed)
 
     # ----- embedding -----
 
@@ -346,17 +339,7 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
 
     @staticmethod
     def adamw_step(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: int,
+        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any
     ) -> None:
         """See `FusedOps.adamw_step`.
 
@@ -367,24 +350,16 @@ class CudaKernelOps(CudaAttentionOps, CudaOps):
         p, g = _elements_in_place(param, "param"), _elements(grad, param.dtype)
         m = _elements_in_place(exp_avg, "exp_avg")
         v = _elements_in_place(exp_avg_sq, "exp_avg_sq")
-        adamw_cuda.step(
-            param.dtype.name,
-            p.array,
-            g.array,
-            m.array,
-            v.array,
-            param.size,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            step=step,
-        )
+        adamw_cuda.step(param.dtype.name, p.array, g.array, m.array, v.array, param.size, **numbers)
+
+    # ----- attention -----
+
+    flash_attention_forward = staticmethod(attention.flash_attention_forward)
+    flash_attention_backward = staticmethod(attention.flash_attention_backward)
 
 
 def _in_dtype(t: Tensor, dtype: DType) -> Tensor:
-    return t if t.dtype == dtype else t.backend.ops.cast(t, dtype)
+    return t if t.dtype == dtype else t._new(in_dtype(t._tensor, dtype))
 
 
 def _weight_dtype(inp: Tensor, gamma: Tensor) -> DType:
@@ -393,6 +368,3 @@ def _weight_dtype(inp: Tensor, gamma: Tensor) -> DType:
     """
     wide = inp.dtype in HALF_DTYPES and gamma.dtype not in (inp.dtype, *HALF_DTYPES)
     return np.dtype(np.float32) if wide else inp.dtype
-
-
-__all__ = ["CudaKernelOps"]

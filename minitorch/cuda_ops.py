@@ -1,5 +1,8 @@
 """`CudaOps`, the backend of MiniTorch's GPU module: map, zip, reduce and matrix products on the
-GPU, and the module's two exercises. Fused operations have no kernel here, see `cuda_kernel_ops`.
+GPU, and the module's two exercises. Fused operations have no kernel here, but for linear layers:
+they are those of `FusedOps`, on the host; `cuda_kernel_ops` has kernels for them.
+
+The class is a table: which operation is which function of `minitorch/cuda/`.
 """
 
 from __future__ import annotations
@@ -8,32 +11,58 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import operators
+from .cuda import elementwise, matmul, storage
 from .cuda.device_array import DeviceArray
 from .cuda.elementwise import tensor_map, tensor_reduce, tensor_zip
-from .cuda.matmul import CudaMatMulOps
 from .cuda.views import contiguous_data, device_storage, dtype_name
 from .fast_ops import FastOps
 from .kernels import elementwise_cuda, fold_cuda, practice_cuda
 from .kernels.gpu import runtime
 from .kernels.practice_cuda import THREADS_PER_BLOCK
 from .tensor_data import TensorData
+from .tensor_ops import TensorOps
 
 if TYPE_CHECKING:
     from .tensor import Tensor
-    from .tensor_ops import TensorOps
 
 
-class CudaOps(CudaMatMulOps):
+class CudaOps(TensorOps):
     """Tensors on the GPU: float32, float64, float16 and bfloat16, of any strides.
 
     Without a GPU `TensorBackend(CudaOps)` computes with `FastOps`, so that programs and tests that
     make it run anywhere.
     """
 
+    cuda = True
+
     @classmethod
     def on_this_machine(cls) -> type[TensorOps]:
         """See `TensorOps.on_this_machine`."""
         return cls if runtime.is_available() else FastOps
+
+    # New storage, copies, masks
+
+    from_numpy = staticmethod(storage.from_numpy)
+    placed = staticmethod(storage.placed)
+    empty = staticmethod(storage.empty)
+    full = staticmethod(storage.full)
+    constant = staticmethod(storage.constant)
+    cast = staticmethod(storage.cast)
+    copy_into = staticmethod(storage.copy_into)
+    slice_backward = staticmethod(storage.slice_backward)
+    concatenate = staticmethod(storage.concatenate)
+    attention_mask = staticmethod(storage.attention_mask)
+    masked_fill = staticmethod(storage.masked_fill)
+    band_fill = staticmethod(storage.band_fill)
+
+    # Scalar functions, matrix products, linear layers
+
+    map = staticmethod(elementwise.map_op)
+    zip = staticmethod(elementwise.zip_op)
+    reduce = staticmethod(elementwise.reduce_op)
+    matrix_multiply = staticmethod(matmul.matrix_multiply)
+    linear_forward = staticmethod(matmul.linear_forward)
+    linear_backward = staticmethod(matmul.linear_backward)
 
 
 # ----- MiniTorch's names -----

@@ -7,7 +7,6 @@ one line each. A problem is fatal if the library cannot be used at all; the rest
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import itertools
 import os
 import platform
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from . import threads
-from .cuda import cublas
+from .cuda import cublas, version_of
 from .kernels.cpu import compiler as cpu_compiler
 from .kernels.gpu import compile_cache, runtime
 
@@ -63,14 +62,6 @@ class Finding:
 
 
 # --- versions --------------------------------------------------------------------------------
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def examine_versions() -> Finding:

@@ -23,6 +23,7 @@ from .kernels.cpu import threads
 from .kernels.cpu.compiler import njit
 from .kernels.cpu.simd import cache_key
 from .kernels.cpu.threads import fetch_add, run_on_threads, thread_count
+from .tensor_data import numpy_view
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -244,8 +245,9 @@ def tensor_conv1d(
         reverse: anchor the kernel on the right: an output sees what comes before it.
 
     """
-    target = _view(out, out_shape, out_strides)
-    a, b = _view(input, input_shape, input_strides), _view(weight, weight_shape, weight_strides)
+    target = numpy_view(out, out_shape, out_strides)
+    a = numpy_view(input, input_shape, input_strides)
+    b = numpy_view(weight, weight_shape, weight_strides)
     a, b = np.array(a[:, :, None], order="C"), np.array(b[:, :, None], order="C")
     result = _convolve(a, b, reverse)
     target[...] = result[:, :, 0, : target.shape[2]]
@@ -265,17 +267,11 @@ def tensor_conv2d(
     reverse: bool,
 ) -> None:
     """As `tensor_conv1d`, in two dimensions; see `Conv2dFun`."""
-    target = _view(out, out_shape, out_strides)
-    a, b = _view(input, input_shape, input_strides), _view(weight, weight_shape, weight_strides)
+    target = numpy_view(out, out_shape, out_strides)
+    a = numpy_view(input, input_shape, input_strides)
+    b = numpy_view(weight, weight_shape, weight_strides)
     result = _convolve(np.array(a, order="C"), np.array(b, order="C"), reverse)
     target[...] = result[:, :, : target.shape[2], : target.shape[3]]
-
-
-def _view(storage: Array, shape: Array, strides: Array) -> Array:
-    """A numpy view of a storage; `strides` in elements."""
-    step = storage.itemsize
-    steps = tuple(int(s) * step for s in strides)
-    return np.ndarray(tuple(int(n) for n in shape), storage.dtype, storage, strides=steps)
 
 
 __all__ = ["Conv1dFun", "Conv2dFun", "conv1d", "conv2d", "tensor_conv1d", "tensor_conv2d"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .fused_ops import arrays, like, whole_numbers
+from .fused_ops import arrays, whole_numbers
 from .kernels import (
     adamw,
     cross_entropy,
@@ -21,10 +21,10 @@ from .kernels import (
     softmax,
 )
 from .kernels.flash_attention.cpu import launch as flash_attention
+from .storage_ops import like
 from .tensor_ops import TensorOps
 
 if TYPE_CHECKING:
-    from .kernels.flash_attention.problem import AttentionProblem
     from .tensor import Tensor
 
     Array = npt.NDArray[Any]
@@ -167,79 +167,17 @@ class FastFusedOps(TensorOps):
 
     @staticmethod
     def adamw_step(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: int,
+        param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, **numbers: Any
     ) -> None:
         """See `FusedOps.adamw_step`; what changes is contiguous and of one dtype."""
         p, m, v = (t._tensor.array.reshape(-1) for t in (param, exp_avg, exp_avg_sq))
         g = np.ascontiguousarray(grad._tensor.array, param.dtype).reshape(-1)
-        adamw.step(
-            p,
-            g,
-            m,
-            v,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            step=step,
-        )
+        adamw.step(p, g, m, v, **numbers)
 
-    # ----- attention -----
+    # ----- attention: in tiles -----
 
-    @staticmethod
-    def flash_attention_forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Array | None,
-        problem: AttentionProblem,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `FusedOps.flash_attention_forward`; in tiles."""
-        out, logsumexp, rows = flash_attention.forward(
-            problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
-        )
-        return like(query, out), like(query, logsumexp), like(query, rows)
-
-    @staticmethod
-    def flash_attention_backward(
-        grad_out: Tensor,
-        grad_logsumexp: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Array | None,
-        out: Tensor,
-        rows: Tensor | None,
-        problem: AttentionProblem,
-        needs_mask_grad: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `FusedOps.flash_attention_backward`; scores are computed again, tile by tile."""
-        assert rows is not None
-        dq, dk, dv, dmask = flash_attention.backward(
-            problem,
-            query._tensor.array,
-            key._tensor.array,
-            value._tensor.array,
-            attn_mask,
-            out._tensor.array,
-            rows._tensor.array,
-            grad_out._tensor.array,
-            None if grad_logsumexp is None else grad_logsumexp._tensor.array,
-            needs_mask_grad,
-        )
-        dmask_tensor = None if dmask is None else like(query, dmask)
-        return like(query, dq), like(key, dk), like(value, dv), dmask_tensor
+    _attention_forward = staticmethod(flash_attention.forward)
+    _attention_backward = staticmethod(flash_attention.backward)
 
 
 def _dim_of_size_one(a: Array) -> int:

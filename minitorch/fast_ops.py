@@ -23,7 +23,7 @@ from .kernels.cpu.blas import product
 from .kernels.cpu.compiler import njit
 from .kernels.cpu.jit import compiled, specialise
 from .kernels.cpu.threads import fetch_add, run_on_threads, thread_count
-from .tensor_data import TensorData, shape_broadcast
+from .tensor_data import TensorData, numpy_view, shape_broadcast
 from .tensor_ops import (
     MapFn,
     MapProto,
@@ -65,11 +65,6 @@ class FastOps(FastFusedOps):
         return apply
 
     @staticmethod
-    def cmap(fn: MapFn) -> Callable[[Tensor, Tensor], Tensor]:
-        """See `TensorOps.cmap`."""
-        return FastOps.map(fn)
-
-    @staticmethod
     def zip(fn: ZipFn) -> Callable[[Tensor, Tensor], Tensor]:
         """See `TensorOps.zip`. Tensors of two dtypes are computed in the larger one."""
         worker = _worker(_zip_worker, fn, keep=True)
@@ -79,7 +74,7 @@ class FastOps(FastFusedOps):
                 dtype = a.dtype
             else:
                 dtype = np.promote_types(a.dtype, b.dtype)
-                a, b = _cast(a, dtype), _cast(b, dtype)
+                a, b = (x if x.dtype == dtype else FastOps.cast(x, dtype) for x in (a, b))
             out = empty_output(a, shape_broadcast(a.shape, b.shape), dtype)
             _run(worker, out.size, *out.tuple(), *a.tuple(), *b.tuple())
             return out
@@ -141,12 +136,6 @@ def _copy(a: Tensor, out: Tensor | None = None, /) -> Tensor:
     return target
 
 
-def _cast(a: Tensor, dtype: np.dtype[Any]) -> Tensor:
-    if a.dtype == dtype:
-        return a
-    return a._new(TensorData.from_array(a._tensor.array.astype(dtype)))
-
-
 # ----- matrix product -----
 
 
@@ -192,13 +181,9 @@ def tensor_matrix_multiply(
     b_strides: Array,
 ) -> None:
     """out = a @ b for storages with shapes and strides; leading dimensions broadcast."""
-    a = TensorData(a_storage, tuple(a_shape.tolist()), tuple(a_strides.tolist()))
-    b = TensorData(b_storage, tuple(b_shape.tolist()), tuple(b_strides.tolist()))
-    step = out.itemsize
-    target = np.ndarray(
-        tuple(out_shape.tolist()), out.dtype, out, strides=tuple(int(s) * step for s in out_strides)
-    )
-    target[...] = matmul(a.array, b.array)
+    a = numpy_view(a_storage, a_shape, a_strides)
+    b = numpy_view(b_storage, b_shape, b_strides)
+    numpy_view(out, out_shape, out_strides)[...] = matmul(a, b)
 
 
 # ----- loops -----
@@ -461,12 +446,3 @@ def row_offset(row, shape, strides, skipped):  # type: ignore[no-untyped-def]
             offset += rest % shape[d] * strides[d]
             rest //= shape[d]
     return offset
-
-
-__all__ = [
-    "FastOps",
-    "tensor_map",
-    "tensor_matrix_multiply",
-    "tensor_reduce",
-    "tensor_zip",
-]

@@ -10,7 +10,7 @@ What a check does not say is the same for all dtypes: a tensor has one of ours.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +223,23 @@ def cross_entropy_backward(grad: Tensor, logits: Tensor, target: Tensor, logsume
     _same_shape("logsumexp", logsumexp, "target", target.shape)
 
 
+# ----- concatenation -----
+
+
+@check
+def concatenate(parts: Sequence[Tensor], dim: int) -> None:
+    first = parts[0]
+    check_axis(first, dim)
+    dim %= first.dims
+    for part in parts[1:]:
+        rest = [(*s[:dim], *s[dim + 1 :]) for s in (part.shape, first.shape)]
+        if part.dims != first.dims or rest[0] != rest[1]:
+            raise ValueError(
+                f"concatenate: {first.shape} and {part.shape} must agree in all dimensions "
+                f"but {dim}"
+            )
+
+
 # ----- dropout -----
 
 
@@ -304,6 +321,3 @@ def flash_attention_backward(
         _same_shape("rows", rows, "two numbers for each row", (*problem.logsumexp_shape, 2))
     if grad_logsumexp is not None:
         _same_shape("grad_logsumexp", grad_logsumexp, "logsumexp", problem.logsumexp_shape)
-
-
-__all__ = ["CHECKS", "broadcasts_to", "check_axis", "guard"]

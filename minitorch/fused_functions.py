@@ -21,14 +21,14 @@ class Softmax(Function):
     @staticmethod
     def forward(ctx: Context, input: Tensor, dim: Any) -> Tensor:
         axis = check_dim(dim, input.dims)
-        out = input.f.softmax_forward(input, axis)
+        out = input.f.ops.softmax_forward(input, axis)
         ctx.save_for_backward(out, axis)
         return out
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         out, axis = ctx.saved_values
-        return grad_output.f.softmax_backward(grad_output, out, axis), 0.0
+        return grad_output.f.ops.softmax_backward(grad_output, out, axis), 0.0
 
 
 class LogSoftmax(Function):
@@ -40,7 +40,7 @@ class LogSoftmax(Function):
     def forward(ctx: Context, input: Tensor, dim: Any) -> Tensor:
         axis = check_dim(dim, input.dims)
         below = input - input.f.max_reduce(input, axis)
-        out = below - input.f.logsumexp_forward(below, axis)
+        out = below - input.f.ops.logsumexp_forward(below, axis)
         ctx.save_for_backward(out, axis)
         return out
 
@@ -56,14 +56,14 @@ class LogSumExp(Function):
 
     @staticmethod
     def forward(ctx: Context, input: Tensor, dim: Any) -> Tensor:
-        out = input.f.logsumexp_forward(input, check_dim(dim, input.dims))
+        out = input.f.ops.logsumexp_forward(input, check_dim(dim, input.dims))
         ctx.save_for_backward(input, out)
         return out
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
         input, out = ctx.saved_values
-        return grad_output.f.logsumexp_backward(grad_output, input, out), 0.0
+        return grad_output.f.ops.logsumexp_backward(grad_output, input, out), 0.0
 
 
 class Attn_Softmax(Function):
@@ -104,12 +104,12 @@ class GELUFun(Function):
     @staticmethod
     def forward(ctx: Context, input: Tensor) -> Tensor:
         ctx.save_for_backward(input)
-        return input.f.gelu_forward(input)
+        return input.f.ops.gelu_forward(input)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> Tensor:
         (input,) = ctx.saved_values
-        return grad_output.f.gelu_backward(grad_output, input)
+        return grad_output.f.ops.gelu_backward(grad_output, input)
 
 
 class LinearFun(Function):
@@ -118,12 +118,12 @@ class LinearFun(Function):
     @staticmethod
     def forward(ctx: Context, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(input, weight, bias is not None)
-        return input.f.linear_forward(input, weight, bias)
+        return input.f.ops.linear_forward(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
         input, weight, has_bias = ctx.saved_values
-        return grad_output.f.linear_backward(grad_output, input, weight, (True, True, has_bias))
+        return grad_output.f.ops.linear_backward(grad_output, input, weight, (True, True, has_bias))
 
 
 class EmbeddingFun(Function):
@@ -132,12 +132,12 @@ class EmbeddingFun(Function):
     @staticmethod
     def forward(ctx: Context, ids: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(ids, weight.shape[0])
-        return weight.f.embedding_forward(ids, weight)
+        return weight.f.ops.embedding_forward(ids, weight)
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[float, Tensor]:
         ids, num_embeddings = ctx.saved_values
-        return 0.0, grad_output.f.embedding_backward(grad_output, ids, num_embeddings)
+        return 0.0, grad_output.f.ops.embedding_backward(grad_output, ids, num_embeddings)
 
 
 class SoftmaxLoss(Function):
@@ -145,13 +145,13 @@ class SoftmaxLoss(Function):
 
     @staticmethod
     def forward(ctx: Context, logits: Tensor, target: Tensor) -> Tensor:
-        loss, logsumexp = logits.f.cross_entropy_forward(logits, target)
+        loss, logsumexp = logits.f.ops.cross_entropy_forward(logits, target)
         ctx.save_for_backward(logits, target, logsumexp)
         return loss
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, float]:
-        return grad_output.f.cross_entropy_backward(grad_output, *ctx.saved_values), 0.0
+        return grad_output.f.ops.cross_entropy_backward(grad_output, *ctx.saved_values), 0.0
 
 
 class DropoutFun(Function):

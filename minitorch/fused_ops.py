@@ -1,7 +1,9 @@
 """What each fused operation means: a few lines of numpy, the backward pass beside the forward pass.
 
 Every backend inherits these, so SimpleOps has nothing else, and a backend with a faster kernel
-overrides the pair. They are the text to read before a kernel, and what kernels are tested against.
+overrides the pair. Tensors on the GPU are copied to the host and back, which makes a backend whole
+that has no kernels for them, as `CudaOps`. They are the text to read before a kernel, and what
+kernels are tested against.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy.typing as npt
 from .fused_checks import guard
 from .ieee import quiet
 from .kernels.flash_attention.standard import standard_attention, standard_attention_backward
+from .storage_ops import copied_to_host, host, like
 from .tensor_data import TensorData
 
 if TYPE_CHECKING:
@@ -26,14 +29,9 @@ if TYPE_CHECKING:
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
-def like(tensor: Tensor, array: Array) -> Tensor:
-    """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
-    return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
-
-
 def arrays(*tensors: Tensor) -> Any:
-    """A tuple of the arrays of tensors on the CPU, all in the widest of their dtypes."""
-    found = tuple(t._tensor.array for t in tensors)
+    """A tuple of the arrays of tensors, all in the widest of their dtypes."""
+    found = tuple(host(t) for t in tensors)
     if len({a.dtype for a in found}) == 1:
         return found
     dtype = np.result_type(*found)
@@ -42,13 +40,24 @@ def arrays(*tensors: Tensor) -> Any:
 
 def whole_numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
     """The elements, which have been checked to be whole numbers."""
-    return tensor._tensor.array.astype(np.int64)
+    return host(tensor).astype(np.int64)
+
+
+def _mask_here(mask: Any) -> Any:
+    """What a backend's `attention_mask` gave, as a numpy array."""
+    return copied_to_host(mask) if isinstance(mask, TensorData) else mask
 
 
 def _max_or_zero(x: Array, axis: int) -> Array:
     """The maximum along `axis`, 0 where everything is -inf: subtracting it then gives no NaN."""
     maximum: Array = x.max(axis, keepdims=True, initial=-np.inf)
     return np.where(np.isneginf(maximum), x.dtype.type(0), maximum)
+
+
+def _softmax(x: Array, axis: int) -> Array:
+    e = np.exp(x - _max_or_zero(x, axis))
+    total = e.sum(axis, keepdims=True)
+    return np.asarray(e / np.where(total == 0, e.dtype.type(1), total))
 
 
 def _mean(x: Array) -> Array:
@@ -95,40 +104,37 @@ class FusedOps:
     @quiet
     def softmax_forward(x: Tensor, dim: int) -> Tensor:
         """Softmax along `dim`; a slice that is -inf throughout gives zeros."""
-        a = x._tensor.array
-        e = np.exp(a - _max_or_zero(a, dim))
-        total = e.sum(dim, keepdims=True)
-        return like(x, e / np.where(total == 0, e.dtype.type(1), total))
+        return like(x, _softmax(host(x), dim))
 
     @staticmethod
     @quiet
     def softmax_backward(grad: Tensor, y: Tensor, dim: int) -> Tensor:
         """dx = y * (grad - sum(grad * y)), with `y` the softmax."""
-        g, p = grad._tensor.array, y._tensor.array
+        g, p = host(grad), host(y)
         return like(y, p * (g - (g * p).sum(dim, keepdims=True)))
 
     @staticmethod
     @quiet
     def logsumexp_forward(x: Tensor, dim: int) -> Tensor:
         """log(sum(exp(x))) along `dim`, which is kept with size 1."""
-        maximum, log_sum = _logsumexp(x._tensor.array, dim)
+        maximum, log_sum = _logsumexp(host(x), dim)
         return like(x, maximum + log_sum)
 
     @staticmethod
     @quiet
     def logsumexp_backward(grad: Tensor, x: Tensor, logsumexp: Tensor) -> Tensor:
         """dx = grad * softmax(x)."""
-        softmax = _softmax_from(x._tensor.array, logsumexp._tensor.array)
-        return like(x, grad._tensor.array * softmax)
+        softmax = _softmax_from(host(x), host(logsumexp))
+        return like(x, host(grad) * softmax)
 
-    @classmethod
+    @staticmethod
     @quiet
-    def attn_softmax_fw(cls, inp: Tensor, mask: Tensor) -> Tensor:
+    def attn_softmax_fw(inp: Tensor, mask: Tensor) -> Tensor:
         """softmax(inp + mask) along the last dimension; inp (B, H, from, to), mask broadcasts to
         it.
         """
-        scores = inp._tensor.array + mask._tensor.array.astype(inp.dtype, copy=False)
-        return cls.softmax_forward(like(inp, scores), inp.dims - 1)
+        x = host(inp)
+        return like(inp, _softmax(x + host(mask).astype(x.dtype, copy=False), inp.dims - 1))
 
     @classmethod
     def attn_softmax_bw(cls, out_grad: Tensor, soft_inp: Tensor) -> Tensor:
@@ -182,17 +188,17 @@ class FusedOps:
     @quiet
     def gelu_forward(x: Tensor) -> Tensor:
         """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
-        a = x._tensor.array
+        a = host(x)
         return like(x, 0.5 * a * (1 + np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))))
 
     @staticmethod
     @quiet
     def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
         """grad * d gelu(x) / dx."""
-        a = x._tensor.array
+        a = host(x)
         t = np.tanh(_SQRT_2_OVER_PI * (a + 0.044715 * a**3))
         inner = _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * a**2)
-        return like(x, grad._tensor.array * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner))
+        return like(x, host(grad) * (0.5 * (1 + t) + 0.5 * a * (1 - t * t) * inner))
 
     # ----- linear layer: y = x @ weight + bias -----
 
@@ -212,10 +218,10 @@ class FusedOps:
         grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, weight and bias; None for each that `needs` says is not wanted."""
-        g, w = grad._tensor.array, weight._tensor.array
+        g, w = host(grad), host(weight)
         count = math.prod(g.shape[:-1])
         rows = g.reshape(count, w.shape[1])  # (rows, out)
-        x_rows = x._tensor.array.reshape(count, w.shape[0])  # (rows, in)
+        x_rows = host(x).reshape(count, w.shape[0])  # (rows, in)
         return (
             like(x, g @ w.T) if needs[0] else None,
             like(weight, x_rows.T @ rows) if needs[1] else None,
@@ -227,13 +233,13 @@ class FusedOps:
     @staticmethod
     def embedding_forward(ids: Tensor, weight: Tensor) -> Tensor:
         """ids (...), whole numbers stored as floats; weight (num_embeddings, E) -> (..., E)."""
-        return like(weight, weight._tensor.array[whole_numbers(ids)])
+        return like(weight, host(weight)[whole_numbers(ids)])
 
     @staticmethod
     @quiet
     def embedding_backward(grad: Tensor, ids: Tensor, num_embeddings: int) -> Tensor:
         """Gradient of weight: each row of `grad` added to the row that it was read from."""
-        g = grad._tensor.array
+        g = host(grad)
         dweight = np.zeros((num_embeddings, g.shape[-1]), g.dtype)
         np.add.at(dweight, whole_numbers(ids), g)
         return like(grad, dweight)
@@ -246,7 +252,7 @@ class FusedOps:
         """logits (N, C), target (N,) -> the loss and the logsumexp of each row, both (N,). They are
         NaN where a logit is inf or all are -inf: no softmax has a limit there.
         """
-        x, t = logits._tensor.array, whole_numbers(target)
+        x, t = host(logits), whole_numbers(target)
         maximum, log_sum = (part[:, 0] for part in _logsumexp(x, 1))
         log_sum = np.where(np.isinf(log_sum), x.dtype.type(np.nan), log_sum)
         loss = log_sum + (maximum - x[np.arange(len(t)), t])
@@ -258,10 +264,10 @@ class FusedOps:
         grad: Tensor, logits: Tensor, target: Tensor, logsumexp: Tensor
     ) -> Tensor:
         """dlogits = grad * (softmax(logits) - one_hot(target)); grad (N,)."""
-        x, t = logits._tensor.array, whole_numbers(target)
-        p = _softmax_from(x, logsumexp._tensor.array[:, None])
+        x, t = host(logits), whole_numbers(target)
+        p = _softmax_from(x, host(logsumexp)[:, None])
         p[np.arange(len(t)), t] -= 1
-        return like(logits, p * grad._tensor.array[:, None])
+        return like(logits, p * host(grad)[:, None])
 
     # ----- AdamW (Loshchilov & Hutter 2019, algorithm 2) -----
 
@@ -283,44 +289,53 @@ class FusedOps:
         """One update of `param`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1, no
         decay is Adam.
         """
-        p, g = param._tensor.array, grad._tensor.array
-        m, v = exp_avg._tensor.array, exp_avg_sq._tensor.array
+        p, g = host(param), host(grad)
+        m, v = host(exp_avg), host(exp_avg_sq)
         p *= 1 - lr * weight_decay
         m[...] = beta1 * m + (1 - beta1) * g
         v[...] = beta2 * v + (1 - beta2) * g * g
         m_hat = m / (1 - beta1**step)
         v_hat = v / (1 - beta2**step)
         p -= lr * m_hat / (np.sqrt(v_hat) + eps)
+        for changed, array in ((param, p), (exp_avg, m), (exp_avg_sq, v)):
+            if changed._tensor.on_device:  # these were copies
+                changed.f.ops.copy_into(changed, like(changed, array))
 
     # ----- attention: softmax(query @ key^T * scale + mask) @ value -----
 
-    @staticmethod
+    # What computes it, on arrays: here with the whole score matrix
+    _attention_forward = staticmethod(standard_attention)
+    _attention_backward = staticmethod(standard_attention_backward)
+
+    @classmethod
     @quiet
     def flash_attention_forward(
+        cls,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Array | None,
+        attn_mask: Any,
         problem: AttentionProblem,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output (..., seqlen_q, value_dim), logsumexp (..., seqlen_q), and the rows that the
-        backward pass of the same backend wants, which may be None; here with the whole score
-        matrix.
+        backward pass of the same backend wants, which may be None. The mask is one of
+        `StorageOps.attention_mask`.
         """
-        out, logsumexp, rows = standard_attention(
-            problem, query._tensor.array, key._tensor.array, value._tensor.array, attn_mask
+        out, logsumexp, rows = cls._attention_forward(
+            problem, host(query), host(key), host(value), _mask_here(attn_mask)
         )
         return like(query, out), like(query, logsumexp), like(query, rows)
 
-    @staticmethod
+    @classmethod
     @quiet
     def flash_attention_backward(
+        cls,
         grad_out: Tensor,
         grad_logsumexp: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Array | None,
+        attn_mask: Any,
         out: Tensor,
         rows: Tensor | None,
         problem: AttentionProblem,
@@ -328,16 +343,16 @@ class FusedOps:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Gradients of query, key, value, and of an additive mask if it is wanted."""
         assert rows is not None
-        dq, dk, dv, dmask = standard_attention_backward(
+        dq, dk, dv, dmask = cls._attention_backward(
             problem,
-            query._tensor.array,
-            key._tensor.array,
-            value._tensor.array,
-            attn_mask,
-            out._tensor.array,
-            rows._tensor.array,
-            grad_out._tensor.array,
-            None if grad_logsumexp is None else grad_logsumexp._tensor.array,
+            host(query),
+            host(key),
+            host(value),
+            _mask_here(attn_mask),
+            host(out),
+            host(rows),
+            host(grad_out),
+            None if grad_logsumexp is None else host(grad_logsumexp),
             needs_mask_grad,
         )
         dmask_tensor = None if dmask is None else like(query, dmask)

@@ -17,8 +17,6 @@ from .rng import fingerprint, manual_seed, random_state_kept
 from .tensor import Tensor
 from .tensor_data import UserIndex
 
-__all__ = ["grad_central_difference", "grad_check"]
-
 SMALL = 32  # up to this many elements each one is moved by itself
 DIRECTIONS = 4  # random directions for a larger tensor
 SAMPLES = 4  # and single elements of it, so that a failure can name an index
@@ -299,3 +297,6 @@ class _Check:
                 f"and less, are too large for differences of steps of {self.epsilon:g} to show a "
                 "gradient: divide f by a number, or give a larger epsilon"
             )
+
+
+__all__ = ["grad_central_difference", "grad_check"]

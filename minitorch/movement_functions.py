@@ -123,13 +123,6 @@ class Concatenate(Function):
         if not parts:
             raise ValueError("Concatenate needs at least one tensor")
         axis = check_dim(dim, parts[0].dims)
-        for part in parts:
-            rest = [s[:axis] + s[axis + 1 :] for s in (part.shape, parts[0].shape)]
-            if part.dims != parts[0].dims or rest[0] != rest[1]:
-                raise ValueError(
-                    f"Concatenate: shapes {parts[0].shape} and {part.shape} "
-                    f"must be equal but for dimension {axis}"
-                )
         ctx.save_for_backward(axis, [part.shape[axis] for part in parts])
         return parts[0].f.ops.concatenate(parts, axis)
 

@@ -194,7 +194,7 @@ class Adam(Optimizer):
         if weight_decay and not self.decoupled:
             grad = grad + value * weight_decay
         new = value.f.id_map(value)  # a contiguous copy, which the fused step changes in place
-        value.f.adamw_step(
+        value.f.ops.adamw_step(
             new,
             grad.contiguous(),
             kept["exp_avg"],

@@ -26,9 +26,27 @@ if TYPE_CHECKING:
     Array = npt.NDArray[Any]
 
 
-def _like(tensor: Tensor, array: Array) -> Tensor:
-    """A constant tensor of `array`, made row-major, on the backend of `tensor`."""
-    return tensor._new(TensorData.from_array(np.asarray(array, order="C")))
+def host(tensor: Tensor) -> Array:
+    """The elements here, as numpy computes with them: those of the CPU themselves, of the GPU a
+    copy, 16-bit numbers as float32.
+    """
+    data = tensor._tensor
+    return copied_to_host(data) if data.on_device else data.array
+
+
+def copied_to_host(data: TensorData) -> Array:
+    """A copy of the elements here, 16-bit numbers as float32."""
+    array = data.to_numpy()
+    return array.astype(np.float32) if array.dtype in HALF_DTYPES else array
+
+
+def like(tensor: Tensor, array: Array) -> Tensor:
+    """A constant tensor of `array`, made row-major, on the backend of `tensor`; of 16 bits as that
+    is.
+    """
+    if tensor._tensor.on_device and tensor.dtype in HALF_DTYPES:
+        array = array.astype(tensor.dtype)
+    return tensor._from_numpy(np.asarray(array, order="C"))
 
 
 class StorageOps:
@@ -46,10 +64,7 @@ class StorageOps:
         """Elements that are elsewhere, copied to where this backend computes. To the CPU float16
         and bfloat16 come as float32.
         """
-        array = data.to_numpy()
-        return TensorData.from_array(
-            array.astype(np.float32) if array.dtype in HALF_DTYPES else array
-        )
+        return TensorData.from_array(copied_to_host(data))
 
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> TensorData:
@@ -87,7 +102,7 @@ class StorageOps:
         """Zeros of `shape`, with `grad` where `key` points."""
         out = np.zeros(shape, grad.dtype)
         out[key] = grad._tensor.array
-        return _like(grad, out)
+        return like(grad, out)
 
     @staticmethod
     def copy_into(target: Tensor, source: Tensor) -> None:
@@ -103,14 +118,14 @@ class StorageOps:
     @staticmethod
     def concatenate(parts: Sequence[Tensor], dim: int) -> Tensor:
         """Tensors joined along a dimension."""
-        return _like(parts[0], np.concatenate([part._tensor.array for part in parts], dim))
+        return like(parts[0], np.concatenate([part._tensor.array for part in parts], dim))
 
     @staticmethod
     def masked_fill(a: Tensor, mask: Any, value: float) -> Tensor:
         """`value` where `mask` (of `attention_mask`, bool, broadcasts to the tensor) is True, the
         tensor elsewhere.
         """
-        return _like(a, np.where(mask, a.dtype.type(value), a._tensor.array))
+        return like(a, np.where(mask, a.dtype.type(value), a._tensor.array))
 
     @staticmethod
     def band_fill(a: Tensor, lower: int, upper: int, value: float) -> Tensor:
@@ -120,7 +135,7 @@ class StorageOps:
         rows, columns = a.shape[-2:]
         row, column = np.arange(rows)[:, None], np.arange(columns)
         inside = (column >= row + lower) & (column < row + upper)
-        return _like(a, np.where(inside, a._tensor.array, a.dtype.type(value)))
+        return like(a, np.where(inside, a._tensor.array, a.dtype.type(value)))
 
     @staticmethod
     def attention_mask(mask: Any) -> Any:
@@ -137,14 +152,14 @@ class StorageOps:
 
         The mask is `kernels.philox.vector_dropout_mask`, the same on every device.
         """
-        kept = vector_dropout_mask(x.size, p, seed).reshape(x.shape)
-        factor = x.dtype.type(0 if p == 1 else 1 / (1 - p))
-        return _like(x, np.where(kept, x._tensor.array * factor, x.dtype.type(0)))
+        a, kept = host(x), vector_dropout_mask(x.size, p, seed).reshape(x.shape)
+        factor = a.dtype.type(0 if p == 1 else 1 / (1 - p))
+        return like(x, np.where(kept, a * factor, a.dtype.type(0)))
 
-    @staticmethod
-    def dropout_backward(grad: Tensor, p: float, seed: int) -> Tensor:
+    @classmethod
+    def dropout_backward(cls, grad: Tensor, p: float, seed: int) -> Tensor:
         """The same mask and factor, on the gradient."""
-        return StorageOps.dropout_forward(grad, p, seed)
+        return cls.dropout_forward(grad, p, seed)
 
     # ----- checks -----
 
@@ -159,7 +174,7 @@ class StorageOps:
                 comes when something is next copied from the GPU.
 
         """
-        values = ids._tensor.array
+        values = host(ids)
         with np.errstate(invalid="ignore"):  # NaN becomes some number, which is not equal to it
             whole = values.astype(np.int64)
         wrong = (whole != values) | (whole < 0) | (whole >= num_classes)
@@ -171,5 +186,3 @@ class StorageOps:
 
 
 guard(StorageOps)
-
-__all__ = ["StorageOps"]

@@ -4,25 +4,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import Any, TypeAlias, Union
 
 import numpy as np
 import numpy.typing as npt
 
-from . import dtypes, numpy_protocol
+from . import dtypes, numpy_protocol, tensor_graph
 from .arguments import (
     as_ints,
     as_shape,
     check_dim,
     check_dims,
-    check_tensor,
     set_tensor_class,
     spread,
 )
 from .attention import flash_attention, standard_attention
-from .autodiff import Variable, backpropagate, new_id
+from .autodiff import new_id
 from .copies import copy_tensor, deepcopy_tensor, set_tensor_state, tensor_state
 from .function import Function, History
 from .fused_functions import Attn_Softmax, LayerNorm
@@ -53,15 +52,11 @@ from .tensor_functions import (
 )
 from .tensor_ops import SimpleBackend, TensorBackend
 
-if TYPE_CHECKING:
-    from .autodiff import Context
-
 TensorLike: TypeAlias = Union[float, int, np.number[Any], npt.NDArray[Any], "Tensor"]
 
 # Aliases, because inside the class `tuple` is the method that MiniTorch has.
 Sizes: TypeAlias = tuple[int, ...]
 Arrays: TypeAlias = tuple[Storage, Shape, Strides]
-Derivative: TypeAlias = tuple[Variable, Any]
 
 
 class Tensor:
@@ -481,87 +476,14 @@ class Tensor:
         self._tensor = Tensor(self._tensor, backend=backend)._tensor
         self.backend = backend
 
-    # ----- the variable of the autodiff engine -----
+    # ----- the variable of the autodiff engine: see tensor_graph.py -----
 
-    def accumulate_derivative(self, x: Any) -> None:
-        """Add `x` to the gradient of this leaf; it is copied, so that no two gradients share
-        memory.
-        """
-        if not self.is_leaf():
-            raise RuntimeError("only leaves collect a derivative")
-        if self.grad is None:
-            slot = self._tensor.slot
-            self.grad = x.f.ops.cast(x, self.dtype) if slot is None else slot.keep_gradient(x)
-        else:
-            self.grad = (self.grad + x).detach()
-
-    def is_leaf(self) -> bool:
-        """Whether no function made this tensor and it wants a gradient."""
-        return self.history is not None and self.history.last_fn is None
-
-    def is_constant(self) -> bool:
-        """Whether no gradient is wanted."""
-        return self.history is None
-
-    @property
-    def parents(self) -> Iterable[Variable]:
-        """The tensors that this one was computed from."""
-        inputs = () if self.history is None else self.history.inputs
-        return [x for x in inputs if isinstance(x, Tensor)]
-
-    def chain_rule(self, d_output: Any) -> Iterable[Derivative]:
-        """Each input that wants a gradient, with its gradient in its shape."""
-        history = self.history
-        if history is None or history.last_fn is None or history.ctx is None:
-            raise RuntimeError("chain_rule needs a tensor that a function made")
-        ctx: Context = history.ctx
-        _ = ctx.saved_values  # raises if the graph has been released
-        grads = history.last_fn._backward(ctx, d_output)
-        without = history.inputs[len(grads) :]  # plain values at the end need no gradient
-        if len(grads) > len(history.inputs) or any(isinstance(x, Tensor) for x in without):
-            raise RuntimeError(
-                f"{history.last_fn.__name__}.backward returned {len(grads)} gradients for "
-                f"{len(history.inputs)} inputs"
-            )
-        return [
-            (x, x.expand(grad))
-            for x, grad in zip(history.inputs, grads, strict=False)
-            if isinstance(x, Tensor) and x.history is not None
-        ]
-
-    def release_graph(self) -> None:
-        """Forget what the function that made this tensor had saved, and its inputs."""
-        if self.history is not None and self.history.ctx is not None:
-            self.history.ctx.release()
-            self.history.inputs = ()
-
-    def backward(self, grad_output: Tensor | None = None, retain_graph: bool = False) -> None:
-        """Add the gradient of this tensor to the `grad` of every leaf that it was computed from.
-
-        Args:
-            grad_output: gradient of the final result with respect to this tensor, of its shape; 1
-                if it has one element.
-            retain_graph: keep what the forward pass saved, for another call.
-
-        Raises:
-            RuntimeError: no gradient is recorded, or an earlier call has released the graph.
-            TypeError: `grad_output` is no Tensor.
-            ValueError: it is missing for more than one element, or has another shape.
-
-        """
-        if self.history is None:
-            raise RuntimeError("this tensor does not require a gradient: nothing to go back to")
-        if grad_output is None:
-            if self.size != 1:
-                raise ValueError(
-                    f"backward() of a tensor of shape {self.shape} needs grad_output: "
-                    "give one, or sum() first"
-                )
-            grad_output = self._new(self.backend.ops.full(self.shape, 1.0, self.dtype))
-        check_tensor(grad_output, "grad_output")
-        if grad_output.shape != self.shape:
-            raise ValueError(f"grad_output must have shape {self.shape}, got {grad_output.shape}")
-        backpropagate(self, grad_output.detach(), retain_graph)
+    is_leaf, is_constant = tensor_graph.is_leaf, tensor_graph.is_constant
+    parents = property(tensor_graph.parents)
+    accumulate_derivative = tensor_graph.accumulate_derivative
+    chain_rule = tensor_graph.chain_rule
+    release_graph = tensor_graph.release_graph
+    backward = tensor_graph.backward
 
     def zero_grad_(self) -> None:
         """Forget the gradient."""

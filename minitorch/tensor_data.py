@@ -109,6 +109,17 @@ def strides_from_shape(shape: UserShape) -> tuple[int, ...]:
     return tuple(reversed(strides))[: len(sizes)]
 
 
+def numpy_view(storage: Storage, shape: Iterable[int], strides: Iterable[int]) -> npt.NDArray[Any]:
+    """The elements of a storage in this shape; strides in elements.
+
+    Raises:
+        ValueError: they do not all lie in the storage.
+
+    """
+    steps = tuple(int(stride) * storage.itemsize for stride in strides)
+    return np.ndarray(tuple(int(n) for n in shape), storage.dtype, storage, strides=steps)
+
+
 class TensorData:
     """A one-dimensional storage seen through a shape and strides.
 
@@ -241,10 +252,7 @@ class TensorData:
         if self.is_contiguous():
             array: npt.NDArray[Any] = storage[: self.size].reshape(self.shape)
             return array
-        step = storage.itemsize
-        return np.ndarray(
-            self.shape, storage.dtype, storage, strides=tuple(s * step for s in self.strides)
-        )
+        return numpy_view(storage, self.shape, self.strides)
 
     @property
     def _shape(self) -> Shape:
@@ -299,8 +307,7 @@ class TensorData:
         host = self._storage.copy_to_host()
         if self.is_contiguous():
             return host[: self.size].reshape(self.shape)
-        steps = tuple(stride * host.itemsize for stride in self.strides)
-        return np.ndarray(self.shape, host.dtype, host, strides=steps).copy(order="C")
+        return numpy_view(host, self.shape, self.strides).copy(order="C")
 
     def is_contiguous(self) -> bool:
         """Whether the elements lie in row-major order with no gap."""

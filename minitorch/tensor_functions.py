@@ -183,7 +183,16 @@ class Exp(Function):
 # ----- comparison: 1.0 where true, 0.0 where not; the derivative is 0 -----
 
 
-class LT(Function):
+class _Comparison(Function):
+    """What the comparisons have in common."""
+
+    @staticmethod
+    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+        a_shape, b_shape = ctx.saved_values
+        return grad_output.zeros(a_shape), grad_output.zeros(b_shape)
+
+
+class LT(_Comparison):
     """a < b"""
 
     @staticmethod
@@ -191,13 +200,8 @@ class LT(Function):
         ctx.save_for_backward(a.shape, b.shape)
         return a.f.lt_zip(a, b)
 
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        a_shape, b_shape = ctx.saved_values
-        return grad_output.zeros(a_shape), grad_output.zeros(b_shape)
 
-
-class EQ(Function):
+class EQ(_Comparison):
     """a == b"""
 
     @staticmethod
@@ -205,24 +209,14 @@ class EQ(Function):
         ctx.save_for_backward(a.shape, b.shape)
         return a.f.eq_zip(a, b)
 
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        a_shape, b_shape = ctx.saved_values
-        return grad_output.zeros(a_shape), grad_output.zeros(b_shape)
 
-
-class IsClose(Function):
+class IsClose(_Comparison):
     """|a - b| < 0.01"""
 
     @staticmethod
     def forward(ctx: Context, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a.shape, b.shape)
         return a.f.is_close_zip(a, b)
-
-    @staticmethod
-    def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-        a_shape, b_shape = ctx.saved_values
-        return grad_output.zeros(a_shape), grad_output.zeros(b_shape)
 
 
 # ----- reduction: the dimension is kept with size 1 -----
@@ -348,7 +342,7 @@ class MatMul(Function):
         t1, t2 = ctx.saved_values
         f = grad_output.f
         if t2.dims == 2:  # one product over all rows, in place of one for each batch and a sum
-            return f.linear_backward(grad_output, t1, t2, (True, True, False))[:2]  # type: ignore[return-value]
+            return f.ops.linear_backward(grad_output, t1, t2, (True, True, False))[:2]  # type: ignore[return-value]
         return (
             f.matrix_multiply(grad_output, t2.transpose(-2, -1)),
             f.matrix_multiply(t1.transpose(-2, -1), grad_output),
@@ -380,7 +374,7 @@ class FlashAttention(Function):
         16-bit output becomes float32 for it.
         """
         mask = query.f.ops.attention_mask(attn_mask)
-        out, logsumexp, rows = query.f.flash_attention_forward(query, key, value, mask, problem)
+        out, logsumexp, rows = query.f.ops.flash_attention_forward(query, key, value, mask, problem)
         ctx.save_for_backward(
             query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse
         )
@@ -402,7 +396,7 @@ class FlashAttention(Function):
             grad_output = ops.slice(grad_output, (..., slice(None, -1)))
             if grad_output.dtype != query.dtype:
                 grad_output = ops.cast(grad_output, query.dtype)
-        dq, dk, dv, dmask = grad_output.f.flash_attention_backward(
+        dq, dk, dv, dmask = grad_output.f.ops.flash_attention_backward(
             grad_output,
             grad_logsumexp,
             query,

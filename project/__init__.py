@@ -1,1 +1,1 @@
-"""Programs that use the library; each `run_*.py` and `bench_*.py` is one command."""
+"""Programs that use the library; each `run_*.py` is one command, benchmarks are in `bench/`."""

@@ -1,14 +1,12 @@
-"""What the programs are given: options within limits, sizes with room for them, older results."""
+"""What the programs are given: options within limits, sizes with room for them."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from project.transformer.memory import installed
 
@@ -50,6 +48,13 @@ COUNT = Range(1, 2**31)
 COUNT_OR_NONE = Range(0, 2**31)
 SEED = Range(0, 2**32)  # what numpy's global generator takes
 THREADS = Range(1, 1025)
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """A parser that prints a program's docstring as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def whole(limits: Range) -> Callable[[str], int]:
@@ -123,21 +128,3 @@ def _size(number: float) -> str:
         if number < 1024:
             break
     return f"{number:,.1f} {unit}"
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """What an earlier run of a benchmark has written, to which this one adds.
-
-    Raises:
-        SystemExit: it cannot be read, or another program wrote it.
-
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SystemExit(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise SystemExit(f"{path} has another format: measure anew, without --add")
-    return found

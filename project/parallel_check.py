@@ -5,7 +5,6 @@ python project/parallel_check.py --level 3
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,13 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `minitor
 
 import minitorch
 from minitorch import fast_ops, operators
+from project.arguments import parser_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line: compile each loop for small tensors and print its diagnostics."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--level", type=int, choices=range(1, 5), default=1, help="detail, default %(default)s"
     )

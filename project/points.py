@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from minitorch.datasets import Graph, datasets
-from project.arguments import COUNT, POSITIVE, SEED, real, refuse_too_large, whole
+from project.arguments import COUNT, POSITIVE, SEED, parser_of, real, refuse_too_large, whole
 
 POINT_BYTES = 150  # a tuple of two numbers and a label, in lists
 LogFn = Callable[[int, float, int, list[float]], None]
@@ -15,9 +15,7 @@ LogFn = Callable[[int, float, int, list[float]], None]
 
 def make_parser(description: str | None, points: int) -> argparse.ArgumentParser:
     """The options that every script has. MiniTorch's spellings (`--PTS` ...) work too."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(description)
     add = parser.add_argument
     names = [name.lower() for name in datasets]
     add("--dataset", "--DATASET", type=str.lower, choices=names, default="simple")

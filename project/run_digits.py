@@ -8,7 +8,6 @@ the 360 that were held out.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ import numpy.typing as npt
 
 import minitorch
 from minitorch import Tensor, TensorBackend
-from project.arguments import COUNT, POSITIVE, SEED, real, refuse_too_large, whole
+from project.arguments import COUNT, POSITIVE, SEED, parser_of, real, refuse_too_large, whole
 
 Array = npt.NDArray[Any]
 CLASSES = 10
@@ -126,9 +125,7 @@ def _constant(array: Array) -> Tensor:
 
 def main(argv: Sequence[str] | None = None) -> float:
     """Run from the command line; returns the accuracy on the held-out images."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add(
         "--epochs",

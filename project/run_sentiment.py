@@ -9,7 +9,6 @@ language reference or from numpy's documentation? The last line is the accuracy 
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ import numpy.typing as npt
 import minitorch
 from minitorch import Tensor, TensorBackend
 from project import text_data
-from project.arguments import COUNT, POSITIVE, SEED, Range, real, refuse_too_large, whole
+from project.arguments import COUNT, POSITIVE, SEED, Range, parser_of, real, refuse_too_large, whole
 
 Array = npt.NDArray[Any]
 BACKEND = TensorBackend(minitorch.FastOps)
@@ -160,9 +159,7 @@ class SentenceSentimentTrain:
 
 def main(argv: Sequence[str] | None = None) -> float:
     """Run from the command line; returns the accuracy on held-out texts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("--data", metavar="FILE", help=".tsv or .csv with two columns: label (0 or 1) and text")
     count = whole(COUNT)

@@ -22,3 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if isinstance(item, pytest.Function):
             for mark in marks_of(item.path.stem, item.originalname):
                 item.add_marker(mark)
+            thorough = getattr(getattr(item.cls, "family", None), "thorough", ())
+            if item.originalname in thorough or item.name in thorough:
+                item.add_marker(pytest.mark.thorough)

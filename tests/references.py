@@ -30,18 +30,18 @@ def band(
     is_causal: bool | str,
     window: tuple[int | None, int | None] | None,
 ) -> Array:
-    """(Nq, Nk): True where causality and the window let a query see a key; one pair at a time."""
-    allowed = np.ones((seqlen_q, seqlen_k), bool)
+    """(Nq, Nk): True where causality and the window let a query see a key."""
     offset = seqlen_k - seqlen_q if is_causal == "bottom-right" else 0
+    diagonal = np.arange(seqlen_q)[:, None] + offset
+    keys = np.arange(seqlen_k)[None]
     left, right = window if window is not None else (None, None)
-    for i in range(seqlen_q):
-        for j in range(seqlen_k):
-            if is_causal and j > i + offset:
-                allowed[i, j] = False
-            if left not in (None, -1) and j < i + offset - left:
-                allowed[i, j] = False
-            if right not in (None, -1) and j > i + offset + right:
-                allowed[i, j] = False
+    allowed = np.ones((seqlen_q, seqlen_k), bool)
+    if is_causal:
+        allowed &= keys <= diagonal
+    if left is not None and left != -1:
+        allowed &= keys >= diagonal - left
+    if right is not None and right != -1:
+        allowed &= keys <= diagonal + right
     return allowed
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from minitorch.kernels.gpu import compile_cache, runtime
+from minitorch.kernels.gpu.arguments import pack
 from minitorch.kernels.gpu.runtime import cuda, types
 from minitorch.kernels.gpu.traced import traced
 
@@ -147,6 +148,7 @@ def test_a_module_of_the_users_own_is_not_described(tmp_path: Path) -> None:
 
 MODULE = """
 from minitorch.kernels.gpu import compile_cache, runtime
+from minitorch.kernels.gpu.arguments import pack
 from minitorch.kernels.gpu.runtime import cuda, types
 
 FACTOR = 2
@@ -318,3 +320,48 @@ def test_numba_cuda_is_lent_a_name_that_numpy_took_away() -> None:
     command = [sys.executable, "-W", "error", "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_fields_of_named_tuples_are_part_of_the_key() -> None:
+    """Which number `sizes.rows` is, neither the kernel's source says nor the type's name."""
+
+    def key_with(fields: Any) -> str:
+        return key(applied(doubled), (*SIGNATURE, types.NamedUniTuple(types.int64, 2, fields)))
+
+    def first() -> Any:
+        class Sizes(NamedTuple):
+            rows: int
+            columns: int
+
+        return Sizes
+
+    def second() -> Any:
+        class Sizes(NamedTuple):
+            columns: int
+            rows: int
+
+        return Sizes
+
+    assert key_with(first()) == key_with(first()) != key_with(second())
+
+
+class Pair(NamedTuple):
+    m: int
+    n: int
+
+
+class Other(NamedTuple):
+    n: int
+    m: int
+
+
+def test_arguments_as_the_driver_takes_them() -> None:
+    kinds = set()
+    for _ in range(2):  # what was never met, and what was
+        for pair in (Pair(3, -4), Other(3, -4), (3, -4)):
+            packed = pack((pair, 5, np.float32(1.0)))
+            assert packed is not None
+            assert packed[0] == [3, -4, 5, 0x3F800000]
+            kinds.add(packed[1])
+    assert len(kinds) == 3, "three kernels: they know the numbers by other names"
+    assert pack((Pair(1, 2), "text")) is None

@@ -124,6 +124,20 @@ def test_explain_without_a_gpu() -> None:
     assert "compute capability 9.0" in text
     assert "not decode: it has a forward pass alone" in text
     assert found.forward.tiles == "1 query x 256 of 4096 keys in a block"
+    assert found.forward.schedules == {}, "splits of the keys, not tiles of scores"
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float16", "hopper"), ("float32", "simt")])
+def test_explain_says_which_tiles_are_visited(dtype: str, name: str) -> None:
+    q = np.zeros((1, 1000, 64), dtype)
+    found = minitorch.cuda.explain(q, q, q, is_causal=True, architecture="sm_90")
+    assert found.forward.kernel == name
+    (output,), (keys, queries) = (x.schedules.values() for x in (found.forward, found.backward))
+    for schedule in (output, keys, queries):
+        assert schedule.counts().skipped > 0
+        assert list(schedule.key_tiles(0)) == list(range(-(-schedule.block_m // schedule.block_n)))
+    assert f"each head's output: {output.counts()}\n" in str(found)
+    assert f"each head's dK and dV: {keys.counts()}; dQ: {queries.counts()}\n" in str(found)
 
 
 def test_explain_takes_tensors_and_arrays_of_other_libraries() -> None:
@@ -135,7 +149,7 @@ def test_explain_takes_tensors_and_arrays_of_other_libraries() -> None:
     b = torch.zeros(2, 4, 16, 8, dtype=torch.bfloat16)
     mask = torch.zeros(16, 16, dtype=torch.bfloat16)
     found = minitorch.cuda.explain(b, b, b, mask, architecture="sm_89")
-    assert found.problem.mask_kind == "additive"
+    assert found.problem.mask_kind == "bfloat16" and found.problem.additive_mask
     assert found.problem.dtype == BFLOAT16
     assert "additive mask" in str(found)
 

@@ -204,6 +204,7 @@ def run_program(folder: Path, factor: str, where: str = "return") -> list[str]:
     return run.stdout.split()
 
 
+@pytest.mark.thorough
 def test_another_process_finds_the_loop_and_an_edited_function_is_compiled(tmp_path: Path) -> None:
     assert run_program(tmp_path, "2.0") == ["2.0", "0"]
     assert run_program(tmp_path, "2.0") == ["2.0", "1"]

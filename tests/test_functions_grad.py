@@ -69,7 +69,8 @@ def test_the_table_covers_every_function() -> None:
         out = op.function(*(minitorch.tensor(np.full(s, op.high)) for s in shapes))
         graph: list[Any] = list(topological_sort(out))
         reached |= {v.history.last_fn.__name__ for v in graph if not v.is_leaf()}
-    ours = {c.__name__ for c in subclasses(Function) if c.__module__.startswith("minitorch.")}
+    known = [c for c in subclasses(Function) if hasattr(c, "forward")]  # a common base has none
+    ours = {c.__name__ for c in known if c.__module__.startswith("minitorch.")}
     assert ours - reached == set()
 
 
@@ -126,7 +127,7 @@ def attend(inputs: AttentionInputs, method: str, dtype: npt.DTypeLike) -> list[A
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=100)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_flash_attention_is_standard_attention(backend: str, data: st.DataObject) -> None:
     inputs = data.draw(attention_inputs(BACKENDS[backend]))

@@ -13,6 +13,7 @@ from minitorch.kernels.flash_attention.hopper.forward import forward_memory
 from minitorch.kernels.flash_attention.hopper.schedule import NO_TILE, order, reciprocal, tile_costs
 from minitorch.kernels.flash_attention.hopper.tiles import HEAD_SIZES, Blocks, Kind, padded, parts
 from minitorch.kernels.flash_attention.problem import AttentionProblem
+from minitorch.kernels.flash_attention.schedule import Schedule
 
 BLOCKS = Blocks(2, 128)
 
@@ -61,22 +62,26 @@ def test_more_tiles_than_are_dealt_out_singly(monkeypatch: pytest.MonkeyPatch) -
 def test_causal_blocks_have_about_the_same_to_do(length: int) -> None:
     """132 multiprocessors, 16,384 tokens, 16 heads: none has more than 3% above the mean."""
     heads, processors = 16 * 16384 // length, 132
-    costs = tile_costs(length, length, -2 * length, 1, BLOCKS)
+    costs = tile_costs(schedule(length, length, -2 * length, 1))
     together = hopper_schedule.AT_ONCE // (length * 512)
     taken = taken_by_each(order(costs, heads, together, processors), processors)
     work = [sum(costs[tile % len(costs)] for tile in tiles) for tiles in taken]
     assert max(work) < 1.03 * np.mean(work)
 
 
+def schedule(seqlen_q: int, seqlen_k: int, lower: int, upper: int) -> Schedule:
+    return Schedule(seqlen_q, seqlen_k, lower, upper, BLOCKS.block_m, BLOCKS.block_n)
+
+
 def test_costs_are_the_keys_that_a_tile_sees() -> None:
     far, switch = 5000, hopper_schedule.SWITCH
-    causal = tile_costs(512, 512, -far, 1, BLOCKS)
+    causal = tile_costs(schedule(512, 512, -far, 1))
     assert causal == [n + switch for n in (1, 2, 3, 4)]
-    window = tile_costs(512, 512, -100, 1, BLOCKS)
+    window = tile_costs(schedule(512, 512, -100, 1))
     assert window == [n + switch for n in (1, 2, 2, 2)]
-    assert tile_costs(200, 0, -far, far, BLOCKS) == [1 + switch] * 2
+    assert tile_costs(schedule(200, 0, -far, far)) == [1 + switch] * 2
     # The first queries of a bottom-right mask with fewer keys see none, and get one tile still.
-    assert tile_costs(300, 44, -far, 44 - 300 + 1, BLOCKS) == [1 + switch] * 3
+    assert tile_costs(schedule(300, 44, -far, 44 - 300 + 1)) == [1 + switch] * 3
 
 
 def test_head_sizes_are_padded() -> None:

@@ -34,7 +34,6 @@ def _with(factory: Callable[..., Any], *arguments: Any, **named: Any) -> Callabl
         (_with(ptx.pack_pair, "float32"), "dtype is 'float32'; wanted 'float16' or 'bfloat16'"),
         (_with(ptx.cp_async_wait_group, -1), "pending is -1; wanted a whole number from 0 on"),
         (_with(ptx.cp_async_wait_group, 1.5), "pending is 1.5; wanted a whole number"),
-        (_with(ptx_hopper.cp_async_bulk_wait_group_read, -1), "pending is -1"),
         (_with(ptx_hopper.wgmma_wait_group, -1), "pending is -1; wanted a whole number from 0 to"),
         (_with(ptx_hopper.wgmma_wait_group, 0, 0), "a count of registers is 0; wanted"),
         (_with(ptx_hopper.wgmma_wait_group_after, 8, 64), "pending is 8"),

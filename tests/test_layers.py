@@ -30,14 +30,14 @@ LAYERS: list[tuple[str, str]] = [
         "engine and backends",
         "autodiff cuda_kernel_ops cuda_ops fast_fused fast_ops fused_checks fused_ops storage_ops "
         "tensor_ops cuda cuda.attention cuda.cublas cuda.cublas_lt cuda.elementwise "
-        "cuda.explanation cuda.fallback cuda.graph cuda.matmul cuda.movement cuda.storage "
+        "cuda.explanation cuda.graph cuda.matmul cuda.storage "
         "cuda.transfer cuda.views",
     ),
     (
         "tensors",
         "attention copies factories fast_conv function fused_functions grad_check indexing "
         "movement_functions numpy_protocol scalar scalar_functions tensor tensor_functions "
-        "interop interop.arrays interop.foreign interop.torch_attention",
+        "tensor_graph interop interop.arrays interop.foreign interop.torch_attention",
     ),
     (
         "networks",
@@ -58,11 +58,9 @@ ALLOWED_UPWARDS = {
 # nothing of each other.
 FAMILIES = ("cpu", "simt", "mma", "hopper", "decode")
 
-MOST_LINES = 520
-MOST_FUNCTION_LINES = 65
-MOST_KERNEL_LINES = 120
-# A list of many small methods, where a cut would part what belongs together.
-LONG_FILES = {"minitorch/tensor.py": 600}
+MOST_LINES = 500
+MOST_FUNCTION_LINES = 60
+MOST_KERNEL_LINES = 160
 
 
 def source_files(*folders: str) -> list[Path]:
@@ -240,9 +238,8 @@ def test_a_line_has_one_array_in_shared_memory() -> None:
 @pytest.mark.parametrize("folder", ["minitorch", "kernels", "project", "tests"])
 def test_files_stay_small(folder: str) -> None:
     for path in source_files(folder):
-        most = LONG_FILES.get(path.relative_to(ROOT).as_posix(), MOST_LINES)
         lines = len(path.read_text(encoding="utf-8").splitlines())
-        assert lines <= most, f"{path} has {lines} lines: cut it in two"
+        assert lines <= MOST_LINES, f"{path} has {lines} lines: cut it in two"
 
 
 @pytest.mark.parametrize("folder", ["minitorch", "kernels", "project"])

@@ -15,7 +15,7 @@ from minitorch.kernels.flash_attention.mma.forward import forward_memory
 from minitorch.kernels.flash_attention.mma.tiles import Kind, Tiles
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.gpu import runtime
-from project.tune_attention import forget_choices
+from project.bench.tune_attention import forget_choices
 
 if runtime.SIMULATED:
     pytest.skip("the simulator has tiles of its own", allow_module_level=True)

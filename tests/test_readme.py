@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from project.readme_tables import condensed, rendered
+from project.bench.pages import RESULTS
+from project.bench.results import condensed, pages, rendered
 from project.transformer import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,12 @@ def test_code_runs(code: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_figures_are_those_of_the_result_files(name: str) -> None:
     up_to_date = rendered(TEXTS[name]) == TEXTS[name]
-    assert up_to_date, "run python project/readme_tables.py"
+    assert up_to_date, "run python project/bench/results.py"
+
+
+def test_pages_are_those_of_the_result_files() -> None:
+    stale = [path.name for path, text in pages() if path.read_text(encoding="utf-8") != text]
+    assert stale == [], "run python project/bench/results.py"
 
 
 def test_the_readme_is_short() -> None:
@@ -64,6 +70,14 @@ def test_links_lead_somewhere(name: str) -> None:
 def test_files_named_in_the_text_exist(name: str) -> None:
     names = re.findall(r"`((?:minitorch|kernels|tests|project)/[\w/]+\.\w+)`", TEXTS[name])
     assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_commands_name_programs_that_exist() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in RESULTS.glob("*.md")]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"python (project/\S+\.py)", " ".join([*TEXTS.values(), *pages, makefile]))
+    assert len(set(named)) > 5
+    assert [name for name in set(named) if not (ROOT / name).exists()] == []
 
 
 def test_make_targets_exist() -> None:

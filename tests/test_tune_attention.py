@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from minitorch.kernels.flash_attention import tuning
-from project import tune_attention as tune
+from project.bench import tune_attention as tune
 
 
 def test_a_choice_is_for_one_gpu_head_size_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:

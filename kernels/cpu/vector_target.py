@@ -60,6 +60,3 @@ def host_target() -> VectorTarget:
 
 
 TARGET = host_target()
-
-
-__all__ = ["TARGET", "VectorTarget", "probe_target"]

@@ -1,20 +1,76 @@
 """The host's side of a call that all GPU families share: matrices, heads, inputs and gradients in
-device memory, and the numbers that go to every kernel.
+device memory, and what goes to every kernel.
+
+A family is a module with
+
+    NAME                               for people
+    why_not(problem, architecture)     None if it computes the problem, else why not, in words
+    forward(problem, heads, inputs, out, logsumexp, rows, architecture, workspace)
+    backward(problem, heads, inputs, out, rows, grad_out, grad_logsumexp, gradients, architecture,
+             workspace)
+    instances()                        its kernels, for the compile tests
+
+and if need be
+
+    ROW_ALIGNMENT                      bytes at whose multiples the rows that it reads begin: of
+                                       queries, keys, values and dO. Their last stride is 1 then
+    forward_workspace, backward_workspace    (problem, heads, architecture) -> bytes of device
+                                       memory, which the pass gets as `workspace`, flat, in float32
+                                       (float64 if the problem is in float64); without them it has
+                                       no such argument
+    tiles(problem, architecture, backward)      says the sizes of its tiles, for people
+    block_sizes(problem, architecture, backward)    the same as pairs (block_m, block_n) by the name
+                                       of what a kernel computes, for `Schedule`
+
+Without `backward` it is forward only, and `forward` has no argument `rows`. The arguments:
+
+    problem        what is asked for
+    heads          how it is laid out (`heads_of`)
+    inputs         what is read
+    out            where the output (Nq, Dv) of each head goes, or in the backward pass is; its rows
+                   are contiguous, in 16-byte pieces if Dv is a multiple of as many elements
+    logsumexp      contiguous (batch, heads, Nq), flat, float32 (float64 for float64)
+    rows           likewise (batch, heads, Nq, 2), which the backward pass wants back: each row's
+                   maximum m, in units of log 2 but with an additive mask, and the sum l of
+                   exp(score - m)
+    grad_out       the gradient of `out`
+    grad_logsumexp of the logsumexp, contiguous; None for 0
+    gradients      where the gradients of queries, keys and values go
+    architecture   compute capability, (9, 0)
+    blocks         sizes of tiles of one's choice; in the backward pass a pair: of the kernel for dK
+                   and dV, and of that for dQ
+
+Nothing is allocated in device memory but small tables that are kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..gpu.runtime import precision, types
+from ..gpu.runtime import Instance, precision, types
 from ..philox import dropout_threshold
 from .problem import AttentionProblem
 
 Architecture = tuple[int, int]
 Ints = tuple[int, ...]
+
+# ----- what lies in device memory -----
+
+
+class Strides(NamedTuple):
+    """Of matrices, in elements; 0 where a dimension repeats one element."""
+
+    batch: int
+    head: int
+    row: int
+    column: int
+
+
+NO_STRIDES = Strides(0, 0, 0, 0)
 
 
 class Matrices(NamedTuple):
@@ -23,14 +79,14 @@ class Matrices(NamedTuple):
     Args:
         array: flat numba array, whose first element is theirs.
         address: of that element.
-        strides: four, in elements; 0 where a dimension repeats one element.
+        strides: in elements.
         owner: of the memory, kept until the launch.
 
     """
 
     array: Any
     address: int
-    strides: Ints
+    strides: Strides
     owner: Any = None
 
 
@@ -69,7 +125,8 @@ class Inputs(NamedTuple):
     Args:
         q, k, v: queries, keys (Nk, D) and values (Nk, Dv).
         mask: attn_mask, or None; a bool one as uint8.
-        mask_kind: "none", "bool" or the name of its dtype.
+        mask_kind: its kind, in the words of `AttentionProblem.mask_kind`; "none" too where there is
+            no score that it could be for.
         offset: uint64 array of one element, which is added to the problem's seed.
 
     """
@@ -80,6 +137,28 @@ class Inputs(NamedTuple):
     mask: Matrices | None
     mask_kind: str
     offset: Any
+
+    @property
+    def mask_array(self) -> Any:
+        """The mask's array, or some array if there is none."""
+        return self.q.array if self.mask is None else self.mask.array
+
+    @property
+    def mask_strides(self) -> Strides:
+        """The mask's strides; 0 if there is none."""
+        return NO_STRIDES if self.mask is None else self.mask.strides
+
+    @property
+    def arrays(self) -> tuple[Any, Any, Any, Any]:
+        """What a kernel's arguments begin with: the arrays of Q, K, V and the mask."""
+        mask = self.mask or self.q
+        return self.q.array, self.k.array, self.v.array, mask.array
+
+    @property
+    def strides(self) -> tuple[Strides, Strides, Strides, Strides]:
+        """The strides of `arrays`."""
+        of_mask = NO_STRIDES if self.mask is None else self.mask.strides
+        return self.q.strides, self.k.strides, self.v.strides, of_mask
 
 
 class Gradients(NamedTuple):
@@ -102,53 +181,128 @@ class Gradients(NamedTuple):
     workspace: tuple[Any, Any, Any]
 
 
-def has_vectors(problem: AttentionProblem, *matrices: Matrices) -> bool:
-    """Whether all rows begin at multiples of 16 bytes and are a multiple of 16 bytes long."""
-    itemsize = precision(problem.dtype.name).storage.itemsize
-    count = 16 // itemsize
-    return (
-        problem.head_dim % count == 0
-        and problem.value_dim % count == 0
-        and all(
-            m.address % 16 == 0
-            and m.strides[3] == 1
-            and all(stride % count == 0 for stride in m.strides[:3])
-            for m in matrices
-        )
-    )
-
-
-def arguments_of(problem: AttentionProblem, heads: Heads) -> tuple[Ints, tuple[Any, ...]]:
-    """The kernels' sizes, and scale, seed, threshold and factor of weights that are kept."""
-    far = problem.seqlen_q + problem.seqlen_k  # sees everything, and stays within 32 bits
-    lower, upper = (min(max(x, -far), far) for x in (problem.lower, problem.upper))
-    sizes = (
-        heads.heads, problem.seqlen_q, problem.seqlen_k, lower, upper, heads.k_group,
-        heads.v_group,
-    )  # fmt: skip
-    p = problem.dropout_p
-    threshold = dropout_threshold(p)
-    keep = 1.0 / (1.0 - p) if threshold < 1 << 32 else 0.0  # no number of 32 bits reaches it
-    return sizes, (float(problem.scale), np.uint64(problem.seed), threshold, keep)
-
-
-def mask_of(inputs: Inputs) -> tuple[Any, Ints]:
-    """The mask's array, some array if there is none, and its strides."""
-    if inputs.mask is None:
-        return inputs.q.array, (0, 0, 0, 0)
-    return inputs.mask.array, inputs.mask.strides
-
-
-def mask_type(kind: str, without: Any) -> Any:
-    """numba type of the mask of a kernel, by its kind in `Inputs`; `without` is that of the array
-    which stands there if there is no mask.
+def has_vectors(problem: AttentionProblem, columns: tuple[int, ...], *matrices: Matrices) -> bool:
+    """Whether rows of as many columns begin at multiples of 16 bytes, and are a multiple of 16
+    bytes long.
     """
-    if kind == "none":
-        return without
-    return types.Array(types.uint8, 1, "C") if kind == "bool" else precision(kind).array
+    count = 16 // precision(problem.dtype.name).storage.itemsize  # a power of two
+    for matrix in matrices:
+        strides = matrix.strides
+        if matrix.address % 16 or strides.column != 1:
+            return False
+        if (strides.batch | strides.head | strides.row) % count:  # any of them
+            return False
+    return not any(n % count for n in columns)
+
+
+# ----- what goes to the kernels -----
+
+
+class Sizes(NamedTuple):
+    """What kernels are told of a problem; a `band` of schedule.py, too."""
+
+    heads: int  # of queries, in a batch
+    seqlen_q: int
+    seqlen_k: int
+    lower: int  # query i sees keys i + lower ... i + upper - 1
+    upper: int
+    k_group: int  # heads of queries to one of keys
+    v_group: int
+
+
+def sizes_of(problem: AttentionProblem, heads: Heads) -> Sizes:
+    """The band's bounds go no farther than where a query sees everything, or nothing, so that
+    kernels can compute with them in 32 bits.
+    """
+    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+    far = seqlen_q + seqlen_k
+    lower, upper = min(max(problem.lower, -far), far), min(max(problem.upper, -far), far)
+    return Sizes(heads.heads, seqlen_q, seqlen_k, lower, upper, heads.k_group, heads.v_group)
+
+
+def scalars_of(problem: AttentionProblem) -> tuple[float, np.uint64, int, float]:
+    """Arguments `scale`, `seed`, `threshold` and `keep` of all kernels: a weight is dropped if its
+    random word is below the threshold, else multiplied by 1 / (1 - p).
+    """
+    p, seed = problem.dropout_p, np.uint64(problem.seed)
+    return problem.scale, seed, dropout_threshold(p) if p else 0, problem.keep_scale
+
+
+# ----- for the compile tests -----
+
+
+def named_type(fields: Any) -> Any:
+    """numba type of a NamedTuple of whole numbers."""
+    return types.NamedUniTuple(types.int64, len(fields._fields), fields)
+
+
+class ArgumentTypes(NamedTuple):
+    """numba types of what most kernels take.
+
+    Args:
+        array: of the inputs' dtype.
+        rows: numbers of rows, in the arithmetic's type.
+        mask: the mask's array.
+        word: the seed's offset.
+        strides: of one of the matrices.
+        sizes: `Sizes`.
+        scalars: of `scalars_of`.
+
+    """
+
+    array: Any
+    rows: Any
+    mask: Any
+    word: Any
+    strides: Any
+    sizes: Any
+    scalars: tuple[Any, Any, Any, Any]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """Of `Inputs.arrays` and the offset."""
+        return (self.array, self.array, self.array, self.mask, self.word)
+
+
+def argument_types(precision_name: str, mask_kind: str) -> ArgumentTypes:
+    """The types for inputs of a dtype, and a mask of a kind."""
+    numbers = precision(precision_name)
+    array, mask = numbers.array, numbers.array  # which stands there if there is no mask
+    if mask_kind != "none":
+        is_bool = mask_kind == "bool"
+        mask = types.Array(types.uint8, 1, "C") if is_bool else precision(mask_kind).array
+    return ArgumentTypes(
+        array, types.Array(numbers.real, 1, "C"), mask, types.Array(types.uint64, 1, "C"),
+        named_type(Strides), named_type(Sizes),
+        (types.float64, types.uint64, types.int64, types.float64),
+    )  # fmt: skip
+
+
+def instances_of(
+    family: str, kind: str, kernels: Mapping[str, Mapping[str, Any]], signatures: Mapping[str, Any]
+) -> Iterator[Instance]:
+    """Each kernel once, with all architectures that launch it.
+
+    Args:
+        family: what names begin with.
+        kind: what the kernels are compiled for, in words.
+        kernels: for each architecture ("sm_80") what it launches: kernels by their names.
+        signatures: by the same names.
+
+    """
+    picked: dict[tuple[str, Any], tuple[str, ...]] = {}
+    for architecture, found in kernels.items():
+        for what, kernel in found.items():
+            picked[what, kernel] = (*picked.get((what, kernel), ()), architecture)
+    for (what, kernel), names in picked.items():
+        yield Instance(
+            f"{family}_{what}[{kind}, {', '.join(names)}]", kernel, signatures[what],
+            architectures=names,
+        )  # fmt: skip
 
 
 __all__ = [
-    "Architecture", "Gradients", "Heads", "Inputs", "Ints", "Matrices", "arguments_of",
-    "has_vectors", "heads_of", "mask_of", "mask_type",
+    "Architecture", "ArgumentTypes", "Gradients", "Heads", "Inputs", "Ints", "Matrices", "Sizes",
+    "Strides", "argument_types", "has_vectors", "heads_of", "instances_of", "named_type",
+    "scalars_of", "sizes_of",
 ]  # fmt: skip

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from ..philox import dropout_threshold
+from .scores import is_additive
 
 Shape = tuple[int, ...]
 Causal = bool | Literal["top-left", "bottom-right"]
@@ -21,6 +24,16 @@ Float32Precision = Literal["ieee", "tf32", "tf32x3"]
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 FLOAT32_PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+class HasShape(Protocol):
+    """An array or a tensor, wherever its elements are."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,8 @@ class AttentionProblem:
         1 1 . .           1 1 1 1
 
     `attn_mask`: boolean, True where the key takes part; or floating point, added to the scaled
-    score.
+    score. `mask_kind` says which, here as in all kernels: "none", "bool", or an additive mask's
+    dtype by its name.
 
     A query that may see no key has output 0, logsumexp -inf and zero gradients. A NaN or an
     infinity in a key or value that is masked out may still reach other queries of the same tile,
@@ -54,7 +68,7 @@ class AttentionProblem:
     value_shape: Shape
     dtype: np.dtype[Any]
     leading: Shape
-    mask_kind: Literal["none", "bool", "additive"]
+    mask_kind: str
     scale: float
     left: int | None
     right: int | None
@@ -71,7 +85,7 @@ class AttentionProblem:
         value_shape: Shape,
         dtype: DTypeLike,
         *,
-        attn_mask: NDArray[Any] | None = None,
+        attn_mask: HasShape | None = None,
         is_causal: Causal = False,
         dropout_p: float = 0.0,
         scale: float | None = None,
@@ -86,7 +100,8 @@ class AttentionProblem:
             query_shape, key_shape, value_shape: (..., Nq, D), (..., Nk, D), (..., Nk, Dv).
             dtype: of the inputs and the output: float32 or float64, which are computed with as they
                 are, or (on a GPU) float16 or bfloat16, computed with in float32.
-            attn_mask: bool or floating point, broadcastable to (..., Nq, Nk).
+            attn_mask: bool or floating point, broadcastable to (..., Nq, Nk); only its shape and
+                dtype are looked at.
             is_causal: False; True or "top-left"; "bottom-right".
             dropout_p: probability, in [0, 1], with which an attention weight is dropped.
             scale: factor of the scores; None is 1 / sqrt(D).
@@ -122,6 +137,19 @@ class AttentionProblem:
             enable_gqa=enable_gqa,
             fp32_precision=checked_fp32_precision(fp32_precision),
         )
+
+    @property
+    def additive_mask(self) -> bool:
+        """Whether the mask is added to the scores."""
+        return is_additive(self.mask_kind)
+
+    @property
+    def keep_scale(self) -> float:
+        """What dropout multiplies the weights by that it keeps: 1 / (1 - dropout_p). It keeps none
+        where no random word of 32 bits reaches the threshold: 0.
+        """
+        p = self.dropout_p
+        return 1 / (1 - p) if p == 0 or dropout_threshold(p) < 1 << 32 else 0.0
 
     @property
     def scale_in_exponent(self) -> bool:
@@ -185,17 +213,6 @@ class AttentionProblem:
         row = np.arange(self.seqlen_q)[:, None]
         column = np.arange(self.seqlen_k)[None, :]
         return (column >= row + self.lower) & (column < row + self.upper)
-
-
-def mask_numbers(attn_mask: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An additive mask in the dtype of the scores; a finite number that this dtype has no room for
-    becomes its largest.
-    """
-    if attn_mask.dtype.itemsize > dtype.itemsize:
-        largest = np.finfo(dtype).max
-        near = np.clip(attn_mask, -largest, largest)
-        attn_mask = np.where(np.isinf(attn_mask), attn_mask, near)
-    return attn_mask.astype(dtype, copy=False)
 
 
 def _leading_shape(query: Shape, key: Shape, value: Shape, enable_gqa: bool) -> Shape:
@@ -271,9 +288,12 @@ def _window_side(window: Window, side: int, everything: int) -> int | None:
     return None if number >= everything else int(number)
 
 
-def _mask_kind(
-    attn_mask: NDArray[Any] | None, scores_shape: Shape
-) -> Literal["none", "bool", "additive"]:
+def mask_kind(dtype: np.dtype[Any]) -> str:
+    """The kind of a mask of a dtype, in the words of `AttentionProblem.mask_kind`."""
+    return str(dtype.name)  # numpy's name of its booleans is "bool", too
+
+
+def _mask_kind(attn_mask: HasShape | None, scores_shape: Shape) -> str:
     if attn_mask is None:
         return "none"
     is_float = attn_mask.dtype.kind == "f" or attn_mask.dtype.name in DTYPES
@@ -282,7 +302,7 @@ def _mask_kind(
             f"attn_mask has dtype {attn_mask.dtype}; wanted bool (True takes part) or floating "
             "point (added to the scores)."
         )
-    fits = attn_mask.ndim <= len(scores_shape) and all(
+    fits = len(attn_mask.shape) <= len(scores_shape) and all(
         have in (1, want)
         for have, want in zip(attn_mask.shape[::-1], scores_shape[::-1], strict=False)
     )
@@ -290,7 +310,7 @@ def _mask_kind(
         raise ValueError(
             f"attn_mask has shape {attn_mask.shape}; wanted one that broadcasts to {scores_shape}."
         )
-    return "bool" if attn_mask.dtype == np.bool_ else "additive"
+    return mask_kind(attn_mask.dtype)
 
 
 def _scale(scale: float | None, head_dim: int, dtype: np.dtype[Any]) -> float:

@@ -22,11 +22,11 @@ import numpy as np
 from llvmlite import ir
 
 from ..gpu.runtime import SIMULATED, device_function, precision, types
+from .scores import LOG2_E, unit_of
 
 if not SIMULATED:
     from ..gpu.runtime import intrinsic
 
-LOG2_E = math.log2(math.e)
 # The L up to which its rounding, of 2**-24 L, is less than that of P, by the bytes of an element.
 LARGE = {2: 1024.0, 4: 16.0}
 
@@ -96,7 +96,7 @@ def shift_and_rest(additive: bool, itemsize: int) -> Any:
     A row that saw no key gets L = +inf, with which all its P are 0, one with an infinite score NaN.
     """
     exp2, f32 = exp2_function("float32"), types.float32
-    unit, large, infinity = (1.0 if additive else LOG2_E), LARGE[itemsize], float("inf")
+    unit, large, infinity = unit_of(additive), LARGE[itemsize], float("inf")
 
     @device_function
     def of_row(m, l):
@@ -112,28 +112,4 @@ def shift_and_rest(additive: bool, itemsize: int) -> Any:
     return of_row
 
 
-# ----- masks -----
-
-
-@cache
-def mask_number(mask: str, precision_name: str) -> Any:
-    """Device function: an additive mask's number in the scores' type; a finite one that this type
-    has no room for becomes its largest.
-    """
-    load, real = precision(mask).load, precision(precision_name).real
-    infinity, largest = float("inf"), float(np.finfo(np.float32).max)
-    narrow = mask == "float64" and real == types.float32
-
-    @device_function
-    def number_of(number):
-        x = real(load(number))
-        if narrow and abs(x) == infinity and abs(number) != infinity:
-            return real(largest) if number > 0 else real(-largest)
-        return x
-
-    return number_of
-
-
-__all__ = [
-    "LOG2_E", "exp2_function", "mask_number", "next_call", "reciprocal_of", "shift_and_rest",
-]  # fmt: skip
+__all__ = ["exp2_function", "next_call", "reciprocal_of", "shift_and_rest"]

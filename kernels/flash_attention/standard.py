@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..philox import attention_dropout_mask
-from .problem import AttentionProblem, Shape, mask_numbers
+from .problem import AttentionProblem, Shape
+from .scores import mask_numbers
 
 Array = NDArray[Any]
 
@@ -88,7 +89,7 @@ def _scores(problem: AttentionProblem, q: Array, k: Array, attn_mask: Array | No
     """scale * Q K^T, masked: (..., Nq, Nk)."""
     s = problem.dtype.type(problem.scale) * (q @ _transpose(k))
     allowed = problem.allowed_positions()
-    if attn_mask is not None and problem.mask_kind == "additive":
+    if attn_mask is not None and problem.additive_mask:
         with np.errstate(over="ignore", invalid="ignore"):
             s = s + mask_numbers(attn_mask, problem.dtype)
     elif attn_mask is not None:
@@ -104,8 +105,7 @@ def _dropout_factors(problem: AttentionProblem) -> Array:
         return np.ones((), dtype)
     lengths = problem.seqlen_q, problem.seqlen_k
     kept = attention_dropout_mask(problem.batch_heads, *lengths, p, problem.seed)
-    factor = dtype.type(1 / (1 - p) if p < 1 else 0)
-    factors: Array = np.where(kept, factor, dtype.type(0))
+    factors: Array = np.where(kept, dtype.type(problem.keep_scale), dtype.type(0))
     return factors.reshape(*problem.leading, *lengths)
 
 

@@ -1,8 +1,8 @@
 """Sizes of tiles that were measured to be the fastest, by GPU, head size, causal mask and length.
 
-`python project/tune_attention.py` measures the candidates of each module on the GPU it finds and
-rewrites the table; other GPUs' entries stay. Where the table has no entry, a module's own choice
-holds: the table makes a kernel faster, never possible.
+`python project/bench/tune_attention.py` measures the candidates of each module on the GPU it finds
+and rewrites the table; other GPUs' entries stay. Where the table has no entry, a module's own
+choice holds: the table makes a kernel faster, never possible.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SHORT = 1024  # queries, up to which a sequence is short: few tiles for each mul
 
 # (module, kernel, compute capability, head size, causal, short): the arguments of the module's
 # class of tile sizes
-# ----- written by project/tune_attention.py -----
+# ----- written by project/bench/tune_attention.py -----
 TABLE: dict[Entry, Numbers] = {
     ("hopper", "forward", (9, 0), 64, False, False): (3, 128, 2, 1, 0),
     ("hopper", "forward", (9, 0), 64, False, True): (3, 128, 3, 1, 0),

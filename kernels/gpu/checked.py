@@ -56,6 +56,3 @@ def byte_offsets(what: str, given: Any) -> None:
     checked(what, given, isinstance(given, tuple) and given != (), "a tuple of at least one offset")
     for offset in given:
         whole(what, offset, 0, (1 << 18) - 16, step=16)
-
-
-__all__ = ["byte_offsets", "checked", "one_of", "whole"]

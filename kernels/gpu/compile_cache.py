@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import hashlib
-import importlib
 import importlib.metadata
 import inspect
 import os
@@ -30,6 +29,8 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
+
+from .bindings import bindings
 
 FOLDER_VARIABLE = "MINITORCH_CUDA_CACHE"
 PACKAGE = __name__.split(".", maxsplit=1)[0]
@@ -68,6 +69,8 @@ def key(kernel: Any, signature: tuple[Any, ...], architecture: str) -> str | Non
     description = _Description()
     try:
         description.add(kernel)
+        # What the fields of named tuples are called is not in the types' names.
+        description.add(tuple(getattr(x, "instance_class", None) for x in signature))
     except Unknown:
         return None
     description.text([_compiler(), architecture, *map(str, signature)])
@@ -304,7 +307,7 @@ def _forget_old(where: Path) -> None:
 
 def loaded(code: bytes) -> int | None:
     """The handle (CUkernel) of the one kernel in machine code; None if the driver refuses it."""
-    driver = importlib.import_module("cuda.bindings.driver")
+    driver = bindings()
     status, library = driver.cuLibraryLoadData(code, None, None, 0, None, None, 0)
     if int(status) != 0:
         return None

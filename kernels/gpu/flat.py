@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from .runtime import SIMULATED, ceil_div, cuda, device_function, precision, types
-from .vectors import BYTES, vector_access
+from .vectors import longest_vector, vector_access
 
 THREADS = 32 if SIMULATED else 256
 COUNT = 8  # neighbours of a thread: one 16-byte vector or more, of every precision
@@ -32,7 +32,7 @@ def whole_access(precision_name: str) -> tuple[Any, Any]:
     """
     number = precision(precision_name)
     to_real, to_storage, storage = number.load, number.store, number.storage
-    vector = BYTES // storage.itemsize
+    vector = longest_vector(precision_name)
     load_vector, store_vector = vector_access(vector)
 
     @device_function

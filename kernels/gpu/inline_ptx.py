@@ -353,8 +353,3 @@ def ptx(
 def lines(parts: Iterator[str] | list[str]) -> str:
     """Several instructions as one, with names of their own: PTX's braces."""
     return "{ " + " ".join(parts) + " }"
-
-
-__all__ = [
-    "Assembly", "Register", "b16", "f32", "i32", "instruction", "lines", "ptx", "u32", "u64",
-]  # fmt: skip

@@ -49,11 +49,6 @@ def div_full_f32(x: f32, y: f32) -> f32:
     """x / y, right to 2 units of the last place for all numbers."""
 
 
-@ptx("max.f32 {out}, {x}, {y};", pure=True, simulated=simulated.largest)
-def max_f32(x: f32, y: f32) -> f32:
-    """The larger one; the other if one is NaN."""
-
-
 @ptx("cvt.rn.f16x2.f32 {out}, {high}, {low};", pure=True, simulated=simulated.pack("float16"))
 def cvt_rn_f16x2_f32(low: f32, high: f32) -> u32:
     """Two float16, rounded to the nearest: `low` in bits 0-15. From compute capability 8.0 on."""
@@ -196,44 +191,20 @@ def st_global_b32(address: u64, x: u32) -> None:
     """A word to an address of global memory, a multiple of 4."""
 
 
-@ptx(
-    "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.b32 [{address}], {x}; }",
-    simulated=simulated.store_global_if,
-)
-def st_global_b32_if(valid: u32, address: u64, x: u32) -> None:
-    """A word to an address of global memory, a multiple of 4, where `valid`."""
+def _store_if(kind: str, register: Any) -> Any:
+    """`(valid, address, x)`: x to an address of global memory, a multiple of its size, where
+    `valid`.
+    """
+    text = "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.KIND [{address}], {x}; }"
+    return instruction(
+        f"st_global_{kind.replace('.', '_')}_if", text.replace("KIND", kind),
+        {"valid": u32, "address": u64, "x": register}, simulated=simulated.store_global_if,
+    )  # fmt: skip
 
 
-@ptx(
-    "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.v4.b32 [{address}], {x}; }",
-    simulated=simulated.store_global_if,
-)
-def st_global_v4_b32_if(valid: u32, address: u64, x: u32[4]) -> None:
-    """16 bytes to an address of global memory, a multiple of 16, where `valid`."""
-
-
-@ptx(
-    "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.b16 [{address}], {x}; }",
-    simulated=simulated.store_global_if,
-)
-def st_global_b16_if(valid: u32, address: u64, x: b16) -> None:
-    """Two bytes to an even address of global memory, where `valid`."""
-
-
-@ptx(
-    "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.f32 [{address}], {x}; }",
-    simulated=simulated.store_global_if,
-)
-def st_global_f32_if(valid: u32, address: u64, x: f32) -> None:
-    """A float32 to an address of global memory, a multiple of 4, where `valid`."""
-
-
-@ptx(
-    "{ .reg .pred p; setp.ne.u32 p, {valid}, 0; @p st.global.v2.f32 [{address}], {x}; }",
-    simulated=simulated.store_global_if,
-)
-def st_global_v2_f32_if(valid: u32, address: u64, x: f32[2]) -> None:
-    """Two float32 to an address of global memory, a multiple of 8, where `valid`."""
+st_global_b16_if, st_global_b32_if = _store_if("b16", b16), _store_if("b32", u32)
+st_global_f32_if, st_global_v2_f32_if = _store_if("f32", f32), _store_if("v2.f32", f32[2])
+st_global_v4_b32_if = _store_if("v4.b32", u32[4])
 
 
 @ptx("atom.global.add.u32 {out}, [{address}], {x};", simulated=simulated.atomic_add)

@@ -77,17 +77,6 @@ def cp_async_bulk_tensor_4d(
 
 
 @ptx(
-    "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group"
-    " [{tensor_map}, {{x}, {y}, {z}, {w}}], [{source}];",
-    simulated=simulated.copy_out,
-)
-def cp_async_bulk_tensor_4d_store(
-    tensor_map: u64, source: u32, x: i32, y: i32, z: i32, w: i32
-) -> None:
-    """Begin to copy one box from shared memory to a tensor; what is outside of it is left out."""
-
-
-@ptx(
     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
     " [{target}], [{source}], {size}, [{barrier}];",
     simulated=simulated.copy_flat,
@@ -95,36 +84,6 @@ def cp_async_bulk_tensor_4d_store(
 def cp_async_bulk(target: u32, source: u64, size: u32, barrier: u32) -> None:
     """Copy `size` bytes, a multiple of 16, from global to shared memory; both addresses are
     multiples of 16. The bytes count at the barrier.
-    """
-
-
-@ptx("cp.async.bulk.commit_group;", simulated=simulated.nothing)
-def cp_async_bulk_commit_group() -> None:
-    """The thread's stores since the last commit are a group."""
-
-
-@cache
-def cp_async_bulk_wait_group_read(pending: int) -> Any:
-    """A function that waits until all but the last `pending` groups have read shared memory.
-
-    Raises:
-        TypeError: `pending` is no whole number.
-        ValueError: it is negative.
-
-    """
-    whole("pending", pending)
-    return instruction(
-        "cp_async_bulk_wait_group_read",
-        f"cp.async.bulk.wait_group.read {pending};",
-        {},
-        simulated=simulated.nothing,
-    )
-
-
-@ptx("fence.proxy.async.shared::cta;", simulated=simulated.nothing)
-def fence_proxy_async_shared() -> None:
-    """9.7.13.4: what this thread has written to shared memory is there for the copy engine and for
-    wgmma, once the threads have met at a barrier.
     """
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .ptx_simulated import area_of, block, numbers, ordered, together, until
+from .ptx_simulated import area_of, block, numbers, ordered, plain_array, together, until
 from .shared_layout import PANEL, swizzle
 from .tensor_map import SIZES, map_at
 
@@ -23,9 +23,7 @@ WARPGROUP = 128
 def _bytes(address: int, size: int) -> Any:
     """Shared memory, as an array of bytes to read or write; races are not looked for."""
     area, first = area_of(address, size)
-    plain = getattr(area.array, "_item", area.array)
-    plain = getattr(plain, "_ary", plain)
-    return plain.reshape(-1).view(np.uint8)[first : first + size]
+    return plain_array(area.array).reshape(-1).view(np.uint8)[first : first + size]
 
 
 # ----- barriers -----
@@ -144,14 +142,6 @@ def copy_in(target: Any, tensor_map: Any, barrier: Any, *corner: Any) -> None:
     box[inside] = part
     _bytes(target, kind.box_bytes)[_places(kind, target)] = box.reshape(-1)
     _change(barrier, 0, -kind.box_bytes)
-
-
-def copy_out(tensor_map: Any, source: Any, *corner: Any) -> None:
-    """cp.async.bulk.tensor from shared to global memory."""
-    kind, source = map_at(int(tensor_map)), int(source)
-    box = _bytes(source, kind.box_bytes)[_places(kind, source)]
-    part, inside = _box(kind, tuple(int(x) for x in corner))
-    part[...] = box.reshape(*kind.box[::-1], SIZES[kind.dtype])[inside]
 
 
 def copy_flat(target: Any, source: Any, size: Any, barrier: Any) -> None:

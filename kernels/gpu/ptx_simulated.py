@@ -192,11 +192,6 @@ def quotient(x: Any, y: Any) -> Any:
         return np.float32(x) / np.float32(y)
 
 
-def largest(x: Any, y: Any) -> Any:
-    """max.f32."""
-    return np.fmax(np.float32(x), np.float32(y))
-
-
 def tf32(x: Any) -> Any:
     """cvt.rna.tf32.f32: infinity and NaN stay."""
     x = np.float32(x)
@@ -254,10 +249,15 @@ class _Area(NamedTuple):
     array: Any
 
 
+def plain_array(array: Any) -> Any:
+    """numpy's array under the simulator's."""
+    item = getattr(array, "_item", array)
+    return getattr(item, "_ary", item)
+
+
 def shared_address(array: Any) -> Any:
     """The address of an array in shared memory."""
-    plain = getattr(array, "_item", array)
-    plain = getattr(plain, "_ary", plain)
+    plain = plain_array(array)
     pointer = int(plain.__array_interface__["data"][0])
     here = block()
     with here.lock:
@@ -314,15 +314,18 @@ def _bytes(x: Any) -> bytes:
     return b"".join(np.asarray(item).tobytes() for item in items)
 
 
-def load_shared(count: int, dtype: str = "uint32") -> Callable[[Any], Any]:
-    """ld.shared of one word, or of several."""
-
+def _load(read: Callable[[int, int], bytes], count: int, dtype: str) -> Callable[[Any], Any]:
     def load(address: Any) -> Any:
         _check(int(address), 4 * count)
-        found = np.frombuffer(read_shared(int(address), 4 * count), dtype)
+        found = np.frombuffer(read(int(address), 4 * count), dtype)
         return found[0] if count == 1 else tuple(found)
 
     return load
+
+
+def load_shared(count: int, dtype: str = "uint32") -> Callable[[Any], Any]:
+    """ld.shared of one word, or of several."""
+    return _load(read_shared, count, dtype)
 
 
 def store_shared(address: Any, x: Any) -> None:
@@ -334,9 +337,7 @@ def store_shared(address: Any, x: Any) -> None:
 
 def global_address(array: Any) -> Any:
     """The address of an array in global memory: the computer's own."""
-    plain = getattr(array, "_item", array)
-    plain = getattr(plain, "_ary", plain)
-    return np.uint64(plain.__array_interface__["data"][0])
+    return np.uint64(plain_array(array).__array_interface__["data"][0])
 
 
 def store_global(address: Any, x: Any) -> None:
@@ -348,13 +349,7 @@ def store_global(address: Any, x: Any) -> None:
 
 def load_global(count: int, dtype: str = "uint32") -> Callable[[Any], Any]:
     """ld.global of one word, or of several."""
-
-    def load(address: Any) -> Any:
-        _check(int(address), 4 * count)
-        found = np.frombuffer(ctypes.string_at(int(address), 4 * count), dtype)
-        return found[0] if count == 1 else tuple(found)
-
-    return load
+    return _load(ctypes.string_at, count, dtype)
 
 
 def atomic_add(address: Any, x: Any) -> Any:

@@ -6,12 +6,12 @@ It is the same for mma and for wgmma, whose warpgroup has a tile like this in ea
 warps. A lane's part is a tuple of float32; four lanes together, a quad, have a row.
 
     scores = RegisterTile(block_n)
-    zero, row_max, exp2 = scores.zero, scores.row_max, scores.exp2
+    row_max, scale_rows = scores.row_max, output.scale_rows
 
 makes functions that a kernel calls by these names, so that it reads like the algorithm:
 
     m_new = row_max(s, m)                       # m_new = max(m, rowmax(S))
-    p = exp2(s, scale, shift(m_new, scale))     # P = 2**(scale S - scale m_new)
+    o = scale_rows(o, alpha)                    # O = diag(alpha) O
 
 They are `traced`: loops over the registers are unrolled while the kernel is compiled.
 """
@@ -36,22 +36,17 @@ from .ptx import (
     st_global_f32_if,
     st_global_v2_f32_if,
 )
-from .runtime import NEGATIVE_INFINITY, types
-from .traced import exp2 as power_of_two
-from .traced import fma, maximum, select, traced
-
-LARGEST_FIRST = np.float32(NEGATIVE_INFINITY)
+from .runtime import types
+from .traced import maximum, select, traced
 
 
 class Place(NamedTuple):
-    """Of one of a lane's numbers: which register, which of the lane's rows, and where from the
-    lane's first row and column it lies.
-    """
+    """Where one of a lane's numbers is."""
 
     register: int
-    own_row: int
-    row: int
-    column: int
+    own_row: int  # which of the lane's rows it is in
+    row: int  # counted from the lane's first row
+    column: int  # counted from the lane's first column
 
 
 @dataclass(frozen=True)
@@ -99,6 +94,11 @@ class RegisterTile:
             j, r, c = rest // 4, rest // 2 % 2, rest % 2
             yield Place(n, 2 * block + r, 16 * block + 8 * r, 8 * j + c)
 
+    def register_at(self, own_row: int, column: int) -> int:
+        """Which register has the number of a lane's row that lies `column` from its first one."""
+        block, r = divmod(own_row, 2)
+        return block * (self.columns // 2) + column // 8 * 4 + 2 * r + column % 8
+
     def _by_row(self, tile: Any) -> list[list[Any]]:
         rows: list[list[Any]] = [[] for _ in range(2 * self.row_blocks)]
         for place in self.places():
@@ -117,6 +117,11 @@ class RegisterTile:
             return [np.float32(0)] * count
 
         return zero
+
+    @cached_property
+    def fill_rows(self) -> Any:
+        """`fill_rows(x)`: x for each row."""
+        return self.each_row(lambda x: x, types.float32)
 
     @cached_property
     def scale_rows(self) -> Any:
@@ -165,57 +170,9 @@ class RegisterTile:
         return quad_sum
 
     @cached_property
-    def row_sum(self) -> Any:
-        """`row_sum(tile)`: the sum of each row."""
-
-        @traced(self.rows_type, self.type)
-        def row_sum(tile):
-            sums = [_sum(numbers) for numbers in self._by_row(tile)]
-            return _over_quad(sums, lambda a, b: a + b)
-
-        return row_sum
-
-    @cached_property
     def shift(self) -> Any:
-        """`shift(largest, scale)`: scale * largest for each row, what `exp2` takes; 0 where there
-        is no number yet: 2**(-inf - 0) is 0, not NaN. Also where the largest is infinite: then so
-        is its power.
-        """
-
-        @traced(self.rows_type, self.rows_type, types.float32)
-        def shift(largest, scale):
-            return [select(x - x == 0.0, x * scale, 0.0) for x in largest]
-
-        return shift
-
-    @cached_property
-    def exp2(self) -> Any:
-        """`exp2(tile, scale, shifts)`: 2**(scale * tile - shift of the row): an fma and an ex2."""
-
-        def power(x, scale, shift):
-            return power_of_two(fma(x, scale, -shift))
-
-        return self.each(power, self.type, types.float32, self.rows_type)
-
-    @cached_property
-    def mask_columns(self) -> Any:
-        """`mask_columns(tile, first, end)`: -inf where a column is not within first ... end - 1 of
-        its row, counted from the lane's first column.
-        """
-        limits = types.UniTuple(types.int32, 2 * self.row_blocks)
-
-        @traced(self.type, self.type, limits, limits)
-        def mask_columns(tile, first, end):
-            return [
-                select(
-                    (first[p.own_row] <= p.column) & (end[p.own_row] > p.column),
-                    tile[p.register],
-                    NEGATIVE_INFINITY,
-                )
-                for p in self.places()
-            ]
-
-        return mask_columns
+        """`shift(largest, scale)`: `shift_of` each row."""
+        return self.each_row(shift_of, self.rows_type, types.float32)
 
     def to_operand(self, dtype: str, turing: bool = False) -> Any:
         """Function of a tile: its numbers, rounded, as the operand A of the next product.
@@ -245,35 +202,43 @@ class RegisterTile:
 
         return to_operand
 
-    def each(self, function: Callable[..., Any], *kinds: Any, at: bool = False) -> Any:
+    def each(self, function: Callable[..., Any], *kinds: Any) -> Any:
         """A function that gives a tile, number by number.
 
         Args:
             function: of one number from each argument; traced with the tile.
             kinds: types of the arguments: of a tile (`type`) it gets the number at that place, of a
                 number for each row (`rows_type`) that of the row, of any other type the argument.
-            at: whether it gets the number's row and column before them: then the first two
-                arguments are those of the lane's first number, int32.
 
         """
-        places = [types.int32, types.int32] if at else []
 
-        @traced(self.type, *places, *kinds)
+        @traced(self.type, *kinds)
         def each(*arguments):
-            found = []
-            for place in self.places():
-                given = [
-                    argument[place.register] if kind == self.type
-                    else argument[place.own_row] if kind == self.rows_type
-                    else argument
-                    for argument, kind in zip(arguments[len(places) :], kinds, strict=True)
-                ]  # fmt: skip
-                if at:
-                    given = [arguments[0] + place.row, arguments[1] + place.column, *given]
-                found.append(function(*given))
-            return found
+            given = list(zip(arguments, kinds, strict=True))
+            return [
+                function(*(
+                    x[p.register] if kind == self.type
+                    else x[p.own_row] if kind == self.rows_type
+                    else x
+                    for x, kind in given
+                ))
+                for p in self.places()
+            ]  # fmt: skip
 
         return each
+
+    def each_row(self, function: Callable[..., Any], *kinds: Any) -> Any:
+        """A function that gives a number for each row, as `each` gives a tile."""
+
+        @traced(self.rows_type, *kinds)
+        def each_row(*arguments):
+            given = list(zip(arguments, kinds, strict=True))
+            return [
+                function(*(x[r] if kind == self.rows_type else x for x, kind in given))
+                for r in range(2 * self.row_blocks)
+            ]
+
+        return each_row
 
     def store(self, dtype: str, pairs: bool = True, turing: bool = False) -> Any:
         """`store(tile, addresses, valid, columns)`: to rows of global memory, rounded.
@@ -308,6 +273,13 @@ class RegisterTile:
                 put(address, inside, *tile[p.register : p.register + 2])
 
         return store
+
+
+def shift_of(largest: Any, scale: Any) -> Any:
+    """Within traced functions: scale * largest; 0 where there is no number yet: 2**(-inf - 0) is 0,
+    not NaN. Also where the largest is infinite: then so is its power.
+    """
+    return select(largest - largest == 0.0, largest * scale, 0.0)
 
 
 def _sum(numbers: list[Any]) -> Any:
@@ -346,4 +318,4 @@ def _store_each(dtype: str, turing: bool) -> Callable[..., None]:
     return put
 
 
-__all__ = ["Place", "RegisterTile"]
+__all__ = ["Place", "RegisterTile", "shift_of"]

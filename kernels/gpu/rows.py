@@ -31,7 +31,7 @@ from .runtime import (
     warp_max,
     warp_sum,
 )
-from .vectors import BYTES, vector_access, vector_load_or
+from .vectors import longest_vector, vector_access, vector_load_or
 
 MOST_VECTORS = 16  # that a thread keeps
 TILED_THREADS = 512  # of the team of a row that is read in tiles
@@ -90,9 +90,8 @@ def row_shape(
         most_threads: of a row's team.
 
     """
-    number = precision(precision_name)
     most_values = bytes_kept // (8 if precision_name == "float64" else 4)
-    vector = _vector_size(columns, number.storage.itemsize)
+    vector = _vector_size(precision_name, columns)
     most = max(1, min(most_values // vector, MOST_VECTORS))
     threads = WARP
     while threads < most_threads and threads * vector * most < columns:
@@ -106,15 +105,12 @@ def row_shape(
     return RowShape(threads, rows if threads == WARP else 1, vector, vectors, False)
 
 
-def _vector_size(columns: int, itemsize: int) -> int:
+def _vector_size(precision_name: str, columns: int) -> int:
     """The longest vector that divides a row; a shorter one if that gives all threads the same."""
-    largest = BYTES // itemsize
-    while columns % largest:
-        largest //= 2
+    largest = longest_vector(precision_name, columns)
     half = largest // 2
-    if half * itemsize >= BYTES // 2 and columns % (WARP * largest) and not columns % (WARP * half):
-        return half
-    return largest
+    wide = 2 * half >= longest_vector(precision_name)
+    return half if wide and columns % (WARP * largest) and not columns % (WARP * half) else largest
 
 
 @cache
@@ -168,7 +164,7 @@ def weights_access(precision_name: str, shape: RowShape) -> Any:
     number = precision(precision_name)
     real, to_real, to_storage = number.real, number.load, number.store
     storage = number.storage
-    piece = min(shape.vector, BYTES // storage.itemsize)  # the rows' elements may be shorter
+    piece = min(shape.vector, longest_vector(precision_name))  # the rows' elements may be shorter
     load_vector = vector_load_or(piece, storage.itemsize)
     vector, step, width = shape.vector, shape.threads * shape.vector, shape.tile
 

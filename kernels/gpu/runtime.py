@@ -24,6 +24,8 @@ import numba
 import numpy as np
 
 from . import compile_cache, ptx_simulated
+from .arguments import pack
+from .bindings import bindings
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0"
 
@@ -197,13 +199,15 @@ def launch(
 
     Args:
         kernel: compiled by `kernel`.
-        grid: number of blocks, x up to 2**31 - 1, y and z up to 65535.
+        grid: number of blocks, x up to 2**31 - 1, y and z up to 65535; with 0 nothing is launched.
         threads: number of threads of a block.
-        arguments: numba device arrays, numbers and tuples of whole numbers.
+        arguments: numba device arrays, numbers and (named) tuples of whole numbers.
         shared_bytes: of dynamic shared memory.
 
     """
-    packed = None if SIMULATED else _pack(arguments)
+    if grid == 0:
+        return
+    packed = None if SIMULATED else pack(arguments)
     if packed is None:
         kernel[grid, threads, current_stream(), shared_bytes](*arguments)
         return
@@ -218,7 +222,7 @@ def launch(
 
 # ----- launching without numba -----
 
-MOST_VALUES = 256  # of a kernel's arguments, an array being seven
+MOST_VALUES = 256  # words of a kernel's arguments
 
 
 class _Function:
@@ -235,7 +239,7 @@ class _Function:
 
     def allow(self, shared_bytes: int) -> None:
         """Let a block have so many: more than 48 KiB, static ones included, must be asked for."""
-        driver = _driver()
+        driver = bindings()
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         device = int(cuda.get_current_device().id)
         handle = driver.CUkernel(self.handle)
@@ -247,52 +251,6 @@ class _Function:
 
 _functions: dict[tuple[Any, tuple[Any, ...]], _Function] = {}
 _parameters = threading.local()
-_WHOLE_NUMBERS = (np.int32, np.uint32, np.int64)
-
-
-def _pack(arguments: tuple[Any, ...]) -> tuple[list[int], tuple[Any, ...]] | None:
-    """The arguments as 64-bit words, as numba's kernels take them, and what types they have.
-
-    None where there is one of a kind that is left to numba.
-    """
-    values: list[int] = []
-    kinds: list[Any] = []
-    for x in arguments:
-        kind: Any = type(x)
-        if kind is int:
-            values.append(x)
-            if not -(1 << 63) <= x < 1 << 63:
-                return None
-        elif kind is tuple:
-            values += x
-            kind = len(x)
-        elif kind is np.float32:
-            values.append(int(x.view(np.uint32)))
-        elif kind is float or kind is np.float64:
-            values.append(int(np.float64(x).view(np.int64)))
-        elif kind is np.uint64:
-            values.append(int(x.view(np.int64)))
-        elif kind in _WHOLE_NUMBERS:
-            values.append(int(x))
-        else:
-            words = getattr(x, "_words", None) or _words_of(x)
-            if words is None:
-                return None
-            values += words
-            kind = x.dtype
-        kinds.append(kind)
-    return values, tuple(kinds)
-
-
-def _words_of(array: Any) -> tuple[int, ...] | None:
-    """A device array as a kernel gets it; kept on the array. None if it is none of ours."""
-    interface = getattr(array, "__cuda_array_interface__", None)
-    if interface is None or len(interface["shape"]) != 1 or interface.get("strides"):
-        return None
-    (size,), itemsize = interface["shape"], array.dtype.itemsize
-    # its owner and parent (none), size, itemsize, address, shape, strides in bytes
-    array._words = (0, 0, size, itemsize, interface["data"][0], size, itemsize)
-    return array._words  # type: ignore[no-any-return]
 
 
 def _machine_code(kernel: Any, arguments: tuple[Any, ...]) -> int:
@@ -306,12 +264,6 @@ def _machine_code(kernel: Any, arguments: tuple[Any, ...]) -> int:
         compile_cache.write(name, bytes(compiled.get_cubin().code))
         handle = int(compiled.get_cufunc().handle)
     return handle
-
-
-@cache
-def _driver() -> Any:
-    """NVIDIA's bindings of the driver, which numba-cuda needs too."""
-    return importlib.import_module("cuda.bindings.driver")
 
 
 def _launch_directly(
@@ -329,7 +281,7 @@ def _launch_directly(
             *(first + 8 * i for i in range(MOST_VALUES))
         )
     _parameters.words[: len(values)] = values
-    driver, stream = _driver(), current_stream()
+    driver, stream = bindings(), current_stream()
     handle = stream if isinstance(stream, int) else getattr(stream.handle, "value", stream.handle)
     (status,) = driver.cuLaunchKernel(
         driver.CUfunction(function),
@@ -439,6 +391,11 @@ class Precision:
     def array(self) -> Any:
         """numba type of a contiguous one-dimensional array of it, for signatures."""
         return types.Array(numba.from_dtype(self.storage), 1, "C")
+
+    @property
+    def real_array(self) -> Any:
+        """numba type of such an array of the arithmetic type."""
+        return types.Array(self.real, 1, "C")
 
 
 @cache

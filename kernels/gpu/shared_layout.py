@@ -220,10 +220,3 @@ def steps_down(depth: int) -> tuple[int, ...]:
 def _steps(depth: int) -> Iterator[int]:
     whole("depth", depth, 16, step=16)  # wgmma takes 16 of a 16-bit number at a time
     return iter(range(0, depth, 16))
-
-
-__all__ = [
-    "FRAGMENTS", "a_place", "a_place_tf32", "b_place", "b_place_tf32", "descriptor",
-    "fragment_table", "ldmatrix_a", "ldmatrix_a_trans", "ldmatrix_b", "ldmatrix_b_trans",
-    "panels_descriptor", "steps_along", "steps_down", "sums_place", "swizzle", "tile_offset",
-]  # fmt: skip

@@ -12,14 +12,13 @@ being captured meanwhile.
 
 from __future__ import annotations
 
-import importlib
 import threading
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .bindings import bindings, check
 from .runtime import SIMULATED, cuda
 
 BYTES = 128  # of an encoded map, and what its address is a multiple of
@@ -142,20 +141,6 @@ def matrices_map(
 # ----- for the copy engine -----
 
 
-@cache
-def _driver() -> Any:
-    """NVIDIA's bindings of the driver, which numba-cuda needs too."""
-    return importlib.import_module("cuda.bindings.driver")
-
-
-def _checked(result: tuple[Any, ...]) -> Any:
-    """What a call of the driver returned beside its status."""
-    status = result[0]
-    if int(status) != 0:
-        raise RuntimeError(f"the CUDA driver answered {status.name} ({int(status)})")
-    return result[1] if len(result) == 2 else None
-
-
 def encoded(tensor_map: TensorMap) -> bytes:
     """The 128 bytes that the copy engine reads.
 
@@ -163,11 +148,11 @@ def encoded(tensor_map: TensorMap) -> bytes:
         RuntimeError: there is no driver that knows tensor maps, or it refuses this one.
 
     """
-    driver, kind = _driver(), tensor_map.check()
+    driver, kind = bindings(), tensor_map.check()
     dimensions = len(kind.shape)
     dtype = getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind.dtype.upper()}")
     swizzle = getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{SWIZZLES[kind.swizzle]}")
-    found = _checked(
+    found = check(
         driver.cuTensorMapEncodeTiled(
             dtype,
             dimensions,
@@ -194,23 +179,23 @@ class _Slab:
 
     def put(self, data: bytes) -> int:
         """The address of a copy of `data`. Harmless to a graph that is being captured."""
-        driver = _driver()
+        driver = bindings()
         relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        before = _checked(driver.cuThreadExchangeStreamCaptureMode(relaxed))
+        before = check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
         try:
             if self.stream is None:
                 flag = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-                self.stream = _checked(driver.cuStreamCreate(flag))
+                self.stream = check(driver.cuStreamCreate(flag))
             if self.next + len(data) > self.end:
                 size = max(SLAB_BYTES, len(data))
-                self.next = int(_checked(driver.cuMemAlloc(size)))
+                self.next = int(check(driver.cuMemAlloc(size)))
                 self.end = self.next + size
             address = self.next
             host = np.frombuffer(data, np.uint8)
-            _checked(driver.cuMemcpyHtoDAsync(address, host.ctypes.data, len(data), self.stream))
-            _checked(driver.cuStreamSynchronize(self.stream))
+            check(driver.cuMemcpyHtoDAsync(address, host.ctypes.data, len(data), self.stream))
+            check(driver.cuStreamSynchronize(self.stream))
         finally:
-            _checked(driver.cuThreadExchangeStreamCaptureMode(before))
+            check(driver.cuThreadExchangeStreamCaptureMode(before))
         self.next += len(data)
         return address
 
@@ -284,6 +269,3 @@ def _kept(what: Any, make: Callable[[], bytes]) -> np.uint64:
             address = np.uint64(slab.put(data + bytes(-len(data) % BYTES)))
             _known[key] = address
     return address
-
-
-__all__ = ["BYTES", "TensorMap", "constant", "encoded", "matrices_map", "on_device"]

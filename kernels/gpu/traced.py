@@ -56,8 +56,8 @@ if SIMULATED:
         return yes if condition else no
 
     def maximum(a: Any, b: Any) -> Any:
-        """The larger; the other one if one is NaN."""
-        return np.fmax(a, b)
+        """The larger; the other one if one is NaN. Of two Python floats, too, a float32."""
+        return np.fmax(np.float32(a), np.float32(b))
 
     def fma(a: Any, b: Any, c: Any) -> Any:
         """A * b + c, rounded once."""
@@ -155,6 +155,8 @@ else:
 
         def __and__(self, other: Any) -> Value:
             return self._apply(other, "", "and_")
+
+        __rand__ = __and__
 
         def __or__(self, other: Any) -> Value:
             return self._apply(other, "", "or_")
@@ -331,19 +333,3 @@ else:
         _conversion(kind)
         for kind in (types.float32, types.int32, types.uint32, types.int64, types.uint64)
     )
-
-
-__all__ = [
-    "exp2",
-    "f32",
-    "float_of",
-    "fma",
-    "i32",
-    "i64",
-    "maximum",
-    "select",
-    "traced",
-    "u32",
-    "u64",
-    "word_of",
-]

@@ -14,9 +14,17 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from .runtime import SIMULATED, device_function, types
+from .runtime import SIMULATED, device_function, precision, types
 
 BYTES = 16  # the most that one instruction moves
+
+
+def longest_vector(precision_name: str, columns: int = 0) -> int:
+    """Elements of the longest vector; of the longest that divides rows of so many columns."""
+    vector = BYTES // precision(precision_name).storage.itemsize
+    while columns % vector:
+        vector //= 2
+    return vector
 
 
 @cache

@@ -133,7 +133,7 @@ def config() -> dict[str, Any]:
         "gpu": device_name(),
         "compute_capability": ".".join(map(str, runtime.compute_capability())),
         "driver": _driver_version(),
-        "numba-cuda": _version("numba-cuda"),
+        "numba-cuda": version_of("numba-cuda"),
         "matmul": cublas.description(),
         "compiled kernels": str(compile_cache.folder() or "not kept"),
     }
@@ -146,7 +146,8 @@ def _driver_version() -> str | None:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

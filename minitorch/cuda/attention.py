@@ -17,34 +17,26 @@ from ..kernels.flash_attention.launch import (
     Gradients,
     Inputs,
     Matrices,
+    Strides,
     heads_of,
 )
 from ..kernels.flash_attention.mma import launch as mma
-from ..kernels.flash_attention.problem import AttentionProblem, Shape
+from ..kernels.flash_attention.problem import AttentionProblem, Shape, mask_kind
 from ..kernels.flash_attention.simt import launch as simt
 from ..kernels.gpu.runtime import compute_capability
 from ..operators import add
 from ..rng import device_offset
-from ..storage_ops import StorageOps
 from ..tensor_data import TensorData, strides_from_shape
 from .device_array import DeviceArray
 from .elementwise import fold
+from .storage import contiguous, copied
 from .views import contiguous_data, device_storage, view_of
 
 if TYPE_CHECKING:
     from ..tensor import Tensor
 
-# Implementations, the fastest first; the last takes whatever any of them takes. A module has
-#   NAME                               for people
-#   why_not(problem, architecture)     None if it computes the problem, else why not, in words
-#   forward, backward                  like those of `simt`; without `backward` it is forward only,
-#                                      and `forward` has no argument `rows`
-# and if need be
-#   ROW_ALIGNMENT                      bytes at whose multiples the rows it reads must begin
-#   forward_workspace, backward_workspace    (problem, heads, architecture) -> bytes of device
-#                                      memory, which the pass gets as `workspace`, flat, in
-#                                      float32 (float64 if the problem is in float64)
-#   tiles(problem, architecture, backward)   says the sizes of its tiles, for people
+# Implementations, the fastest first; the last takes whatever any of them takes. What such a module
+# has is told in kernels/flash_attention/launch.py.
 FLASH_ATTENTION: tuple[Any, ...] = (decode, hopper, mma, simt)
 
 
@@ -115,12 +107,6 @@ def _leading(problem: AttentionProblem, group: int) -> Shape:
     return (*problem.leading[:-1], problem.leading[-1] // group)
 
 
-def _contiguous(data: TensorData) -> TensorData:
-    out = contiguous_data(DeviceArray.empty(data.size, data.dtype), data.shape)
-    copy_into(view_of(out), view_of(data))
-    return out
-
-
 def _merged_stride(shape: Shape, strides: Shape) -> int | None:
     """The stride of dimensions seen as one; None if they are none."""
     merged, expected = 0, None
@@ -145,13 +131,13 @@ def _matrices(data: TensorData, leading: Shape, alignment: int = 1) -> Matrices:
     wide = data.broadcast_to((*leading, *data.shape[-2:]))
     batch = _merged_stride(wide.shape[:-3], wide.strides[:-3])
     if batch is None:
-        return _matrices(_contiguous(wide), leading, alignment)
+        return _matrices(copied(wide), leading, alignment)
     storage = device_storage(wide)
     if storage.dtype.kind == "b":
         storage = storage.view(np.uint8)
     heads = wide.strides[-3] if len(wide.shape) > 2 else 0
-    strides = (batch, heads, *wide.strides[-2:])
-    return Matrices(storage.array, storage.pointer, tuple(int(s) for s in strides), storage)
+    strides = Strides(*(int(s) for s in (batch, heads, *wide.strides[-2:])))
+    return Matrices(storage.array, storage.pointer, strides, storage)
 
 
 def _aligned(data: TensorData, alignment: int) -> TensorData:
@@ -184,13 +170,6 @@ def _aligned(data: TensorData, alignment: int) -> TensorData:
     return out
 
 
-def _mask_matrices(problem: AttentionProblem, mask: TensorData) -> tuple[Matrices, str]:
-    """The mask with a stride of 0 wherever it is broadcast, and its kind."""
-    full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
-    kind = "bool" if problem.mask_kind == "bool" else mask.dtype.name
-    return _matrices(mask.broadcast_to(full), problem.leading), kind
-
-
 def _inputs(
     problem: AttentionProblem,
     query: Tensor,
@@ -200,15 +179,16 @@ def _inputs(
     alignment: int,
 ) -> Inputs:
     heads = heads_of(problem)
-    mask_matrices, mask_kind = None, "none"
+    masks, kind = None, "none"
     if mask is not None and problem.seqlen_q and problem.seqlen_k:
-        mask_matrices, mask_kind = _mask_matrices(problem, mask)
+        full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
+        masks, kind = _matrices(mask.broadcast_to(full), problem.leading), mask_kind(mask.dtype)
     return Inputs(
         _matrices(query._tensor, problem.leading, alignment),
         _matrices(key._tensor, _leading(problem, heads.k_group), alignment),
         _matrices(value._tensor, _leading(problem, heads.v_group), alignment),
-        mask_matrices,
-        mask_kind,
+        masks,
+        kind,
         device_offset().array,
     )
 
@@ -248,7 +228,7 @@ def _summed(data: TensorData, shape: Shape) -> TensorData:
 def _summed_to_heads(data: TensorData, shape: Shape) -> TensorData:
     """The same where `shape` may also have a divisor of the number of heads."""
     if len(shape) > 2 and shape[-3] not in (1, data.shape[-3]):
-        data = data if data.is_contiguous() else _contiguous(data)
+        data = contiguous(data)
         heads = shape[-3]
         parts = (*data.shape[:-3], heads, data.shape[-3] // heads, *data.shape[-2:])
         grouped = TensorData._of(data._storage, parts, strides_from_shape(parts))
@@ -257,110 +237,106 @@ def _summed_to_heads(data: TensorData, shape: Shape) -> TensorData:
     return data if data.shape == shape else _summed(data, shape)
 
 
-class CudaAttentionOps(StorageOps):
-    """Flash attention by the first kernels in `FLASH_ATTENTION` that compute it."""
+# ----- the operations: by the first kernels in `FLASH_ATTENTION` that compute them -----
 
-    @staticmethod
-    def flash_attention_forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Any,
-        problem: AttentionProblem,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `FusedOps.flash_attention_forward`. The logsumexp of 16-bit tensors is float32; the
-        output lies in memory in the order of the query's dimensions.
-        """
-        architecture = compute_capability()
-        module = choose(problem, architecture).module
-        alignment = getattr(module, "ROW_ALIGNMENT", 1)
-        out = _like_layout(problem.out_shape, problem.dtype, query._tensor)
-        count = prod(problem.logsumexp_shape)
-        exact, both_passes = _exact(problem), hasattr(module, "backward")
-        logsumexp = DeviceArray.empty(count, exact)
-        rows = DeviceArray.empty(2 * count, exact) if both_passes else None
-        inputs = _inputs(problem, query, key, value, attn_mask, alignment)
+
+def flash_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    problem: AttentionProblem,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `FusedOps.flash_attention_forward`. The logsumexp of 16-bit tensors is float32; the
+    output lies in memory in the order of the query's dimensions.
+    """
+    architecture = compute_capability()
+    module = choose(problem, architecture).module
+    alignment = getattr(module, "ROW_ALIGNMENT", 1)
+    out = _like_layout(problem.out_shape, problem.dtype, query._tensor)
+    count = prod(problem.logsumexp_shape)
+    exact, both_passes = _exact(problem), hasattr(module, "backward")
+    logsumexp = DeviceArray.empty(count, exact)
+    rows = DeviceArray.empty(2 * count, exact) if both_passes else None
+    inputs = _inputs(problem, query, key, value, attn_mask, alignment)
+    module.forward(
+        problem, heads_of(problem), inputs, _matrices(out, problem.leading), logsumexp.array,
+        *([] if rows is None else [rows.array]), architecture,
+        **_workspace(module, "forward", problem, architecture),
+    )  # fmt: skip
+    return (
+        query._new(out),
+        query._new(contiguous_data(logsumexp, problem.logsumexp_shape)),
+        None if rows is None else query._new(
+            contiguous_data(rows, (*problem.logsumexp_shape, 2))
+        ),
+    )  # fmt: skip
+
+
+def flash_attention_backward(
+    grad_out: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    out: Tensor,
+    rows: Tensor | None,
+    problem: AttentionProblem,
+    needs_mask_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See `FusedOps.flash_attention_backward`. After kernels that have no backward pass the
+    forward pass is computed again: only with scores that are the same to the last bit is P of a
+    row right where they are large.
+    """
+    architecture, heads = compute_capability(), heads_of(problem)
+    module = choose(problem, architecture, backward=True).module
+    alignment = getattr(module, "ROW_ALIGNMENT", 1)
+    leading, kept = problem.leading, _leading(problem, heads.group)
+    lengths = problem.seqlen_q, problem.seqlen_k
+    dq = _like_layout((*leading, lengths[0], problem.head_dim), problem.dtype, query._tensor)
+    dk = _like_layout((*kept, lengths[1], problem.head_dim), problem.dtype, key._tensor)
+    dv = _like_layout((*kept, lengths[1], problem.value_dim), problem.dtype, value._tensor)
+    exact, count = _exact(problem), prod(problem.logsumexp_shape)
+    workspace = [DeviceArray.empty(count + 1, exact) for _ in range(3)]
+    ds = None
+    if needs_mask_grad and attn_mask is not None:
+        ds = contiguous_data(
+            DeviceArray.empty(prod((*leading, *lengths)), exact), (*leading, *lengths)
+        )
+        device_storage(ds).fill(0)
+    grad_rows = None
+    if grad_logsumexp is not None:
+        grad_rows = device_storage(copied(grad_logsumexp._tensor))
+    inputs = _inputs(problem, query, key, value, attn_mask, alignment)
+    result, numbers = out._tensor, None if rows is None else device_storage(rows._tensor)
+    if numbers is None:
+        result = _like_layout(problem.out_shape, problem.dtype, query._tensor)
+        numbers = DeviceArray.empty(2 * count, exact)
         module.forward(
-            problem, heads_of(problem), inputs, _matrices(out, problem.leading), logsumexp.array,
-            *([] if rows is None else [rows.array]), architecture,
+            problem, heads, inputs, _matrices(result, leading), workspace[0].array,
+            numbers.array, architecture,
             **_workspace(module, "forward", problem, architecture),
         )  # fmt: skip
-        return (
-            query._new(out),
-            query._new(contiguous_data(logsumexp, problem.logsumexp_shape)),
-            None if rows is None else query._new(
-                contiguous_data(rows, (*problem.logsumexp_shape, 2))
-            ),
-        )  # fmt: skip
-
-    @staticmethod
-    def flash_attention_backward(
-        grad_out: Tensor,
-        grad_logsumexp: Tensor | None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Any,
-        out: Tensor,
-        rows: Tensor | None,
-        problem: AttentionProblem,
-        needs_mask_grad: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """See `FusedOps.flash_attention_backward`. After kernels that have no backward pass the
-        forward pass is computed again: only with scores that are the same to the last bit is P of a
-        row right where they are large.
-        """
-        architecture, heads = compute_capability(), heads_of(problem)
-        module = choose(problem, architecture, backward=True).module
-        alignment = getattr(module, "ROW_ALIGNMENT", 1)
-        leading, kept = problem.leading, _leading(problem, heads.group)
-        lengths = problem.seqlen_q, problem.seqlen_k
-        dq = _like_layout((*leading, lengths[0], problem.head_dim), problem.dtype, query._tensor)
-        dk = _like_layout((*kept, lengths[1], problem.head_dim), problem.dtype, key._tensor)
-        dv = _like_layout((*kept, lengths[1], problem.value_dim), problem.dtype, value._tensor)
-        exact, count = _exact(problem), prod(problem.logsumexp_shape)
-        workspace = [DeviceArray.empty(count + 1, exact) for _ in range(3)]
-        ds = None
-        if needs_mask_grad and attn_mask is not None:
-            ds = contiguous_data(
-                DeviceArray.empty(prod((*leading, *lengths)), exact), (*leading, *lengths)
-            )
-            device_storage(ds).fill(0)
-        grad_rows = None
-        if grad_logsumexp is not None:
-            grad_rows = device_storage(_contiguous(grad_logsumexp._tensor))
-        inputs = _inputs(problem, query, key, value, attn_mask, alignment)
-        result, numbers = out._tensor, None if rows is None else device_storage(rows._tensor)
-        if numbers is None:
-            result = _like_layout(problem.out_shape, problem.dtype, query._tensor)
-            numbers = DeviceArray.empty(2 * count, exact)
-            module.forward(
-                problem, heads, inputs, _matrices(result, leading), workspace[0].array,
-                numbers.array, architecture,
-                **_workspace(module, "forward", problem, architecture),
-            )  # fmt: skip
-        do = grad_out._tensor.broadcast_to(problem.out_shape)
-        targets = _matrices(dq, leading), _matrices(dk, kept), _matrices(dv, kept)
-        module.backward(
-            problem, heads, inputs, _matrices(result, leading), numbers.array,
-            _matrices(do, leading, alignment), None if grad_rows is None else grad_rows.array,
-            Gradients(
-                *targets, None if ds is None else device_storage(ds).array,
-                (workspace[0].array, workspace[1].array, workspace[2].array),
-            ),
-            architecture, **_workspace(module, "backward", problem, architecture),
-        )  # fmt: skip
-        dmask = None
-        if ds is not None and attn_mask is not None:
-            dmask = query._new(_summed(ds, attn_mask.shape))
-            if dmask.dtype != attn_mask.dtype:
-                dmask = query.f.ops.cast(dmask, attn_mask.dtype)
-        return (
-            query._new(_summed_to_heads(dq, query.shape)),
-            query._new(_summed_to_heads(dk, key.shape)),
-            query._new(_summed_to_heads(dv, value.shape)),
-            dmask,
-        )
-
-
-__all__ = ["FLASH_ATTENTION", "Choice", "CudaAttentionOps", "choose"]
+    do = grad_out._tensor.broadcast_to(problem.out_shape)
+    targets = _matrices(dq, leading), _matrices(dk, kept), _matrices(dv, kept)
+    module.backward(
+        problem, heads, inputs, _matrices(result, leading), numbers.array,
+        _matrices(do, leading, alignment), None if grad_rows is None else grad_rows.array,
+        Gradients(
+            *targets, None if ds is None else device_storage(ds).array,
+            (workspace[0].array, workspace[1].array, workspace[2].array),
+        ),
+        architecture, **_workspace(module, "backward", problem, architecture),
+    )  # fmt: skip
+    dmask = None
+    if ds is not None and attn_mask is not None:
+        dmask = query._new(_summed(ds, attn_mask.shape))
+        if dmask.dtype != attn_mask.dtype:
+            dmask = query.f.ops.cast(dmask, attn_mask.dtype)
+    return (
+        query._new(_summed_to_heads(dq, query.shape)),
+        query._new(_summed_to_heads(dk, key.shape)),
+        query._new(_summed_to_heads(dv, value.shape)),
+        dmask,
+    )

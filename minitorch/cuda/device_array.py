@@ -260,6 +260,3 @@ def raise_deferred_errors() -> None:
     if bits[0]:
         word.fill(0)
         raise ValueError("; ".join(text for bit, text in _messages.items() if bits[0] & bit))
-
-
-__all__ = ["DeviceArray", "error_word", "raise_deferred_errors"]

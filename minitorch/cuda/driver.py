@@ -7,31 +7,19 @@ work is done at once, so everything above this file is the same with and without
 from __future__ import annotations
 
 import ctypes
-import importlib
 import threading
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.gpu.bindings import DriverError as DriverError
+from ..kernels.gpu.bindings import bindings as bindings
+from ..kernels.gpu.bindings import check as check
 from ..kernels.gpu.runtime import SIMULATED, cuda, current_stream, is_available
 
 _simulated_memory: dict[int, npt.NDArray[np.uint8]] = {}
 _this_thread = threading.local()
-
-
-class DriverError(RuntimeError):
-    """The CUDA driver refused a call, or a kernel that ran before it has failed."""
-
-
-@cache
-def bindings() -> Any:
-    """NVIDIA's bindings of the driver (package cuda-bindings, which numba-cuda needs too).
-
-    They publish types that differ from release to release: they are Any here.
-    """
-    return importlib.import_module("cuda.bindings.driver")
 
 
 def use_context() -> None:
@@ -46,19 +34,6 @@ def use_context() -> None:
             raise RuntimeError("there is no GPU with a CUDA driver here: use a backend of the CPU")
         cuda.current_context()
         _this_thread.has_context = True
-
-
-def check(result: tuple[Any, ...]) -> Any:
-    """What a driver call returned beside its status.
-
-    Raises:
-        DriverError: the status is not success.
-
-    """
-    status = result[0]
-    if int(status) != 0:
-        raise DriverError(f"the CUDA driver answered {status.name} ({int(status)})")
-    return result[1] if len(result) == 2 else result[1:]
 
 
 def stream_handle(stream: Any = None) -> int:

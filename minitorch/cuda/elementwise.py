@@ -14,64 +14,59 @@ from ..dtypes import promote
 from ..kernels import fold_cuda
 from ..kernels.copy_cuda import copy_into
 from ..kernels.elementwise_cuda import View, map_into, zip_into
-from ..tensor_data import TensorData, shape_broadcast, strides_from_shape
+from ..tensor_data import TensorData, shape_broadcast
 from ..tensor_ops import MapFn, MapProto, ZipFn, folded_shape, map_output
 from .device_array import DeviceArray
-from .movement import CudaMovementOps
-from .views import numba_view, view_of
+from .storage import empty
+from .views import device_storage, numba_view, view_of
 
 if TYPE_CHECKING:
     from ..tensor import Tensor
 
 
-class CudaElementwiseOps(CudaMovementOps):
-    """Scalar functions applied to tensors; 16-bit numbers are computed with in float32."""
+# ----- the operations of the backend, of scalar functions; 16-bit numbers are computed with in
+# float32 -----
 
-    @classmethod
-    def map(cls, fn: MapFn) -> MapProto:
-        """See `TensorOps.map`."""
-        if fn is operators.id:
-            run = copy_into
-        else:
 
-            def run(out: View, x: View) -> None:
-                map_into(fn, out, x)
+def map_op(fn: MapFn) -> MapProto:
+    """See `TensorOps.map`."""
+    if fn is operators.id:
+        run = copy_into
+    else:
 
-        def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
-            target = map_output(a, out)
-            run(view_of(target._tensor), view_of(a._tensor))
-            return target
+        def run(out: View, x: View) -> None:
+            map_into(fn, out, x)
 
-        return apply
+    def apply(a: Tensor, out: Tensor | None = None, /) -> Tensor:
+        target = map_output(a, out)
+        run(view_of(target._tensor), view_of(a._tensor))
+        return target
 
-    @classmethod
-    def cmap(cls, fn: MapFn) -> Callable[[Tensor, Tensor], Tensor]:
-        """See `TensorOps.cmap`."""
-        return cls.map(fn)
+    return apply
 
-    @classmethod
-    def zip(cls, fn: ZipFn) -> Callable[[Tensor, Tensor], Tensor]:
-        """See `TensorOps.zip`. Tensors of two dtypes are computed in the wider one; a number has no
-        say in that.
-        """
 
-        def apply(a: Tensor, b: Tensor) -> Tensor:
-            out = cls.empty(shape_broadcast(a.shape, b.shape), _zip_dtype(a._tensor, b._tensor))
-            zip_into(fn, view_of(out), view_of(a._tensor), view_of(b._tensor))
-            return a._new(out)
+def zip_op(fn: ZipFn) -> Callable[[Tensor, Tensor], Tensor]:
+    """See `TensorOps.zip`. Tensors of two dtypes are computed in the wider one; a number has no say
+    in that.
+    """
 
-        return apply
+    def apply(a: Tensor, b: Tensor) -> Tensor:
+        out = empty(shape_broadcast(a.shape, b.shape), _zip_dtype(a._tensor, b._tensor))
+        zip_into(fn, view_of(out), view_of(a._tensor), view_of(b._tensor))
+        return a._new(out)
 
-    @classmethod
-    def reduce(cls, fn: ZipFn, start: float = 0.0) -> Callable[[Tensor, int], Tensor]:
-        """See `TensorOps.reduce`. `fn` must be associative and commutative: it is applied in an
-        order of its own, always the same for a shape. Folds in float32 (float64 for float64).
-        """
+    return apply
 
-        def apply(a: Tensor, dim: int) -> Tensor:
-            return a._new(fold(fn, start, a._tensor, folded_shape(a, dim)[0]))
 
-        return apply
+def reduce_op(fn: ZipFn, start: float = 0.0) -> Callable[[Tensor, int], Tensor]:
+    """See `TensorOps.reduce`. `fn` must be associative and commutative: it is applied in an order
+    of its own, always the same for a shape. Folds in float32 (float64 for float64).
+    """
+
+    def apply(a: Tensor, dim: int) -> Tensor:
+        return a._new(fold(fn, start, a._tensor, folded_shape(a, dim)[0]))
+
+    return apply
 
 
 def _zip_dtype(a: TensorData, b: TensorData) -> np.dtype[Any]:
@@ -82,21 +77,24 @@ def _zip_dtype(a: TensorData, b: TensorData) -> np.dtype[Any]:
 
 def fold(fn: ZipFn, start: float, data: TensorData, dim: int) -> TensorData:
     """`data` with dimension `dim` folded to size 1."""
-    shape = (*data.shape[:dim], 1, *data.shape[dim + 1 :])
-    size = data.size // max(data.shape[dim], 1) if data.size else int(np.prod(shape))
-    out = DeviceArray.empty(size, data.dtype)
+    out = empty((*data.shape[:dim], 1, *data.shape[dim + 1 :]), data.dtype)
+    storage = device_storage(out)
     if data.shape[dim] == 0:
-        out.fill(start)
+        storage.fill(start)
     else:
-        x = view_of(data)
-        plan = fold_cuda.make_plan(x, dim)
-        workspace = None
-        if plan.chunks > 1:
-            dtype = fold_cuda.workspace_dtype(x.dtype)
-            workspace = DeviceArray.empty(plan.chunks * plan.outputs, dtype)
-        partial = None if workspace is None else workspace.array
-        fold_cuda.fold_into(fn, start, out.array, x, plan, partial)
-    return TensorData._of(out, shape, strides_from_shape(shape))
+        _fold_into(fn, start, storage.array, view_of(data), dim)
+    return out
+
+
+def _fold_into(fn: ZipFn, start: float, out: Any, x: View, dim: int) -> None:
+    """Dimension `dim` of x folded into the array `out`."""
+    plan = fold_cuda.make_plan(x, dim)
+    workspace = None
+    if plan.chunks > 1:
+        dtype = fold_cuda.workspace_dtype(x.dtype)
+        workspace = DeviceArray.empty(plan.chunks * plan.outputs, dtype)
+    partial = None if workspace is None else workspace.array
+    fold_cuda.fold_into(fn, start, out, x, plan, partial)
 
 
 # ----- MiniTorch's names: kernels of storages, shapes and strides -----
@@ -160,13 +158,6 @@ def tensor_reduce(fn: ZipFn) -> Callable[..., None]:
         reduce_dim: int,
         reduce_value: float = 0.0,
     ) -> None:
-        x = numba_view(a, a_shape, a_strides)
-        plan = fold_cuda.make_plan(x, reduce_dim)
-        dtype = fold_cuda.workspace_dtype(x.dtype)
-        workspace = DeviceArray.empty(plan.chunks * plan.outputs, dtype)
-        fold_cuda.fold_into(fn, reduce_value, out, x, plan, workspace.array)
+        _fold_into(fn, reduce_value, out, numba_view(a, a_shape, a_strides), reduce_dim)
 
     return run
-
-
-__all__ = ["CudaElementwiseOps", "fold", "tensor_map", "tensor_reduce", "tensor_zip"]

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..dtypes import BFLOAT16
 from ..kernels.flash_attention.problem import AttentionProblem, Causal, Window
+from ..kernels.flash_attention.schedule import Schedule
 from ..kernels.gpu.runtime import compute_capability, is_available
 from . import attention as cuda_attention
 from .precision import fp32_precision
@@ -32,6 +33,8 @@ class Pass:
         tiles: the sizes of its tiles, in words; "" if it does not say.
         passed_over: (name, reason) of each faster one that does not take the problem.
         copied: the inputs that are copied first, since their rows do not lie as the kernel needs.
+        schedules: by what a kernel computes ("output", "dQ") which tiles of scores it visits;
+            empty if the kernel's tiles are cut from the keys that there are.
 
     """
 
@@ -39,10 +42,14 @@ class Pass:
     tiles: str
     passed_over: tuple[tuple[str, str], ...]
     copied: tuple[str, ...]
+    schedules: dict[str, Schedule]
 
     def lines(self) -> list[str]:
         """For people."""
         found = [self.kernel + (f": {self.tiles}" if self.tiles else "")]
+        if self.schedules:
+            counts = (f"{name}: {schedule.counts()}" for name, schedule in self.schedules.items())
+            found.append(f"    each head's {'; '.join(counts)}")
         found += [f"    not {name}: {reason}" for name, reason in self.passed_over]
         if self.copied:
             *others, last = self.copied
@@ -68,7 +75,7 @@ class Explanation:
             last = "" if p.right is None else f" to i{p.upper - 1:+}"
             what.append(f"query i sees keys{first}{last}")
         if p.mask_kind != "none":
-            what.append(f"{p.mask_kind} mask")
+            what.append(f"{'additive' if p.additive_mask else p.mask_kind} mask")
         if p.dropout_p:
             what.append(f"dropout {p.dropout_p:g}")
         if p.dtype == np.float32:
@@ -109,8 +116,9 @@ def explain(
         architecture: "sm_80" or (8, 0); that of the current GPU if None.
 
     Returns:
-        An object to print, whose `forward` and `backward` have `kernel`, `tiles`, `passed_over`
-        and `copied`.
+        An object to print, whose `forward` and `backward` have `kernel`, `tiles`, `passed_over`,
+        `copied` and `schedules`: `found.forward.schedules["output"].key_tiles(2)` are the numbers
+        of the tiles of keys that the third tile of queries visits.
 
     Raises:
         ValueError: arguments that do not fit together, or that no kernel takes.
@@ -128,7 +136,7 @@ def explain(
         tuple(key.shape),
         tuple(value.shape),
         dtypes["query"],
-        attn_mask=None if attn_mask is None else _like_mask(attn_mask),
+        attn_mask=None if attn_mask is None else _Described(attn_mask),
         is_causal=is_causal,
         dropout_p=dropout_p,
         scale=scale,
@@ -147,11 +155,14 @@ def _explained(
     module, passed_over = cuda_attention.choose(problem, capability, backward)
     tiles = getattr(module, "tiles", None)
     alignment = getattr(module, "ROW_ALIGNMENT", 1)
+    block_sizes = getattr(module, "block_sizes", None)
+    sizes = {} if block_sizes is None else block_sizes(problem, capability, backward)
     return Pass(
         module.NAME,
         "" if tiles is None else tiles(problem, capability, backward),
         passed_over,
         tuple(name for name, x in inputs.items() if not _is_aligned(x, alignment)),
+        {name: Schedule.of(problem, *blocks) for name, blocks in sizes.items()},
     )
 
 
@@ -178,10 +189,11 @@ def _dtype(name: str, x: Any) -> np.dtype[Any]:
     return BFLOAT16 if kind == "bfloat16" else np.dtype(kind)
 
 
-def _like_mask(mask: Any) -> Any:
-    """An array with the mask's shape and kind of dtype, and elements that nobody reads."""
-    dtype = _dtype("attn_mask", mask)
-    return np.broadcast_to(np.zeros((), np.float32 if dtype == BFLOAT16 else dtype), mask.shape)
+class _Described:
+    """A mask of any library in numpy's words."""
+
+    def __init__(self, mask: Any) -> None:
+        self.dtype, self.shape = _dtype("attn_mask", mask), tuple(mask.shape)
 
 
 def _is_aligned(x: Any, alignment: int) -> bool:
@@ -199,6 +211,3 @@ def _is_aligned(x: Any, alignment: int) -> bool:
     return (last[0] == 1 or last[1] == itemsize) and not any(
         n > 1 and step % alignment for n, step in others
     )
-
-
-__all__ = ["Explanation", "Pass", "explain"]

@@ -104,6 +104,3 @@ class Graph:
             driver.check(driver.bindings().cuGraphExecDestroy(self._executable))
             self._executable = None
         self._pool.close()
-
-
-__all__ = ["Graph"]

@@ -14,14 +14,13 @@ import numpy as np
 from .. import operators
 from ..dtypes import HALF_DTYPES, layer_dtype, promote
 from ..kernels import matmul_cuda, reduce_cuda
-from ..kernels.copy_cuda import copy_into
 from ..kernels.elementwise_cuda import merge_dimensions, zip_into
 from ..kernels.gpu.vectors import BYTES
 from ..tensor_data import TensorData
 from ..tensor_ops import check_matmul
 from . import cublas, cublas_lt
 from .device_array import DeviceArray
-from .elementwise import CudaElementwiseOps
+from .storage import contiguous, copied, empty, in_dtype
 from .views import (
     contiguous_data,
     device_storage,
@@ -90,22 +89,6 @@ def matmul_into(out: TensorData, a: TensorData, b: TensorData) -> None:
             return
 
 
-def contiguous(data: TensorData) -> TensorData:
-    """`data` itself if it is row-major, else a copy that is."""
-    return data if data.is_contiguous() else _copied(data, data.dtype)
-
-
-def in_dtype(data: TensorData, dtype: np.dtype[Any]) -> TensorData:
-    """`data` itself if it has that dtype, else a contiguous copy that has."""
-    return data if data.dtype == dtype else _copied(data, dtype)
-
-
-def _copied(data: TensorData, dtype: np.dtype[Any]) -> TensorData:
-    copy = contiguous_data(DeviceArray.empty(data.size, dtype), data.shape)
-    copy_into(view_of(copy), view_of(data))
-    return copy
-
-
 def as_rows(data: TensorData) -> TensorData:
     """(..., D) as a matrix (rows, D): the same storage where its strides allow."""
     rows, columns = prod(data.shape[:-1]), data.shape[-1]
@@ -118,64 +101,60 @@ def as_rows(data: TensorData) -> TensorData:
 # ----- the operations of the backend -----
 
 
-class CudaMatMulOps(CudaElementwiseOps):
-    """Matrix products and linear layers."""
+def matrix_multiply(a: Tensor, b: Tensor) -> Tensor:
+    """See `TensorOps.matrix_multiply`. 16-bit numbers are summed in float32."""
+    shape = check_matmul(a, b)
+    dtype = promote(a.dtype, b.dtype)
+    left, right = in_dtype(a._tensor, dtype), in_dtype(b._tensor, dtype)
+    out = empty(shape, dtype)
+    batch = shape[:-2]
+    matmul_into(
+        out,
+        left.broadcast_to((*batch, *left.shape[-2:])),
+        right.broadcast_to((*batch, *right.shape[-2:])),
+    )
+    return a._new(out)
 
-    @classmethod
-    def matrix_multiply(cls, a: Tensor, b: Tensor) -> Tensor:
-        """See `TensorOps.matrix_multiply`. 16-bit numbers are summed in float32."""
-        shape = check_matmul(a, b)
-        dtype = promote(a.dtype, b.dtype)
-        left, right = in_dtype(a._tensor, dtype), in_dtype(b._tensor, dtype)
-        out = cls.empty(shape, dtype)
-        batch = shape[:-2]
-        matmul_into(
-            out,
-            left.broadcast_to((*batch, *left.shape[-2:])),
-            right.broadcast_to((*batch, *right.shape[-2:])),
-        )
-        return a._new(out)
 
-    @classmethod
-    def linear_forward(cls, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See `FusedOps.linear_forward`: one product of all rows, the bias added as it is written.
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See `FusedOps.linear_forward`: one product of all rows, the bias added as it is written.
 
-        With x of 16 bits and a float32 weight (mixed precision) the weight is rounded to x's dtype,
-        in which the result is; gradients of weight and bias are float32 all the way.
-        """
-        dtype = layer_dtype(x.dtype, weight.dtype, *(() if bias is None else (bias.dtype,)))
-        out = cls.empty((*x.shape[:-1], weight.shape[1]), dtype)
-        rows = as_rows(in_dtype(x._tensor, dtype))
-        factor = _rounded(weight, dtype)
-        result = contiguous_data(device_storage(out), (rows.shape[0], weight.shape[1]))
-        if bias is None:
-            matmul_into(result, rows, factor)
-        else:
-            added = device_storage(contiguous(_rounded(bias, dtype)))[: bias.size]
-            _linear_into(result, rows, factor, contiguous_data(added, (bias.size,)))
-        return x._new(out)
+    With x of 16 bits and a float32 weight (mixed precision) the weight is rounded to x's dtype,
+    in which the result is; gradients of weight and bias are float32 all the way.
+    """
+    dtype = layer_dtype(x.dtype, weight.dtype, *(() if bias is None else (bias.dtype,)))
+    out = empty((*x.shape[:-1], weight.shape[1]), dtype)
+    rows = as_rows(in_dtype(x._tensor, dtype))
+    factor = _rounded(weight, dtype)
+    result = contiguous_data(device_storage(out), (rows.shape[0], weight.shape[1]))
+    if bias is None:
+        matmul_into(result, rows, factor)
+    else:
+        added = device_storage(contiguous(_rounded(bias, dtype)))[: bias.size]
+        _linear_into(result, rows, factor, contiguous_data(added, (bias.size,)))
+    return x._new(out)
 
-    @classmethod
-    def linear_backward(
-        cls, grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """See `FusedOps.linear_backward`; each gradient has the dtype of what it is for."""
-        dtype = layer_dtype(x.dtype, weight.dtype)
-        rows = as_rows(in_dtype(grad._tensor, dtype))  # (rows, out)
-        dx = dweight = dbias = None
-        if needs[0]:
-            data = cls.empty(x.shape, dtype)
-            flat = contiguous_data(device_storage(data), (rows.shape[0], weight.shape[0]))
-            matmul_into(flat, rows, _rounded(weight, dtype).permute(1, 0))
-            dx = x._new(in_dtype(data, x.dtype))
-        if needs[1]:
-            out_dtype = dtype if dtype.itemsize > 2 else weight.dtype
-            data = gradient_memory(weight, out_dtype)
-            matmul_into(data, as_rows(in_dtype(x._tensor, dtype)).permute(1, 0), rows)
-            dweight = weight._new(in_dtype(data, weight.dtype))
-        if needs[2]:
-            dbias = weight._new(_column_sums(contiguous(rows), weight.dtype))
-        return dx, dweight, dbias
+
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """See `FusedOps.linear_backward`; each gradient has the dtype of what it is for."""
+    dtype = layer_dtype(x.dtype, weight.dtype)
+    rows = as_rows(in_dtype(grad._tensor, dtype))  # (rows, out)
+    dx = dweight = dbias = None
+    if needs[0]:
+        data = empty(x.shape, dtype)
+        flat = contiguous_data(device_storage(data), (rows.shape[0], weight.shape[0]))
+        matmul_into(flat, rows, _rounded(weight, dtype).permute(1, 0))
+        dx = x._new(in_dtype(data, x.dtype))
+    if needs[1]:
+        out_dtype = dtype if dtype.itemsize > 2 else weight.dtype
+        data = gradient_memory(weight, out_dtype)
+        matmul_into(data, as_rows(in_dtype(x._tensor, dtype)).permute(1, 0), rows)
+        dweight = weight._new(in_dtype(data, weight.dtype))
+    if needs[2]:
+        dbias = weight._new(_column_sums(contiguous(rows), weight.dtype))
+    return dx, dweight, dbias
 
 
 def _rounded(parameter: Tensor, dtype: np.dtype[Any]) -> TensorData:
@@ -190,7 +169,7 @@ def _rounded(parameter: Tensor, dtype: np.dtype[Any]) -> TensorData:
 def _column_sums(rows: TensorData, dtype: np.dtype[Any]) -> TensorData:
     """The sum of contiguous rows (rows, columns), (columns,) in a dtype."""
     if device_storage(rows).pointer % BYTES:
-        rows = _copied(rows, rows.dtype)  # the kernel reads vectors
+        rows = copied(rows)  # the kernel reads vectors
     count, columns = rows.shape
     name = dtype_name(rows.dtype)
     total: np.dtype[Any] = np.dtype(np.float64 if name == "float64" else np.float32)
@@ -214,6 +193,3 @@ def _linear_into(out: TensorData, x: TensorData, weight: TensorData, bias: Tenso
             return
     matmul_into(out, x, weight)
     zip_into(operators.add, view_of(out), view_of(out), view_of(bias))
-
-
-__all__ = ["MATMULS", "CudaMatMulOps", "MatMul", "matmul_into"]

@@ -57,6 +57,3 @@ def fp32_precision(name: Float32Precision | None = None) -> Float32Precision | R
         return former
     _setting["attention"] = checked_fp32_precision(name)
     return Restored(_setting["attention"], former)
-
-
-__all__ = ["fp32_precision"]

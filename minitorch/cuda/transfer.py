@@ -102,6 +102,3 @@ class Download:
 def _pinned(like: DeviceArray) -> Array:
     array: Array = runtime.cuda.pinned_array(like.size, dtype=like.dtype)
     return array
-
-
-__all__ = ["Download", "Pending", "Upload"]

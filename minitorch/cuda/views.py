@@ -24,11 +24,9 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 
 def view_of(data: TensorData) -> View:
     """The elements of `data` as an operand. They must be held until the kernel is launched."""
-    storage = device_storage(data)
-    if storage.dtype.kind == "b":
+    storage, name = device_storage(data), dtype_name(data.dtype)
+    if name == "mask":
         storage = storage.view(np.uint8)
-        return View(storage.array, storage.pointer, "mask", data.shape, data.strides)
-    name = dtype_name(storage.dtype)
     return View(storage.array, storage.pointer, name, data.shape, data.strides)
 
 

@@ -280,15 +280,3 @@ def import_array(
             f"{name} on the {where} must have a dtype of {names}, got {data.dtype.name}"
         )
     return data
-
-
-__all__ = [
-    "cuda_array_interface",
-    "data_from_cuda_array",
-    "data_from_dlpack",
-    "data_from_numpy",
-    "default_backend",
-    "dlpack_device",
-    "import_array",
-    "to_dlpack",
-]

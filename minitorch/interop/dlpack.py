@@ -162,6 +162,3 @@ def _dtype(given: _DataType) -> np.dtype[Any]:
     if given.lanes != 1 or code not in _KINDS or bits not in (8, 16, 32, 64, 128):
         raise TypeError(f"numpy has no dtype for DLPack's type {code} of {bits} bits")
     return np.dtype(f"{_KINDS[code]}{bits // 8}")
-
-
-__all__ = ["CPU", "CUDA", "CUDA_MANAGED", "Memory", "export", "take"]

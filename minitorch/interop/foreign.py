@@ -208,6 +208,3 @@ def mask_from(mask: Any) -> Any:
     if data.dtype == np.bool_:
         return data if data.on_device else data.array
     return _tensor(data, None)
-
-
-__all__ = ["as_tensor", "flash_attention", "from_dlpack", "imported", "mask_from", "stream_of"]

@@ -154,7 +154,7 @@ class MiniTorchFlashAttention(torch.autograd.Function):
         """
         with foreign.stream_of(query, "torch"):
             q, k, v = _ours(query=query, key=key, value=value)
-            kept = q.f.flash_attention_forward(q, k, v, _our_mask(q, mask), problem)
+            kept = q.f.ops.flash_attention_forward(q, k, v, _our_mask(q, mask), problem)
             return tuple(map(_theirs, kept))
 
     @staticmethod
@@ -233,7 +233,7 @@ class MiniTorchFlashAttentionGradient(torch.autograd.Function):
             q, k, v = _ours(query=query, key=key, value=value)
             grads = _ours(grad_out=grad_out, grad_logsumexp=grad_logsumexp)
             rows = _ours(out=out, logsumexp=kept[-1])
-            *found, dmask = q.f.flash_attention_backward(
+            *found, dmask = q.f.ops.flash_attention_backward(
                 *grads, q, k, v, _our_mask(q, mask), *rows, problem, needs_mask_grad
             )
             # Where an input was broadcast, expand sums its gradient.
@@ -340,6 +340,3 @@ def _mapped(problem: AttentionProblem, size: int, query: Any, key: Any, value: A
         value_shape=tuple(value.shape),
         leading=(size, *problem.leading),
     )
-
-
-__all__ = ["MiniTorchFlashAttention", "MiniTorchFlashAttentionGradient", "flash_attention"]

@@ -1,4 +1,4 @@
-"""How much memory this process has used at most, and how much the machine has."""
+"""How much memory this process has used at most, and how much the machine and its GPU have."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def installed() -> int:
         return min(total, int(CONTAINER.read_text()))
     except (OSError, ValueError):  # no container, or one without a limit
         return total
+
+
+def gpu_memory() -> int:
+    """Bytes of memory of the GPU."""
+    from minitorch.cuda.driver import memory_info
+
+    return memory_info()[1]
 
 
 def _status(name: str) -> int:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from datetime import date
-from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, cast
@@ -18,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from minitorch.doctor import usable_cores
+from project.bench.machine import about, machine
 
 from .errors import shown
 from .ngram import SMOOTHING
@@ -148,8 +145,8 @@ def training_page(
     losses = " | ".join(f"{loss:.3f}" for loss in ngrams)
     return f"""# Training run
 
-{date.today()}; {machine()}. {steps} steps of {tokens_per_step} tokens, {median:.1f} ms a step
-(median). Command: `python project/run_transformer.py train --record ...`.
+{about(machine("numpy", "numba"))}. {steps} steps of {tokens_per_step} tokens,
+{median:.1f} ms a step (median). Command: `python project/run_transformer.py train --record ...`.
 
 Nats per character on the held-out text (lower is better):
 
@@ -157,17 +154,6 @@ Nats per character on the held-out text (lower is better):
 |{"---|" * (len(ngrams) + 1)}
 | {losses} | {own:.3f} |
 """
-
-
-def machine() -> str:
-    """Processor, cores and versions, in a line."""
-    import llvmlite.binding as llvm
-
-    packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "numba"))
-    return (
-        f"{llvm.get_host_cpu_name()} ({platform.machine()}), {usable_cores()} cores, "
-        f"python {platform.python_version()}, {packages}"
-    )
 
 
 def draw_losses(

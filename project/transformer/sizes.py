@@ -6,9 +6,9 @@ import numpy as np
 
 from minitorch.kernels.gpu import runtime
 from project.arguments import too_large
-from project.gpu_timing import gpu_memory
 
 from .errors import UserError
+from .memory import gpu_memory
 from .options import FIELDS, RunOptions, flag
 
 SIZES = ("layers", "d_model", "d_middle", "context", "batch")

@@ -11,7 +11,7 @@ before numba is imported, which is why it has a process of its own.
 There every test runs under `race_checker` (tests/cuda/simulator.py): an access to a cell that
 another thread writes, with no barrier in between, is an error. On a GPU compute-sanitizer looks
 for races (make sanitize). A test with the mark `gpu` needs the hardware (large shapes, graphs,
-streams) and is skipped in the simulator.
+streams) and is skipped in the simulator; so is one with the mark `large` (tests/attention.py).
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ ONLY_SIMULATED = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not item.path.is_relative_to(FOLDER):
             continue
+        if item.get_closest_marker("large"):
+            item.add_marker(pytest.mark.gpu)
         if not runtime.is_available():
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
         elif runtime.SIMULATED and item.get_closest_marker("gpu"):

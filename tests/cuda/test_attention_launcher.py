@@ -4,6 +4,7 @@ workspaces.
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,19 @@ import numpy as np
 import pytest
 
 import minitorch
-from minitorch import TensorBackend
 from minitorch.cuda import attention as cuda_attention
-from minitorch.cuda_kernel_ops import CudaKernelOps
+from minitorch.cuda import driver as cuda_driver
+from minitorch.cuda.device_array import DeviceArray
+from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.flash_attention.simt import launch as simt
 from minitorch.kernels.gpu.runtime import SIMULATED
-from tests.cuda.test_flash_attention_cuda import check, on_gpu, random
+from minitorch.tensor import Tensor
+from minitorch.tensor_data import TensorData
+from tests import references
+from tests.attention_calls import NAMES, Family, call_of, check, random
+from tests.attention_families import HOPPER, MMA, SIMT
+from tests.cuda.attention import BACKEND, on_gpu
 
-BACKEND = TensorBackend(CudaKernelOps)
 ALIGNMENT = 16
 
 
@@ -56,7 +62,8 @@ def test_rows_lie_as_the_kernel_needs(
 ) -> None:
     """Contiguous, at multiples of 16 bytes; results and gradients as they would be without."""
     spy = use(monkeypatch, ROW_ALIGNMENT=ALIGNMENT)
-    check([(2, 2, 5, columns), (2, 1, 7, columns), (2, 1, 7, columns)], dtype, (layout,) * 4)
+    shapes = [(2, 2, 5, columns), (2, 1, 7, columns), (2, 1, 7, columns)]
+    check(SIMT, shapes, dtype, layouts=(layout,) * 4)
     itemsize = np.dtype(dtype).itemsize
     assert len(spy.given) == 7
     for matrices in spy.given:
@@ -95,11 +102,11 @@ def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
             forward_workspace=lambda problem, heads, architecture: 40,
             backward_workspace=lambda problem, heads, architecture: 8 * heads.heads,
         )
-        check([(1, 2, 9, 8)] * 3, dtype)
+        check(SIMT, [(1, 2, 9, 8)] * 3, dtype)
         sizes = [(array.size, array.dtype.itemsize) for array in spy.workspaces]
         assert sizes == [(40 // size, size), (16 // size, size)]
     spy = use(monkeypatch)
-    check([(1, 2, 9, 8)] * 3)
+    check(SIMT, [(1, 2, 9, 8)] * 3, "float32")
     assert spy.workspaces == [None, None]
 
 
@@ -133,3 +140,60 @@ def test_arrays_of_numpy_on_the_cpu() -> None:
     out = minitorch.flash_attention(q, k, v, is_causal=True)
     assert isinstance(out, np.ndarray)
     assert out.shape == (2, 5, 4)
+
+
+def test_the_output_lies_as_the_query() -> None:
+    """Heads cut out of rows of a (B, N, H, D) tensor give such an output, and such gradients."""
+    q, k, v, do = (on_gpu(random(2, 3, 9, 4, seed=n), layout="heads") for n in range(4))
+    problem = AttentionProblem.of(q.shape, k.shape, v.shape, q.dtype)
+    ops: Any = BACKEND.ops
+    out, _, rows = ops.flash_attention_forward(q, k, v, None, problem)
+    gradients = ops.flash_attention_backward(do, None, q, k, v, None, out, rows, problem)
+    for x in (out, *gradients[:3]):
+        assert x.permute(0, 2, 1, 3)._tensor.is_contiguous()
+
+
+def test_through_autograd() -> None:
+    """`Tensor.flash_attention` and its gradients, with the logsumexp."""
+    arrays = [random(1, 2, 9, 4, seed=n) for n in range(3)]
+    tensors = [on_gpu(a) for a in arrays]
+    for t in tensors:
+        t.requires_grad_(True)
+    out, lse = tensors[0].flash_attention(tensors[1], tensors[2], is_causal=True, return_lse=True)
+    (out.sum() + lse.sum()).backward()
+    q, k, v = arrays
+    grads = np.ones((1, 2, 9, 4)), np.ones((1, 2, 9))
+    want = references.attention(q, k, v, *grads, is_causal=True)
+    for t, gradient in zip(tensors, (want.grad_query, want.grad_key, want.grad_value), strict=True):
+        assert t.grad is not None
+        np.testing.assert_allclose(t.grad.to_numpy(), gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [SIMT, MMA, HOPPER], ids=lambda family: family.name)
+def test_heads_more_than_two_to_the_31_elements_apart(
+    monkeypatch: pytest.MonkeyPatch, family: Family
+) -> None:
+    """Of three heads in one array of NaNs the last begins beyond element 2**31: it gives the bits
+    that it gives in an array of its own. In the simulator the array is small.
+    """
+    if SIMULATED and family is HOPPER:
+        pytest.skip("the simulator has no descriptors of such arrays")
+    family.force(monkeypatch)
+    apart, rows, columns = (256, 8, 8) if SIMULATED else (2**30 + 8, 160, 64)
+    count = rows * columns
+    if not SIMULATED and cuda_driver.memory_info()[0] < 5 * apart:
+        pytest.skip(f"needs {5 * apart >> 30} GiB of free GPU memory")
+    arrays = [random(3, rows, columns, seed=n) for n in range(3)]
+    near = call_of(family, arrays, "bfloat16", dl=0.0, is_causal=True)
+    array = DeviceArray.empty(2 * apart + 4 * count, near.problem.dtype)
+    array.fill(math.nan)
+    far = []
+    for n, tensor in enumerate(near.tensors):
+        for head, matrix in enumerate(tensor.to_numpy()):
+            start = head * apart + n * count
+            array[start : start + count].copy_from_host(matrix)
+        data = TensorData._of(array[n * count :], tensor.shape, (apart, columns, 1))
+        far.append(Tensor(data, backend=BACKEND))
+    there, here = family.compute(near._replace(tensors=far)), family.compute(near)
+    for name, got, want in zip(NAMES[:5], there[:5], here[:5], strict=True):
+        np.testing.assert_array_equal(got, want, err_msg=name)

@@ -448,8 +448,10 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield seen
 
 
-@pytest.mark.parametrize("flash", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("dropout", "flash"),
+    [(0.1, True), pytest.param(0.0, False, marks=pytest.mark.thorough)],
+)
 def test_nothing_crosses_the_bus_in_a_step(
     gpu: minitorch.TensorBackend, bus: list[str], flash: bool, dropout: float
 ) -> None:

@@ -14,11 +14,10 @@ from minitorch.kernels.gpu import runtime
 from minitorch.kernels.gpu.ptx import global_address
 from minitorch.kernels.gpu.register_tile import RegisterTile
 from minitorch.kernels.gpu.runtime import cuda, device_function, kernel, types
-from minitorch.kernels.gpu.traced import select, traced
+from minitorch.kernels.gpu.traced import traced
 
 Array = npt.NDArray[Any]
 TILES = [RegisterTile(8), RegisterTile(24), RegisterTile(16, row_blocks=2)]
-FIRST, END = 3, 7  # of the columns that row 0 keeps; one more for every other row
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
@@ -52,29 +51,17 @@ def access(tile: RegisterTile) -> tuple[Any, Any, Any]:
 
 
 @cache
-def limits(tile: RegisterTile) -> Any:
-    """For each of a lane's rows: FIRST and END of the row, counted from the lane's first column."""
-    both = types.UniTuple(types.int32, 2 * tile.row_blocks)
-    rows = range(2 * tile.row_blocks)
-
-    @traced(types.UniTuple(both, 2), types.int32, types.int32)
-    def made(row, column):  # type: ignore[no-untyped-def]
-        return [[row - column + (8 * r + limit) for r in rows] for limit in (FIRST, END)]
-
-    return made
-
-
-@cache
 def everything(tile: RegisterTile) -> Any:
     load, put, load_rows = access(tile)
-    size, limits_of = 16 * tile.row_blocks * tile.columns, limits(tile)
-    zero, scale_rows, row_max, row_sum = tile.zero, tile.scale_rows, tile.row_max, tile.row_sum
-    exp2, shift, mask_columns = tile.exp2, tile.shift, tile.mask_columns
+    size = 16 * tile.row_blocks * tile.columns
+    zero, scale_rows, row_max = tile.zero, tile.scale_rows, tile.row_max
+    shift, fill_rows = tile.shift, tile.fill_rows
+    double = tile.each_row(lambda x, factor: x + factor * 2.0, tile.rows_type, types.float32)
     own_row_sum, quad_sum = tile.own_row_sum, tile.quad_sum
     repeat = tile.each(lambda x, row: row, tile.type, tile.rows_type)
-    masked = tile.each(
-        lambda row, column, x, limit: select(row * 5 + column >= limit, x, 0.0),
-        tile.type, types.int32, at=True,
+    mixed = tile.each(
+        lambda x, y, row, z: x * y - row * z,
+        tile.type, tile.type, tile.rows_type, types.float32,
     )  # fmt: skip
 
     @kernel(32)
@@ -84,16 +71,29 @@ def everything(tile: RegisterTile) -> Any:
         put(out, types.int32(0 * size), row, column, zero())
         put(out, types.int32(1 * size), row, column, scale_rows(numbers, rows))
         put(out, types.int32(2 * size), row, column, repeat(numbers, row_max(numbers, rows)))
-        put(out, types.int32(3 * size), row, column, repeat(numbers, row_sum(numbers)))
+        put(out, types.int32(3 * size), row, column, repeat(numbers, quad_sum(rows)))
         shifts = shift(row_max(numbers, rows), scale)
-        put(out, types.int32(4 * size), row, column, exp2(numbers, scale, shifts))
-        first, end = limits_of(row, column)
-        put(out, types.int32(5 * size), row, column, mask_columns(numbers, first, end))
-        put(out, types.int32(6 * size), row, column, masked(row, column, numbers, types.int32(20)))
+        put(out, types.int32(4 * size), row, column, repeat(numbers, shifts))
+        put(out, types.int32(5 * size), row, column, repeat(numbers, double(rows, scale)))
+        put(out, types.int32(6 * size), row, column, mixed(numbers, numbers, rows, scale))
         sums = quad_sum(own_row_sum(numbers, own_row_sum(numbers, rows)))
         put(out, types.int32(7 * size), row, column, repeat(numbers, sums))
+        put(out, types.int32(8 * size), row, column, repeat(numbers, fill_rows(scale)))
 
     return run
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_each_register_has_one_place(tile: RegisterTile) -> None:
+    places = list(tile.places())
+    assert [p.register for p in places] == list(range(tile.registers))
+    assert [tile.register_at(p.own_row, p.column) for p in places] == list(range(tile.registers))
+    assert {(p.row, p.column) for p in places} == {
+        (8 * r, 8 * j + c)
+        for r in range(2 * tile.row_blocks)
+        for j in range(tile.columns // 8)
+        for c in range(2)
+    }
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -103,11 +103,10 @@ def test_operations(tile: RegisterTile) -> None:
     factors = random.normal(size=len(x)).astype(np.float32)
     factors[3], x[3] = -np.inf, -np.inf  # a row without a key so far
     scale = np.float32(0.7)
-    out = cuda.to_device(np.full(8 * x.size, np.nan, np.float32))
+    out = cuda.to_device(np.full(9 * x.size, np.nan, np.float32))
     given = cuda.to_device(x.reshape(-1)), cuda.to_device(factors)
     runtime.launch(everything(tile), 1, 32, *given, scale, out)
 
-    rows, columns = np.indices(x.shape)
     largest = np.maximum(x.max(1), factors)
     shifts = np.where(np.isinf(largest), 0, largest * scale)
     row_sum = np.broadcast_to(x.sum(1)[:, None], x.shape)
@@ -115,14 +114,15 @@ def test_operations(tile: RegisterTile) -> None:
         "zero": np.zeros_like(x),
         "scale_rows": x * factors[:, None],
         "row_max": np.broadcast_to(largest[:, None], x.shape),
-        "row_sum": row_sum,
-        "exp2": np.exp2(x * scale - shifts[:, None]),
-        "mask_columns": np.where((columns >= rows + FIRST) & (columns < rows + END), x, -np.inf),
-        "each": np.where(rows * 5 + columns >= 20, x, 0),
+        "quad_sum": np.broadcast_to(4 * factors[:, None], x.shape),
+        "shift": np.broadcast_to(shifts[:, None], x.shape),
+        "each_row": np.broadcast_to(factors[:, None] + 2 * scale, x.shape),
+        "each": x * x - factors[:, None] * scale,
         # A lane adds what was before to its own; the quad's four lanes then add up all of it.
         "own_row_sum": 2 * row_sum + 4 * factors[:, None],
+        "fill_rows": np.full_like(x, scale),
     }
-    found = out.copy_to_host().reshape(8, *x.shape)
+    found = out.copy_to_host().reshape(9, *x.shape)
     for result, (name, right) in zip(found, expected.items(), strict=True):
         np.testing.assert_allclose(result, right, rtol=2e-6, atol=2e-6, err_msg=name)
 

@@ -314,7 +314,9 @@ def losses(made: training.Trainer) -> list[float]:
     return [made.train_step() for _ in range(made.options.training.steps)]
 
 
-@pytest.mark.parametrize("attention", ["flash", "standard"])
+@pytest.mark.parametrize(
+    "attention", ["flash", pytest.param("standard", marks=pytest.mark.thorough)]
+)
 def test_losses_are_those_of_the_cpu(text: Path, attention: str) -> None:
     """Each loss depends on all the steps before it."""
     gpu, cpu = trainer(text, attention=attention), trainer(text, attention=attention, device="cpu")
@@ -322,7 +324,7 @@ def test_losses_are_those_of_the_cpu(text: Path, attention: str) -> None:
     assert gpu.validation_loss() == pytest.approx(cpu.validation_loss(), rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.thorough)])
 def test_sixteen_bits_follow_float32(text: Path, precision: str) -> None:
     made = trainer(text, precision=precision)
     wanted = losses(trainer(text, device="cpu"))

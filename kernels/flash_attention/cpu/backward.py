@@ -25,8 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ... import philox
-from ...cpu import simd_matrix, threads
 from ...cpu.compiler import njit
 from ...cpu.simd import (
     block_rows,
@@ -39,30 +37,30 @@ from ...cpu.simd import (
     sum_of,
 )
 from ...cpu.threads import fetch_add, store_release, wait_until
-from . import tiles as cpu_tiles
+from ..scores import LOG2_E
 from .tiles import (
-    LOG2_E,
+    FILES,
     Dropout,
     Mask,
     Sizes,
+    Strides,
     dropout_tile,
     fill,
-    first_key,
+    key_tiles,
     leading_dimension,
     load_tile,
     load_tile_transposed,
     mask_scores,
     matrix_product,
     new_workspace,
+    query_tiles,
     round_up,
-    tile_columns,
     tile_multiply,
+    tile_start,
     visible_columns,
 )
 
-BACKWARD_KEY = cache_key(
-    cpu_tiles.__file__, philox.__file__, simd_matrix.__file__, threads.__file__
-)
+BACKWARD_KEY = cache_key(*FILES)
 
 
 class Tiles(NamedTuple):
@@ -186,12 +184,12 @@ def load_queries(w, t, q, q_offset, do, do_offset, strides, i, row0, n, sizes, s
     """Tiles q and do of n rows of head i; dO counts as 0 in rows that saw no key."""
     padded = round_up(n, block_rows())
     load_tile(
-        w, t.q, t.ld_q, padded, q, q_offset[i] + row0 * strides[0], strides[0], strides[1],
-        n, sizes.head_dim,
+        w, t.q, t.ld_q, padded, q, q_offset[i] + row0 * strides.q_row,
+        strides.q_row, strides.q_column, n, sizes.head_dim,
     )  # fmt: skip
     load_tile(
-        w, t.do, t.ld_v, padded, do, do_offset[i] + row0 * strides[8], strides[8], strides[9],
-        n, sizes.value_dim,
+        w, t.do, t.ld_v, padded, do, do_offset[i] + row0 * strides.do_row,
+        strides.do_row, strides.do_column, n, sizes.value_dim,
     )  # fmt: skip
     for r in range(n):
         if shift[i * sizes.seqlen_q + row0 + r] == np.inf:
@@ -201,23 +199,19 @@ def load_queries(w, t, q, q_offset, do, do_offset, strides, i, row0, n, sizes, s
 @njit
 def load_keys(w, t, k, k_offset, v, v_offset, strides, i, key0, keys, sizes, scale):
     """Tiles k, kt and vt of head i's keys key0 ... key0 + keys."""
-    first = k_offset[i] + key0 * strides[2]
-    load_tile(w, t.k, t.ld_q, sizes.tile_k, k, first, strides[2], strides[3], keys, sizes.head_dim)
+    first = k_offset[i] + key0 * strides.k_row
+    load_tile(
+        w, t.k, t.ld_q, sizes.tile_k, k, first, strides.k_row, strides.k_column, keys,
+        sizes.head_dim,
+    )  # fmt: skip
     load_tile_transposed(
-        w, t.kt, t.ld_s, k, first, strides[2], strides[3], keys, sizes.head_dim,
+        w, t.kt, t.ld_s, k, first, strides.k_row, strides.k_column, keys, sizes.head_dim,
         scale,
     )  # fmt: skip
     load_tile_transposed(
-        w, t.vt, t.ld_s, v, v_offset[i] + key0 * strides[4], strides[4], strides[5],
+        w, t.vt, t.ld_s, v, v_offset[i] + key0 * strides.v_row, strides.v_row, strides.v_column,
         keys, sizes.value_dim, w.dtype.type(1),
     )  # fmt: skip
-
-
-@njit
-def query_rows(key0, keys, sizes):
-    """Rows [start, stop), start at a tile's edge, that the band lets see some of the keys."""
-    start = max(key0 - sizes.upper + 1, 0) // sizes.tile_q * sizes.tile_q
-    return start, min(key0 + keys - sizes.lower, sizes.seqlen_q)
 
 
 @njit
@@ -244,17 +238,17 @@ def backward_worker(
     next_task, key=BACKWARD_KEY,
 ):  # fmt: skip
     """Take tasks (a slot of dK and dV, a tile of its keys) until none is left."""
-    sizes = Sizes(*sizes)
-    mask = Mask(mask_kind, bools, bias, mask_offset, strides[6], strides[7])
+    sizes, strides = Sizes(*sizes), Strides(*strides)
+    mask = Mask(mask_kind, bools, bias, mask_offset, strides.mask_row, strides.mask_column)
     dropout = Dropout(dropout_threshold, np.uint64(seed), keep_scale)
     w, t = new_tiles(dq, sizes)
-    key_tiles = (sizes.seqlen_k + sizes.tile_k - 1) // sizes.tile_k
-    query_tiles = (sizes.seqlen_q + sizes.tile_q - 1) // sizes.tile_q
+    key_tile_count = (sizes.seqlen_k + sizes.tile_k - 1) // sizes.tile_k
+    query_tile_count = (sizes.seqlen_q + sizes.tile_q - 1) // sizes.tile_q
     while True:
         task = fetch_add(next_task, 0, 1)
-        if task >= key_tiles * (len(slot_start) - 1):
+        if task >= key_tile_count * (len(slot_start) - 1):
             return
-        slot, key_tile = task // key_tiles, task % key_tiles
+        slot, key_tile = task // key_tile_count, task % key_tile_count
         key0 = key_tile * sizes.tile_k
         keys = min(sizes.tile_k, sizes.seqlen_k - key0)
         load_keys(
@@ -263,15 +257,13 @@ def backward_worker(
         )  # fmt: skip
         fill(w, t.dk, t.dk + sizes.tile_k * t.ld_q, 0.0)
         fill(w, t.dv, t.dv + sizes.tile_k * t.ld_v, 0.0)
-        first_row, end_row = query_rows(key0, keys, sizes)
+        first, end = query_tiles(key0, sizes, sizes.tile_q, sizes.tile_k)
         for i in slot_heads[slot_start[slot] : slot_start[slot + 1]]:
-            for row0 in range(first_row, end_row, sizes.tile_q):
+            for number in range(first, end):
+                row0 = tile_start(number, sizes.tile_q)
                 n = min(sizes.tile_q, sizes.seqlen_q - row0)
-                start, stop = tile_columns(w, row0, n, key0, sizes)
-                if start >= stop:
-                    continue  # outside the band: no task expects this one to add
-                place = i * query_tiles + row0 // sizes.tile_q
-                my_turn = key_tile - first_key(row0, sizes) // sizes.tile_k
+                place = i * query_tile_count + number
+                my_turn = key_tile - key_tiles(row0, sizes, sizes.tile_q, sizes.tile_k)[0]
                 start, stop, masked = visible_columns(w, mask, i, row0, n, key0, keys, sizes)
                 if start >= stop:  # wholly masked: skipped, not computed
                     wait_until(turn, place, my_turn)
@@ -325,26 +317,27 @@ def mask_gradient_worker(
 
     Tasks: a slot of dmask and a tile of its columns; all the columns where they share one.
     """
-    sizes = Sizes(*sizes)
-    mask = Mask(mask_kind, bools, bias, mask_offset, strides[6], strides[7])
+    sizes, strides = Sizes(*sizes), Strides(*strides)
+    mask = Mask(mask_kind, bools, bias, mask_offset, strides.mask_row, strides.mask_column)
     dropout = Dropout(dropout_threshold, np.uint64(seed), keep_scale)
     one = dmask.dtype.type(1)
     w, t = new_tiles(dmask, sizes)
-    key_tiles = (sizes.seqlen_k + sizes.tile_k - 1) // sizes.tile_k
-    tasks_of_slot = 1 if column_stride == 0 else key_tiles
+    key_tile_count = (sizes.seqlen_k + sizes.tile_k - 1) // sizes.tile_k
+    tasks_of_slot = 1 if column_stride == 0 else key_tile_count
     while True:
         task = fetch_add(next_task, 0, 1)
         if task >= tasks_of_slot * (len(slot_start) - 1):
             return
         slot = task // tasks_of_slot
         begin = 0 if column_stride == 0 else task % tasks_of_slot
-        end = key_tiles if column_stride == 0 else begin + 1
-        for key0 in range(begin * sizes.tile_k, end * sizes.tile_k, sizes.tile_k):
+        stop_tile = key_tile_count if column_stride == 0 else begin + 1
+        for key0 in range(begin * sizes.tile_k, stop_tile * sizes.tile_k, sizes.tile_k):
             keys = min(sizes.tile_k, sizes.seqlen_k - key0)
-            first_row, end_row = query_rows(key0, keys, sizes)
+            first, end = query_tiles(key0, sizes, sizes.tile_q, sizes.tile_k)
             for i in slot_heads[slot_start[slot] : slot_start[slot + 1]]:
                 load_keys(w, t, k, k_offset, v, v_offset, strides, i, key0, keys, sizes, scale)
-                for row0 in range(first_row, end_row, sizes.tile_q):
+                for number in range(first, end):
+                    row0 = tile_start(number, sizes.tile_q)
                     n = min(sizes.tile_q, sizes.seqlen_q - row0)
                     start, stop, masked = visible_columns(w, mask, i, row0, n, key0, keys, sizes)
                     if start >= stop:

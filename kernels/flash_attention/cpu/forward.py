@@ -18,21 +18,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from ... import philox
-from ...cpu import simd_matrix, threads
 from ...cpu.compiler import njit
 from ...cpu.simd import block_rows, cache_key, exp2
 from ...cpu.threads import fetch_add
-from . import tiles as cpu_tiles
+from ..scores import LOG2_E
 from .tiles import (
-    LOG2_E,
+    FILES,
     Dropout,
     Mask,
     Sizes,
+    Strides,
     dropout_tile,
-    end_key,
     fill,
-    first_key,
+    key_tiles,
     leading_dimension,
     load_tile,
     load_tile_transposed,
@@ -44,10 +42,11 @@ from .tiles import (
     row_max,
     row_scale,
     tile_multiply,
+    tile_start,
     visible_columns,
 )
 
-FORWARD_KEY = cache_key(cpu_tiles.__file__, philox.__file__, simd_matrix.__file__, threads.__file__)
+FORWARD_KEY = cache_key(*FILES)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -61,8 +60,8 @@ def forward_worker(
 
     The longest tasks (under a causal mask those of the last rows) come first.
     """
-    sizes = Sizes(*sizes)
-    mask = Mask(mask_kind, bools, bias, mask_offset, strides[6], strides[7])
+    sizes, strides = Sizes(*sizes), Strides(*strides)
+    mask = Mask(mask_kind, bools, bias, mask_offset, strides.mask_row, strides.mask_column)
     dropout = Dropout(dropout_threshold, np.uint64(seed), keep_scale)
     head_dim, value_dim = sizes.head_dim, sizes.value_dim
     tile_q, tile_k = sizes.tile_q, sizes.tile_k
@@ -92,22 +91,25 @@ def forward_worker(
         padded_rows = round_up(rows, block_rows())
         load_tile(
             w, q_tile, ld_q, padded_rows,
-            q_data, q_offset[i] + row0 * strides[0], strides[0], strides[1], rows, head_dim,
+            q_data, q_offset[i] + row0 * strides.q_row, strides.q_row, strides.q_column,
+            rows, head_dim,
         )  # fmt: skip
         fill(w, o_tile, o_tile + padded_rows * ld_v, 0.0)
         fill(w, m, m + rows, -np.inf)
         fill(w, l, l + rows, 0.0)
-        begin, end = first_key(row0, sizes), end_key(row0 + rows - 1, sizes)
-        for key0 in range(begin // tile_k * tile_k, end, tile_k):
+        first, end = key_tiles(row0, sizes, sizes.block_q, tile_k)
+        for number in range(first, end):
+            key0 = tile_start(number, tile_k)
             keys = min(tile_k, sizes.seqlen_k - key0)
             load_tile_transposed(
                 w, kt_tile, ld_s,
-                k_data, k_offset[i] + key0 * strides[2], strides[2], strides[3],
+                k_data, k_offset[i] + key0 * strides.k_row, strides.k_row, strides.k_column,
                 keys, head_dim, scale,
             )  # fmt: skip
             load_tile(
                 w, v_tile, ld_v, tile_k,
-                v_data, v_offset[i] + key0 * strides[4], strides[4], strides[5], keys, value_dim,
+                v_data, v_offset[i] + key0 * strides.v_row, strides.v_row, strides.v_column,
+                keys, value_dim,
             )  # fmt: skip
             for r0 in range(0, rows, tile_q):
                 row, n = row0 + r0, min(tile_q, rows - r0)

@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 
 from ...cpu.threads import run_on_threads, thread_count
 from ...philox import dropout_threshold
-from ..problem import AttentionProblem, Shape, mask_numbers
+from ..problem import AttentionProblem, Shape
+from ..scores import mask_numbers
 from .backward import backward_worker, delta_worker, mask_gradient_worker
 from .forward import forward_worker
-from .tiles import ADDITIVE_MASK, BOOL_MASK, NO_MASK, Sizes
+from .tiles import ADDITIVE_MASK, BOOL_MASK, NO_MASK, Sizes, Strides
 
 Array = NDArray[Any]
 
-MASK_KINDS = {"none": NO_MASK, "bool": BOOL_MASK, "additive": ADDITIVE_MASK}
+MASK_NUMBERS = {"none": NO_MASK, "bool": BOOL_MASK}  # all others are additive
 
 
 class TileSizes(NamedTuple):
@@ -137,7 +138,7 @@ def _mask_stack(attn_mask: Array | None, problem: AttentionProblem) -> tuple[Arr
         attn_mask = attn_mask[None]
     # One element stands for a dimension that was broadcast before it came here.
     attn_mask = attn_mask[tuple(slice(0, 1) if s == 0 else slice(None) for s in attn_mask.strides)]
-    additive = problem.mask_kind == "additive"
+    additive = problem.additive_mask
     typed = mask_numbers(attn_mask, problem.dtype) if additive else attn_mask.view(np.uint8)
     data, strides = _flatten(typed)
     strides = tuple(0 if n == 1 else s for n, s in zip(attn_mask.shape, strides, strict=True))
@@ -165,15 +166,24 @@ def _threads(problem: AttentionProblem) -> int:
 
 def _dropout_arguments(problem: AttentionProblem) -> tuple[int, np.uint64, np.floating[Any]]:
     """threshold, seed and factor of the weights that are kept."""
-    p = problem.dropout_p
-    keep_scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
-    return dropout_threshold(p), np.uint64(problem.seed), problem.dtype.type(keep_scale)
+    threshold, keep_scale = dropout_threshold(problem.dropout_p), problem.keep_scale
+    return threshold, np.uint64(problem.seed), problem.dtype.type(keep_scale)
+
+
+def _mask_number(problem: AttentionProblem) -> int:
+    return MASK_NUMBERS.get(problem.mask_kind, ADDITIVE_MASK)
+
+
+def _strides(q: Stack, k: Stack, v: Stack, mask: Stack, *more: Stack) -> tuple[int, ...]:
+    """`Strides` as a plain tuple, which numba's CPU dispatcher knows faster than a named one."""
+    return tuple(Strides(*(n for x in (q, k, v, mask, *more) for n in (x.row, x.column))))
 
 
 def _sizes(problem: AttentionProblem, tile_q: int, tile_k: int, block_q: int) -> Sizes:
     return Sizes(
         problem.batch_heads, problem.seqlen_q, problem.seqlen_k, problem.head_dim,
         problem.value_dim, problem.lower, problem.upper, tile_q, tile_k, block_q,
+        problem.leading[-1] if problem.leading else 1,
     )  # fmt: skip
 
 
@@ -219,7 +229,7 @@ def forward_with_count(
             q_stack.data, k_stack.data, v_stack.data, bools, bias,
             out.reshape(-1), logsumexp.reshape(-1), rows.reshape(-1),
             q_stack.offset, k_stack.offset, v_stack.offset, mask.offset,
-            (*q_stack[2:], *k_stack[2:], *v_stack[2:], *mask[2:]), MASK_KINDS[problem.mask_kind],
+            _strides(q_stack, k_stack, v_stack, mask), _mask_number(problem),
             tuple(_sizes(problem, tiles.forward_q, tiles.forward_k, block_q)),
             problem.dtype.type(problem.scale), *_dropout_arguments(problem),
             np.zeros(1, np.int64), tile_count,
@@ -349,14 +359,13 @@ def _common_arguments(
     delta, shift, inverse = (np.empty(count, dtype) for _ in range(3))
     run_on_threads(
         min(_threads(problem), problem.batch_heads), delta_worker,
-        _flatten(np.ascontiguousarray(out, dtype))[0], grad_stack.data, *grad_stack[1:],
-        rows, grad_lse, problem.seqlen_q, problem.value_dim, delta, shift, inverse,
-        np.zeros(1, np.int64),
+        _flatten(np.ascontiguousarray(out, dtype))[0], grad_stack.data, grad_stack.offset,
+        grad_stack.row, grad_stack.column, rows, grad_lse, problem.seqlen_q, problem.value_dim,
+        delta, shift, inverse, np.zeros(1, np.int64),
     )  # fmt: skip
     settings = (
         q_stack.offset, k_stack.offset, v_stack.offset, mask.offset, grad_stack.offset,
-        (*q_stack[2:], *k_stack[2:], *v_stack[2:], *mask[2:], *grad_stack[2:]),
-        MASK_KINDS[problem.mask_kind],
+        _strides(q_stack, k_stack, v_stack, mask, grad_stack), _mask_number(problem),
         tuple(_sizes(problem, tiles.backward_q, tiles.backward_k, 0)),
         dtype.type(problem.scale), *_dropout_arguments(problem), shift, inverse, delta,
     )  # fmt: skip

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ... import philox
+from ...cpu import simd_matrix, threads
 from ...cpu.compiler import njit
 from ...cpu.simd import (
     block_columns,
@@ -32,9 +34,16 @@ from ...cpu.simd import (
 )
 from ...cpu.simd_matrix import matrix_product_block, transpose_block
 from ...philox import LOW_WORD, WORD_BITS, philox4x32_cpu
+from .. import schedule, scores
+from ..scores import LOG2_E, Tools, Where
 
-NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind
-LOG2_E = np.log2(np.e)
+# Kernels that the disk keeps are compiled anew when one of these changes: see `cache_key`.
+FILES = (
+    __file__, schedule.__file__, scores.__file__, philox.__file__, simd_matrix.__file__,
+    threads.__file__,
+)  # fmt: skip
+
+NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind, a number as numba wants one
 
 
 class Mask(NamedTuple):
@@ -49,7 +58,7 @@ class Mask(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Shape of the problem and of its tiles."""
+    """Shape of the problem and of its tiles; a `band` of schedule.py, too."""
 
     batch_heads: int
     seqlen_q: int
@@ -61,6 +70,22 @@ class Sizes(NamedTuple):
     tile_q: int
     tile_k: int
     block_q: int
+    heads: int  # head batch_head is the head batch_head % heads of its batch
+
+
+class Strides(NamedTuple):
+    """Distances of the rows, and of the columns, of the matrices that are read, in elements."""
+
+    q_row: int
+    q_column: int
+    k_row: int
+    k_column: int
+    v_row: int
+    v_column: int
+    mask_row: int
+    mask_column: int
+    do_row: int = 0  # in the backward pass
+    do_column: int = 0
 
 
 class Dropout(NamedTuple):
@@ -89,19 +114,28 @@ def new_workspace(like, size):
     return w, (-w.ctypes.data % 64) // like.itemsize
 
 
+# --------------------------------------------------------------------------- which scores
+
+
+@njit
+def _select(condition, yes, no):
+    return yes if condition else no
+
+
+@njit
+def _add(score, number):
+    return score + number
+
+
+keys_of, queries_of = njit(scores.keys_of), njit(scores.queries_of)
+masked_by_bool, masked_by_sum = (
+    njit(scores.masked_score(mask, Tools(_select, _add))) for mask in ("bool", "additive")
+)
+
+
 # --------------------------------------------------------------------------- which keys
 
-
-@njit
-def first_key(row, sizes):
-    """The first key that query `row` may see."""
-    return min(max(row + sizes.lower, 0), sizes.seqlen_k)
-
-
-@njit
-def end_key(row, sizes):
-    """One past the last key that query `row` may see."""
-    return min(max(row + sizes.upper, 0), sizes.seqlen_k)
+first_key, end_key, key_tiles, query_tiles, tile_start, is_whole = schedule.rules(njit)
 
 
 @njit
@@ -119,39 +153,18 @@ def tile_columns(w, row0, rows, key0, sizes):
 
 
 @njit
-def needs_band(row0, rows, key0, start, stop, sizes):
-    """Whether the band, or the end of the keys, cuts through columns [start, stop) of the tile."""
-    last_row = row0 + rows - 1
-    return first_key(last_row, sizes) > key0 + start or end_key(row0, sizes) < key0 + stop
-
-
-@njit
 def visible_columns(w, mask, i, row0, rows, key0, keys, sizes):
     """(start, stop, masked): the columns to compute, and whether an entry is masked."""
     start, stop = tile_columns(w, row0, rows, key0, sizes)
     if start >= stop:
         return 0, 0, False
-    masked = needs_band(row0, rows, key0, start, stop, sizes)
+    masked = not is_whole(row0, rows, key0 + start, stop - start, sizes)
     if mask.kind != NO_MASK:
         some, every = mask_allows(mask, i, row0, rows, key0, start, min(stop, keys))
         if not some:
             return 0, 0, False
         masked = masked or not every
     return start, stop, masked
-
-
-@njit
-def apply_band(w, s, ld, row0, rows, key0, start, stop, sizes):
-    """Scores outside the band become -inf."""
-    minus_infinity = w.dtype.type(-np.inf)
-    for r in range(rows):
-        line = s + r * ld
-        first = min(first_key(row0 + r, sizes) - key0, stop)
-        end = max(end_key(row0 + r, sizes) - key0, start)
-        for j in range(line + start, line + first):
-            w[j] = minus_infinity
-        for j in range(line + end, line + stop):
-            w[j] = minus_infinity
 
 
 @njit
@@ -180,34 +193,43 @@ def mask_allows(mask, i, row0, rows, key0, start, stop):
 
 
 @njit
-def apply_mask(w, s, ld, mask, i, row0, rows, key0, start, stop):
-    """Masked scores become -inf; an additive mask is added."""
-    minus_infinity = w.dtype.type(-np.inf)
+def mask_row(w, line, mask, source, where, start, stop):
+    """Scores [start, stop) of a row, by the mask's numbers from `source` on, of which the first is
+    `where`: the rule's `masked`, in whole vectors where the numbers are neighbours.
+    """
     vector, n = splat(w, -np.inf), lanes(w)
     whole = start + (stop - start) // n * n if mask.column == 1 else start
-    for r in range(rows):
-        line = s + r * ld
-        source = mask.offset[i] + (row0 + r) * mask.row + key0 * mask.column
+    for j in range(start, whole, n):
         if mask.kind == BOOL_MASK:
-            for j in range(start, whole, n):
-                scores = select_bytes(mask.bools, source + j, load(w, line + j), vector)
-                store(w, line + j, scores)
-            for j in range(whole, stop):
-                if mask.bools[source + j * mask.column] == 0:
-                    w[line + j] = minus_infinity
+            store(w, line + j, select_bytes(mask.bools, source + j, load(w, line + j), vector))
         else:
-            for j in range(start, whole, n):
-                store(w, line + j, load(w, line + j) + load(mask.bias, source + j))
-            for j in range(whole, stop):
-                w[line + j] += mask.bias[source + j * mask.column]
+            store(w, line + j, load(w, line + j) + load(mask.bias, source + j))
+    for j in range(whole, stop):
+        place = Where(where.batch, where.head, where.query, where.key + j)
+        if mask.kind == BOOL_MASK:
+            number = mask.bools[source + j * mask.column]
+            w[line + j] = masked_by_bool(w[line + j], True, number, place)
+        else:
+            number = mask.bias[source + j * mask.column]
+            w[line + j] = masked_by_sum(w[line + j], True, number, place)
 
 
 @njit
 def mask_scores(w, s, ld, mask, i, row0, rows, key0, keys, start, stop, sizes):
-    """Everything that makes a score -inf: the mask, the band, the end of the keys."""
-    if mask.kind != NO_MASK:
-        apply_mask(w, s, ld, mask, i, row0, rows, key0, start, min(stop, keys))
-    apply_band(w, s, ld, row0, rows, key0, start, stop, sizes)
+    """Scores as the rule leaves them, row by row: the mask, the band, the end of the keys."""
+    minus_infinity = w.dtype.type(-np.inf)
+    for r in range(rows):
+        line, row = s + r * ld, row0 + r
+        if mask.kind != NO_MASK:
+            source = mask.offset[i] + row * mask.row + key0 * mask.column
+            where = Where(i // sizes.heads, i % sizes.heads, row, key0)
+            mask_row(w, line, mask, source, where, start, min(stop, keys))
+        first = min(first_key(row, sizes) - key0, stop)
+        end = max(end_key(row, sizes) - key0, start)
+        for j in range(line + start, line + first):
+            w[j] = minus_infinity
+        for j in range(line + end, line + stop):
+            w[j] = minus_infinity
 
 
 # --------------------------------------------------------------------------- tiles in and out

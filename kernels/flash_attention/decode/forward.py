@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...gpu.runtime import (
     NEGATIVE_INFINITY,
@@ -26,12 +26,9 @@ from ...gpu.runtime import (
     types,
 )
 from ...gpu.vectors import vector_access
-from ..softmax import (
-    LOG2_E,
-    exp2_function,
-    mask_number,
-    reciprocal_of,
-)
+from ..scores import LOG2_E, Masked, Where
+from ..scores_cuda import counts, head_place, keys_of, masked_score
+from ..softmax import exp2_function, reciprocal_of
 
 WARPS = 2 if SIMULATED else 8
 UNROLLED = 2  # keys of a group that are on their way at once
@@ -41,7 +38,7 @@ MERGE_THREADS = 128
 
 
 @dataclass(frozen=True)
-class DecodeKind:
+class DecodeKind(Masked):
     """What the kernel is compiled for.
 
     Args:
@@ -72,6 +69,25 @@ class DecodeKind:
     def pieces(self, columns: int) -> int:
         """Vectors of a row that one thread reads."""
         return ceil_div(columns, self.vectors * self.lanes)
+
+
+class Cuts(NamedTuple):
+    """How the keys that some query sees are cut: [begin, end), in splits of `split_keys`."""
+
+    begin: int
+    end: int
+    split_keys: int
+    splits: int
+
+
+class MergeSizes(NamedTuple):
+    """What the kernel that merges splits is told of them."""
+
+    heads: int
+    seqlen_q: int
+    value_dim: int
+    rows: int  # queries of all heads
+    splits: int
 
 
 # ----- the kernel of one split -----
@@ -114,31 +130,31 @@ def group_reduction(lanes: int) -> Any:
 
 
 @cache
-def visibility(kind: DecodeKind) -> Any:
-    """Device function `(score, key, end, row_of)`: a score as the mask leaves it.
-
-    row_of: first key that the row sees, one past the last, where its mask begins, its step.
+def score_reader(kind: DecodeKind) -> Any:
+    """Device functions. `row_of(query, lower, upper, place)`: what a query's scores have in common,
+    from `head_place`. `score_of(score, key, end, mask, query, row)`: a score as the rule leaves it;
+    `end` is one past the last key of the split.
     """
-    real = precision(kind.precision).real
-    nothing = real(NEGATIVE_INFINITY)
-    masked, is_bool, banded = kind.mask != "none", kind.mask == "bool", kind.banded
-    load = mask_number("float32" if kind.mask in ("none", "bool") else kind.mask, kind.precision)
+    masked = masked_score(kind.mask, kind.precision)
+    has_mask, banded = kind.mask != "none", kind.banded
 
     @device_function
-    def seen(score, key, end, mask, row_of):
-        first, last, start, step = row_of
-        visible = key < end
-        if banded:
-            visible = visible & (key >= first) & (key < last)
-        if masked:
-            number = mask[start + (key if visible else types.int64(0)) * step]
-            if is_bool:
-                visible = visible & (number != 0)
-            else:
-                score += load(number)
-        return score if visible else nothing
+    def row_of(query, lower, upper, place):
+        batch, head, start, query_step, key_step = place
+        return *keys_of(query, lower, upper), start + query * query_step, key_step, batch, head
 
-    return seen
+    @device_function
+    def score_of(score, key, end, mask, query, row):
+        first, last, start, step, batch, head = row
+        sees, where = key < end, Where(batch, head, query, key)
+        if banded:
+            sees = counts(sees, key, first, last)
+        if not has_mask:
+            return masked(score, sees, 0, where)
+        number = mask[start + (key if sees else types.int64(0)) * step]
+        return masked(score, sees, number, where)
+
+    return row_of, score_of
 
 
 @cache
@@ -201,8 +217,8 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     Args:
         kind: what it is compiled for.
         whole: there is one split: write the output and the logsumexp. Else `out` gets the sums of
-            each split, not yet divided by l, and `logsumexp` its m and l, in numbers as they are
-            computed with.
+            each split, not yet divided by l, and `logsumexp`, from `sums_start` on, its m and l, in
+            numbers as they are computed with.
 
     """
     numbers = precision(kind.precision)
@@ -215,9 +231,8 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     fetched, fetched_v = unrolled * size, unrolled * size_v
     read_key, read_value = read_row(kind, head_dim), read_row(kind, value_dim)
     groups, merge_groups = WARPS * WARP // lanes, group_merger(kind)
-    group_sum, seen, (exp_of, shift_of) = (
-        group_reduction(lanes), visibility(kind), exponential(real.name),
-    )  # fmt: skip
+    group_sum, (row_of, score_of) = group_reduction(lanes), score_reader(kind)
+    exp_of, shift_of = exponential(real.name)
     reciprocal = reciprocal_of(kind.precision)
     threads, warps, width = WARPS * WARP, WARPS, max(value_dim, 1)
     write = store if whole else precision(real.name).store
@@ -226,10 +241,10 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     @kernel(threads, blocks=AT_ONCE if rows == 1 else 1)
     def flash_decode(
         q, k, v, mask, out, logsumexp, q_steps, k_steps, v_steps, mask_steps, out_steps, sizes,
-        cuts, scale,
+        group, cuts, rows_of_all, sums_start, scale,
     ):  # fmt: skip
-        heads, seqlen_q, lower, upper, group, k_group, v_group = sizes
-        begin, end, split_keys, splits, rows_of_all, sums_start = cuts
+        heads, seqlen_q, _, lower, upper, k_group, v_group = sizes
+        begin, end, split_keys, splits = cuts
         outputs = cuda.shared.array((warps, width), real)
         sums = cuda.shared.array((warps, 2), real)
         q_own = cuda.local.array((rows, size), real)
@@ -244,18 +259,18 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
         row0, rest = cuda.blockIdx.x % row_tiles * rows, cuda.blockIdx.x // row_tiles
         split, kv = rest % splits, rest // splits
         b, first_head = kv // (heads // group), kv % (heads // group) * group
-        k_start = b * k_steps[0] + first_head // k_group * k_steps[1]
-        v_start = b * v_steps[0] + first_head // v_group * v_steps[1]
+        k_start = b * k_steps.batch + first_head // k_group * k_steps.head
+        v_start = b * v_steps.batch + first_head // v_group * v_steps.head
         first_key = begin + split * split_keys
         last_key = min(first_key + split_keys, end)
 
         for r in range(rows):
             packed = min(row0 + r, group * seqlen_q - 1)
             h, i = first_head + packed // seqlen_q, packed % seqlen_q
-            start = b * q_steps[0] + h * q_steps[1] + i * q_steps[2]
+            start = b * q_steps.batch + h * q_steps.head + i * q_steps.row
             for c in range(own):
                 column = (c // vectors * lanes + lane) * vectors + c % vectors
-                number = load(q[start + min(column, head_dim - 1) * q_steps[3]])
+                number = load(q[start + min(column, head_dim - 1) * q_steps.column])
                 inside = column < head_dim
                 q_own[r, c] = number * real(scale) if inside else real(0.0)
             for c in range(own_v):
@@ -265,10 +280,10 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
         for key0 in range(first_key, last_key, groups * unrolled):
             for u in range(unrolled):
                 key = types.int64(min(key0 + u * groups + thread // lanes, last_key - 1))
-                read_key(found, u * own, k, k_start + key * k_steps[2], k_steps[3])
+                read_key(found, u * own, k, k_start + key * k_steps.row, k_steps.column)
             for u in range(unrolled):
                 key = types.int64(min(key0 + u * groups + thread // lanes, last_key - 1))
-                read_value(found_v, u * own_v, v, v_start + key * v_steps[2], v_steps[3])
+                read_value(found_v, u * own_v, v, v_start + key * v_steps.row, v_steps.column)
             # s = q k^T
             for u in range(unrolled):
                 for r in range(rows):
@@ -281,14 +296,11 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
             for r in range(rows):
                 packed = min(row0 + r, group * seqlen_q - 1)
                 h, i = first_head + packed // seqlen_q, packed % seqlen_q
-                row_of = (
-                    i + lower, i + upper, b * mask_steps[0] + h * mask_steps[1] + i * mask_steps[2],
-                    mask_steps[3],
-                )  # fmt: skip
+                seen = row_of(i, lower, upper, head_place(b, h, mask_steps))
                 largest = m[r]
                 for u in range(unrolled):
                     key = key0 + u * groups + thread // lanes
-                    scores[r, u] = seen(group_sum(scores[r, u]), key, last_key, mask, row_of)
+                    scores[r, u] = score_of(group_sum(scores[r, u]), key, last_key, mask, i, seen)
                     largest = max(largest, scores[r, u])
                 shift = shift_of(largest)
                 alpha = exp_of(m[r] - shift)
@@ -322,7 +334,7 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
                 row = (b * heads + h) * seqlen_q + i + split * rows_of_all
                 to = row * value_dim
                 if whole:
-                    to = b * out_steps[0] + h * out_steps[1] + i * out_steps[2]
+                    to = b * out_steps.batch + h * out_steps.head + i * out_steps.row
                 for column in range(thread, value_dim, threads):
                     number = real(0.0)
                     for w in range(warps):
@@ -375,9 +387,9 @@ def merge_kernel(name: str) -> Any:
         inverse = reciprocal(total)
         batch_head = row // seqlen_q
         to = (
-            batch_head // heads * out_steps[0]
-            + batch_head % heads * out_steps[1]
-            + row % seqlen_q * out_steps[2]
+            batch_head // heads * out_steps.batch
+            + batch_head % heads * out_steps.head
+            + row % seqlen_q * out_steps.row
         )
         for column in range(thread, value_dim, threads):
             number = real(0.0)

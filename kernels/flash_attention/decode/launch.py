@@ -25,7 +25,7 @@ The kernels are in `decode/forward.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ...gpu.runtime import (
@@ -42,18 +42,21 @@ from ..launch import (
     Heads,
     Inputs,
     Matrices,
-    arguments_of,
+    argument_types,
     has_vectors,
     heads_of,
-    mask_of,
-    mask_type,
+    named_type,
+    sizes_of,
 )
 from ..problem import AttentionProblem
+from ..schedule import RULES
 from .forward import (
     MERGE_THREADS,
     MOST_SPLITS,
     WARPS,
+    Cuts,
     DecodeKind,
+    MergeSizes,
     merge_kernel,
     split_kernel,
 )
@@ -81,24 +84,14 @@ def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None
 # ----- launches -----
 
 
-@dataclass(frozen=True)
-class Cuts:
-    """How the keys that some query sees are cut: [begin, end), in splits of `split_keys`."""
-
-    begin: int
-    end: int
-    split_keys: int
-    splits: int
-
-
 def cuts_of(problem: AttentionProblem, heads: Heads) -> Cuts:
     """As many splits as fill a GPU, of `KEYS_OF_A_SPLIT` keys at least.
 
     A function of the problem alone: on every GPU the sums are the same.
     """
-    seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
-    begin = min(max(problem.lower, 0), seqlen_k)
-    end = min(max(seqlen_q - 1 + problem.upper, begin), seqlen_k)
+    seqlen_q = problem.seqlen_q
+    begin = RULES.first_key(0, problem)
+    end = max(RULES.end_key(seqlen_q - 1, problem), begin)
     keys = end - begin
     row_tiles = ceil_div(heads.group * seqlen_q, MOST_ROWS)
     blocks = max(1, problem.batch_heads // heads.group * row_tiles)
@@ -147,44 +140,24 @@ def forward(
     architecture: Architecture,
     workspace: Any = None,
 ) -> None:
-    """Write the output (Nq, Dv) of each head, and the logsumexp: see `cuda.forward`.
-
-    Args:
-        problem: what is asked for.
-        heads: how it is laid out.
-        inputs: what is read.
-        out: its rows are contiguous.
-        logsumexp: contiguous (batch, heads, Nq), flat, float32 (float64 for float64).
-        architecture: compute capability.
-        workspace: flat, of `forward_workspace` bytes, of the logsumexp's dtype.
-
-    """
+    """Write the output and the logsumexp: see launch.py."""
+    vectors = has_vectors(problem, (problem.head_dim, problem.value_dim), inputs.k, inputs.v)
+    kind, cuts = kind_of(problem, heads, inputs.mask_kind, vectors), cuts_of(problem, heads)
     rows = problem.batch_heads * problem.seqlen_q
-    if not rows:
-        return
-    kind = kind_of(problem, heads, inputs.mask_kind, has_vectors(problem, inputs.k, inputs.v))
-    cuts = cuts_of(problem, heads)
-    mask, mask_strides = mask_of(inputs)
-    sizes, (scale, *_) = arguments_of(problem, heads)
-    _, seqlen_q, _, lower, upper, k_group, v_group = sizes
-    q, k, v = inputs.q, inputs.k, inputs.v
     whole, sums_start = cuts.splits == 1, cuts.splits * rows * problem.value_dim
     row_tiles = ceil_div(heads.group * problem.seqlen_q, kind.rows)
     launch(
         split_kernel(kind, whole),
         problem.batch_heads // heads.group * row_tiles * cuts.splits, WARPS * WARP,
-        q.array, k.array, v.array, mask,
-        out.array if whole else workspace, logsumexp if whole else workspace,
-        q.strides, k.strides, v.strides, mask_strides, out.strides,
-        (heads.heads, seqlen_q, lower, upper, heads.group, k_group, v_group),
-        (cuts.begin, cuts.end, cuts.split_keys, cuts.splits, rows, 0 if whole else sums_start),
-        scale,
+        *inputs.arrays, out.array if whole else workspace, logsumexp if whole else workspace,
+        *inputs.strides, out.strides, sizes_of(problem, heads), heads.group, cuts, rows,
+        0 if whole else sums_start, problem.scale,
     )  # fmt: skip
     if not whole:
         launch(
             merge_kernel(problem.dtype.name), rows, MERGE_THREADS,
             workspace, out.array, logsumexp, out.strides,
-            (heads.heads, seqlen_q, problem.value_dim, rows, cuts.splits),
+            MergeSizes(heads.heads, problem.seqlen_q, problem.value_dim, rows, cuts.splits),
         )  # fmt: skip
 
 
@@ -193,9 +166,6 @@ def forward(
 
 def instances() -> Iterator[Instance]:
     """Sizes, precisions, masks and numbers of rows; with one split, and with several."""
-    whole = types.int64
-    strides, sizes = types.UniTuple(whole, 4), types.UniTuple(whole, 7)
-    cuts, sizes_of_merge = types.UniTuple(whole, 6), types.UniTuple(whole, 5)
     for kind, one_split in (
         (DecodeKind("float16", 128, 128, "none", False, 8, 1), False),
         (DecodeKind("bfloat16", 64, 64, "none", False, 8, 1), True),
@@ -203,23 +173,23 @@ def instances() -> Iterator[Instance]:
         (DecodeKind("float32", 59, 59, "float32", True, 1, 4), False),
         (DecodeKind("float64", 256, 256, "none", True, 2, 2), True),
     ):
-        numbers = precision(kind.precision)
-        array, sums = numbers.array, types.Array(numbers.real, 1, "C")
-        mask = mask_type(kind.mask, array)
-        out = array if one_split else sums
+        of = argument_types(kind.precision, kind.mask)
         yield Instance(
             f"flash_decode[{kind.precision}, {kind.head_dim}, {kind.mask}, {kind.rows}]",
             split_kernel(kind, one_split),
-            (*[array] * 3, mask, out, sums, *[strides] * 5, sizes, cuts, types.float64),
-        )
+            (
+                *[of.array] * 3, of.mask, of.array if one_split else of.rows, of.rows,
+                *[of.strides] * 5, of.sizes, types.int64, named_type(Cuts), types.int64,
+                types.int64, types.float64,
+            ),
+        )  # fmt: skip
     for name in ("float16", "float64"):
-        numbers = precision(name)
-        sums = types.Array(numbers.real, 1, "C")
+        of = argument_types(name, "none")
         yield Instance(
             f"flash_decode_merge[{name}]",
             merge_kernel(name),
-            (sums, numbers.array, sums, strides, sizes_of_merge),
+            (of.rows, of.array, of.rows, of.strides, named_type(MergeSizes)),
         )
 
 
-__all__ = ["forward", "forward_workspace", "tiles", "why_not"]
+__all__ = ["Cuts", "forward", "forward_workspace", "tiles", "why_not"]

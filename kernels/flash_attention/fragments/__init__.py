@@ -1,1 +1,1 @@
-"""What a tile of scores in the registers of tensor cores goes through: masks and dropout."""
+"""What a tile in the registers of tensor cores goes through: masks, dropout, stores."""

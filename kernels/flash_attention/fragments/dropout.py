@@ -1,4 +1,4 @@
-"""Dropout of tiles of scores in registers, as the tensor cores leave them (mma/tiles.py).
+"""Dropout of tiles of scores in registers, as the tensor cores leave them (gpu/register_tile.py).
 
 Of each 16 x 16 block a lane has eight weights. If rows are queries they are those that one call of
 the generator decides (philox.py): the lane makes the call, and needs no other's. If rows are keys,
@@ -52,23 +52,16 @@ def _exchanged(word: Any) -> Any:
     return (word << 16) | (word >> 16)
 
 
-def _blocks(row_blocks: int, columns: int) -> list[list[tuple[int, int]]]:
+def _blocks(tile: RegisterTile) -> list[list[tuple[int, int]]]:
     """The 16 x 16 blocks (down, across) of a tile, AT_ONCE at a time."""
-    found = [(i, j) for i in range(row_blocks) for j in range(columns // 16)]
+    found = [(i, j) for i in range(tile.row_blocks) for j in range(tile.columns // 16)]
     return [found[n : n + AT_ONCE] for n in range(0, len(found), AT_ONCE)]
 
 
-def _place(columns: int, i: int, j: int, r: int, half: int, c: int) -> int:
-    """Where a tile of sums has row 16 i + 8 r, column 16 j + 8 half + c, counted from the lane's
-    first row and column.
-    """
-    return 4 * (i * (columns // 8) + 2 * j + half) + 2 * r + c
-
-
 def kept_of_queries(
-    row_blocks: int, columns: int, row: Any, key: Any, dropout: Any
+    tile: RegisterTile, row: Any, key: Any, dropout: Any
 ) -> Iterator[tuple[int, Any]]:
-    """For each weight of a tile whose rows are queries its place, and whether it is kept.
+    """For each weight of a tile whose rows are queries its register, and whether it is kept.
 
     `row` and `key` are the lane's first query and key. What is to be done with a few weights is
     done before the next few are decided on.
@@ -76,26 +69,24 @@ def kept_of_queries(
     threshold = dropout[3]
     across = ((key >> 4) << 2) + ((key >> 1) & 3)
     down = ((row >> 4) << 3) + (row & 7)
-    for blocks in _blocks(row_blocks, columns):
+    for blocks in _blocks(tile):
         found = _philox([(across + 4 * j, down + 8 * i) for i, j in blocks], dropout)
         for words, (i, j) in zip(found, blocks, strict=True):
             for n, word in enumerate(words):
                 half, r = divmod(n, 2)
                 for c, number in enumerate((_exchanged(word), word)):
-                    yield _place(columns, i, j, r, half, c), number >= threshold
+                    yield tile.register_at(2 * i + r, 16 * j + 8 * half + c), number >= threshold
 
 
-def kept_of_keys(
-    row_blocks: int, columns: int, row: Any, key: Any, dropout: Any
-) -> Iterator[tuple[int, Any]]:
+def kept_of_keys(tile: RegisterTile, row: Any, key: Any, dropout: Any) -> Iterator[tuple[int, Any]]:
     """`kept_of_queries` for a tile whose rows are keys, and whose columns are queries."""
-    for blocks in _blocks(row_blocks, columns):
+    for blocks in _blocks(tile):
         bits = _bits_of_keys(blocks, row, key, dropout)
         for n, (i, j) in enumerate(blocks):
             for m in range(8):
                 r, half, c = m // 4, m // 2 % 2, m % 2
                 bit = 1 << 16 * c + 4 * n + 2 * r + half
-                yield _place(columns, i, j, r, half, c), (bits & bit) != 0
+                yield tile.register_at(2 * i + r, 16 * j + 8 * half + c), (bits & bit) != 0
 
 
 def _bits_of_keys(blocks: list[tuple[int, int]], row: Any, key: Any, dropout: Any) -> Any:
@@ -123,17 +114,16 @@ def _bits_of_keys(blocks: list[tuple[int, int]], row: Any, key: Any, dropout: An
 
 
 @cache
-def drop(row_blocks: int, columns: int) -> Any:
-    """Traced `(tile, row, key, dropout)`: P with 0 where the weight is dropped; rows are queries.
+def drop(tile: RegisterTile) -> Any:
+    """Traced `(weights, row, key, dropout)`: P with 0 where a weight is dropped; rows are queries.
 
     `row` and `key` are the lane's first query and key, `dropout` is of `dropout_words`.
     """
-    tile = RegisterTile(columns, row_blocks).type
 
-    @traced(tile, tile, types.uint32, types.uint32, WORDS)
+    @traced(tile.type, tile.type, types.uint32, types.uint32, WORDS)
     def run(weights, row, key, dropout):
         out = list(weights)
-        for place, kept in kept_of_queries(row_blocks, columns, row, key, dropout):
+        for place, kept in kept_of_queries(tile, row, key, dropout):
             out[place] = select(kept, weights[place], 0.0)
         return out
 
@@ -143,37 +133,36 @@ def drop(row_blocks: int, columns: int) -> Any:
 # ----- where a tile is used twice: bits, which take fewer registers -----
 
 
-def bits_type(columns: int) -> Any:
+def bits_type(tile: RegisterTile) -> Any:
     """numba type of `keep_bits_of_keys`."""
-    return types.UniTuple(types.uint32, len(_blocks(1, columns)))
+    return types.UniTuple(types.uint32, len(_blocks(tile)))
 
 
 @cache
-def keep_bits_of_keys(columns: int) -> Any:
-    """Traced `(row, key, dropout)`: a bit for each weight of a warp's tile of 16 keys by `columns`
-    queries, for `drop_by_bits`.
+def keep_bits_of_keys(tile: RegisterTile) -> Any:
+    """Traced `(row, key, dropout)`: a bit for each weight of a tile whose 16 rows are keys, for
+    `drop_by_bits`.
     """
 
-    @traced(bits_type(columns), types.uint32, types.uint32, WORDS)
+    @traced(bits_type(tile), types.uint32, types.uint32, WORDS)
     def run(row, key, dropout):
-        return [_bits_of_keys(blocks, row, key, dropout) for blocks in _blocks(1, columns)]
+        return [_bits_of_keys(blocks, row, key, dropout) for blocks in _blocks(tile)]
 
     return run
 
 
 @cache
-def drop_by_bits(columns: int) -> Any:
-    """Traced `(tile, bits)`: the tile with 0 where `keep_bits_of_keys` has no bit."""
-    tile = RegisterTile(columns).type
+def drop_by_bits(tile: RegisterTile) -> Any:
+    """Traced `(weights, bits)`: the tile with 0 where `keep_bits_of_keys` has no bit."""
 
-    @traced(tile, tile, bits_type(columns))
+    @traced(tile.type, tile.type, bits_type(tile))
     def run(weights, bits):
-        out = list(weights)
-        for place in range(len(tile)):
-            half_block, rest = divmod(place, 4)
-            j, half, r, c = half_block // 2, half_block % 2, rest // 2, rest % 2
-            bit = 1 << 16 * c + 4 * (j % AT_ONCE) + 2 * r + half
-            out[place] = select((bits[j // AT_ONCE] & bit) != 0, weights[place], 0.0)
+        out = []
+        for p in tile.places():
+            half_block, c = divmod(p.column, 8)
+            j, half = divmod(half_block, 2)
+            bit = 1 << 16 * c + 4 * (j % AT_ONCE) + 2 * p.own_row + half
+            out.append(select((bits[j // AT_ONCE] & bit) != 0, weights[p.register], 0.0))
         return out
 
     return run

@@ -32,9 +32,9 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, types
 from ..fragments.dropout import drop_by_bits, dropout_words, keep_bits_of_keys
-from ..schedule import (
-    is_whole,
-)
+from ..schedule import Band
+from ..schedule_cuda import is_whole
+from ..scores_cuda import head_place
 from .backward_pipeline import (
     ROW_BYTES,
     Blocks,
@@ -57,36 +57,36 @@ from .tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     """Device function: one thread has all tiles of all the block's items fetched.
 
-    `own_heads`: 1 if the tensor map of Q has a matrix for each head, 0 if one for all; so of dO.
-    `rows` is the address of all queries' numbers, those of a head `pitch` bytes apart from those of
-    the next.
+    `own_heads` are `OwnHeads`; `rows` is the address of all queries' numbers, those of a head
+    `pitch` bytes apart from those of the next.
     """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, True), blocks.passing, types.int32
 
     @device_function
     def bring(base, maps, own_heads, counter, table, count, heads, group, rows, pitch):
-        q_heads, do_heads = whole(own_heads[0]), whole(own_heads[1])
+        q_heads, do_heads = whole(own_heads.q), whole(own_heads.do)
         turn, number = types.uint32(0), types.uint32(0)
-        left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
+        left, work, stage, full = take_item(base, number, counter, table, count)
         while left:
-            b, first_head = whole(work[0]), whole(work[1])
+            b, first_head = whole(work.batch), whole(work.head)
             load_own(
-                base, stage, maps, full, whole(work[2]), (whole(more[2]), whole(more[3])),
-                (whole(batches[0]), whole(batches[1])),
+                base, stage, maps, full, whole(work.row0), (whole(work.k_head), whole(work.v_head)),
+                (whole(work.k_batch), whole(work.v_batch)),
             )  # fmt: skip
-            others = whole(batches[2]), whole(batches[3])
+            others = whole(work.q_batch), whole(work.do_batch)
             for h in range(first_head, first_head + group):
                 of_head = rows + types.uint64(b * heads + h) * pitch
                 # From the last tile to the first: with a causal mask early queries have the
                 # largest P, and a long sum is most accurate when these come last.
-                row, last = whole((whole(more[0]) - 1) * passing), whole(whole(work[3]) * passing)
+                row = whole((whole(work.end) - 1) * passing)
+                last = whole(whole(work.first) * passing)
                 while row >= last:
                     load_pair(base, turn, maps, row, (h * q_heads, h * do_heads), others, of_head)
                     row -= whole(passing)
                     turn += types.uint32(1)
             number += types.uint32(1)
-            left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
+            left, work, stage, full = take_item(base, number, counter, table, count)
 
     return bring
 
@@ -114,12 +114,12 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     dv_fence, dv_done = wgmma_fence(kind.value_dim // 2), wgmma_wait_group(0, kind.value_dim // 2)
     fence, tile = wgmma_fence(), RegisterTile(passing)
     zero_dk, zero_dv = RegisterTile(kind.head_dim).zero, RegisterTile(kind.value_dim).zero
-    weigh, to_ds = weigher(kind, passing, True), score_gradients(passing, True)
+    weigh, to_ds = weigher(kind, tile, True), score_gradients(tile, True)
     to_factor, dropout = tile.to_operand(kind.precision), kind.dropout
-    keep_bits, drop_from = keep_bits_of_keys(passing), drop_by_bits(passing)
+    keep_bits, drop_from = keep_bits_of_keys(tile), drop_by_bits(tile)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
-    complete_p, unit, rows_bytes = complete(passing), kind.unit, ROW_BYTES * passing
+    complete_p, unit, rows_bytes = complete(tile), kind.unit, ROW_BYTES * passing
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
 
     @kernel(blocks.threads, blocks=1)
@@ -143,6 +143,8 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
         else:
             take_registers()
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
+            # Keys beyond the last are computed with, and not written.
+            endless = Band(whole(lower), whole(upper), whole(seqlen_q), no_end)
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
             own_scale = types.float32(scale * unit)
@@ -158,9 +160,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                 v = of_own(base + v_at + own_stage * v_bytes + consumer * (keys * 128))
                 dk, dv = zero_dk(), zero_dv()
                 for h in range(first_head, first_head + group):
-                    mask_place = (
-                        b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-                    )  # fmt: skip
+                    mask_place = head_place(b, h, mask_steps)
                     words = dropout_words(seed + offset[0], b * heads + h, threshold)
                     row0, stop = whole(end * passing), whole(first * passing)
                     while row0 > stop:
@@ -181,8 +181,8 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         # P = exp(S - L),  dS = P * (Z dP - delta)
                         p = weigh(
                             scores_done(scores), own_scale, numbers,
-                            is_whole(row0, passing, key0, keys, band[0], band[1], no_end),
-                            key0 + my_row, row0 + my_column, band, mask, mask_place,
+                            is_whole(row0, passing, key0, keys, endless),
+                            row0 + my_column, key0 + my_row, band, mask, mask_place,
                         )  # fmt: skip
                         if incomplete:
                             p = complete_p(p, numbers + 128)
@@ -210,16 +210,16 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
                 row = key0 + my_row
                 if wants_dk:
-                    place = b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2]
+                    place = b * dk_steps.batch + slot * dk_steps.head + row * dk_steps.row
                     write_dk(
                         dk, scale, global_address(dk_out) + types.uint64(2 * place),
-                        2 * dk_steps[2], band[3] - row, head_dim, lane,
+                        2 * dk_steps.row, band[3] - row, head_dim, lane,
                     )  # fmt: skip
                 if wants_dv:
-                    place = b * dv_steps[0] + slot * dv_steps[1] + row * dv_steps[2]
+                    place = b * dv_steps.batch + slot * dv_steps.head + row * dv_steps.row
                     write_dv(
                         dv, keep, global_address(dv_out) + types.uint64(2 * place),
-                        2 * dv_steps[2], band[3] - row, value_dim, lane,
+                        2 * dv_steps.row, band[3] - row, value_dim, lane,
                     )  # fmt: skip
                 number += types.uint32(1)
                 left, work, own_stage = read_item(base, number)

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ...gpu.runtime import Instance, ceil_div, launch, multiprocessors, precision, types
-from ...gpu.tensor_map import matrices_map, on_device
+from ...gpu.runtime import Instance, ceil_div, launch, multiprocessors, types
+from ...gpu.tensor_map import on_device
 from ..launch import (
     Architecture,
     Gradients,
@@ -27,20 +27,37 @@ from ..launch import (
     Inputs,
     Ints,
     Matrices,
-    arguments_of,
-    mask_of,
-    mask_type,
+    argument_types,
+    has_vectors,
+    named_type,
+    scalars_of,
+    sizes_of,
 )
 from ..problem import AttentionProblem
-from ..softmax import (
-    next_call,
-)
+from ..softmax import next_call
 from ..tuning import SHORT, choice
 from .backward_keys import key_kernel
-from .backward_pipeline import COUNTER_BYTES, ROW_BYTES, WORK_BYTES, Blocks, memory_plan
-from .backward_prepare import INCOMPLETE, THREADS, prepare_kernel, row_threads
+from .backward_pipeline import (
+    COUNTER_BYTES,
+    ROW_BYTES,
+    WORK_BYTES,
+    BackwardSizes,
+    Blocks,
+    OwnHeads,
+    Places,
+    memory_plan,
+)
+from .backward_prepare import (
+    INCOMPLETE,
+    THREADS,
+    PrepareSizes,
+    Table,
+    prepare_kernel,
+    row_threads,
+)
 from .backward_queries import query_kernel
-from .tiles import ARCHITECTURE, NAME, ROWS, Kind, padded
+from .maps import each_of, tensor_map
+from .tiles import ARCHITECTURE, NAME, ROWS, Kind, kind_of
 
 PADDING = 256  # rows of L and delta beyond the last query, which tiles may reach
 AT_ONCE = 24 << 20  # bytes of passing tiles that blocks work with at one time: they stay in the L2
@@ -97,10 +114,22 @@ def launches_for_keys(kind: Kind) -> tuple[tuple[bool, bool], ...]:
     return ((True, False), (False, True))
 
 
+def _blocks(problem: AttentionProblem) -> tuple[Blocks, Blocks]:
+    return backward_blocks(kind_of(problem, problem.mask_kind, vectors=True), problem.seqlen_q)
+
+
+def backward_block_sizes(problem: AttentionProblem) -> dict[str, tuple[int, int]]:
+    """Queries and keys of a tile, by what a kernel computes."""
+    for_keys, for_queries = _blocks(problem)
+    return {
+        "dK and dV": (for_keys.passing, for_keys.own),
+        "dQ": (for_queries.own, for_queries.passing),
+    }
+
+
 def backward_tiles(problem: AttentionProblem) -> str:
     """The tiles, in words."""
-    mask = {"none": "none", "bool": "bool"}.get(problem.mask_kind, "float32")
-    for_keys, for_queries = backward_blocks(_kind(problem, mask, vectors=True), problem.seqlen_q)
+    for_keys, for_queries = _blocks(problem)
     return (
         f"dK and dV {for_keys.own} keys x {for_keys.passing} queries, dQ {for_queries.own} queries "
         f"x {for_queries.passing} keys, {for_keys.consumers} + 1 warpgroups"
@@ -149,64 +178,49 @@ def backward_workspace(problem: AttentionProblem, heads: Heads, architecture: Ar
     return _workspace(problem, heads, (smallest, smallest)).size
 
 
-def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
-    last = problem.seqlen_q - 1
-    return Kind(
-        precision=problem.dtype.name,
-        head_dim=padded(problem.head_dim),
-        value_dim=padded(problem.value_dim),
-        mask=mask_kind,
-        dropout=problem.dropout_p > 0,
-        scaled_first=mask_kind not in ("none", "bool") or not problem.scale_in_exponent,
-        banded=last + problem.lower > 0 or problem.upper < problem.seqlen_k,
-        vectors=vectors,
-    )
+class Operand(NamedTuple):
+    """Q, K, V or dO, of which the copy engine brings tiles.
 
+    Args:
+        matrices: in memory.
+        group: heads of queries to one of them.
+        shape: rows and columns of one.
 
-def _maps(
-    problem: AttentionProblem, heads: Heads, inputs: Inputs, grad_out: Matrices
-) -> dict[str, tuple[Any, Ints]]:
-    """For each of Q, K, V, dO: a function from the rows of a box to its tensor map; and whether the
-    map has a matrix for each batch, and for each head, or one that is repeated.
-
-    Of an empty one nothing is read, but its map wants an address.
     """
-    q, k, v = inputs.q, inputs.k, inputs.v
-    spare = q.address if problem.seqlen_q else k.address
 
-    def of(matrices: Matrices, group: int, length: int, columns: int) -> tuple[Any, Ints]:
-        steps = tuple(int(stride != 0) for stride in matrices.strides[:2])
-        batch, of_head = (
-            size if step else 1
-            for size, step in zip((heads.batch, heads.heads // group), steps, strict=True)
+    matrices: Matrices
+    group: int
+    shape: Ints
+
+
+def _operands(
+    problem: AttentionProblem, heads: Heads, inputs: Inputs, grad_out: Matrices
+) -> list[Operand]:
+    """Q, K, V and dO. Of an empty one nothing is read, but its map wants an address, and a row."""
+    spare = inputs.q.address if problem.seqlen_q else inputs.k.address
+    of_q, of_k = problem.seqlen_q, problem.seqlen_k
+    return [
+        Operand(
+            matrices if length else matrices._replace(address=spare), group,
+            (max(length, 1), columns),
         )
-        shape = batch, of_head, max(length, 1), columns
-        address = matrices.address if length else spare
-
-        def make(rows: int) -> Any:
-            return matrices_map(problem.dtype.name, address, shape, matrices.strides, rows)
-
-        return make, steps
-
-    return {
-        "q": of(q, 1, problem.seqlen_q, problem.head_dim),
-        "k": of(k, heads.k_group, problem.seqlen_k, problem.head_dim),
-        "v": of(v, heads.v_group, problem.seqlen_k, problem.value_dim),
-        "do": of(grad_out, 1, problem.seqlen_q, problem.value_dim),
-    }
+        for matrices, group, length, columns in (
+            (inputs.q, 1, of_q, problem.head_dim),
+            (inputs.k, heads.k_group, of_k, problem.head_dim),
+            (inputs.v, heads.v_group, of_k, problem.value_dim),
+            (grad_out, 1, of_q, problem.value_dim),
+        )
+    ]  # fmt: skip
 
 
-def _on_device(maps: dict[str, tuple[Any, Ints]], names: str, blocks: Blocks) -> Any:
-    """The address of the tensor maps of a block's own pair and of the passing one, so named."""
-    rows = blocks.own, blocks.own, blocks.passing, blocks.passing
-    makers = [maps[name][0] for name in names.split()]
-    return on_device(*(make(n) for make, n in zip(makers, rows, strict=True)))
+Pair = tuple[Operand, Operand]
 
 
-def _has_pieces(columns: int, *matrices: Matrices) -> bool:
-    """Whether all rows begin at multiples of 16 bytes, and are as long."""
-    return columns % 8 == 0 and all(
-        m.address % 16 == 0 and all(stride % 8 == 0 for stride in m.strides[:3]) for m in matrices
+def _maps(problem: AttentionProblem, heads: Heads, blocks: Blocks, own: Pair, passing: Pair) -> Any:
+    """The address of the tensor maps of a block's own pair of operands, and of the passing one."""
+    boxes = [(x, blocks.own) for x in own] + [(x, blocks.passing) for x in passing]
+    return on_device(
+        *(tensor_map(problem, heads, x.group, x.matrices, rows, x.shape) for x, rows in boxes)
     )
 
 
@@ -223,100 +237,91 @@ def backward(
     blocks: tuple[Blocks, Blocks] | None = None,
     workspace: Any = None,
 ) -> None:
-    """Write the gradients of queries, keys and values.
-
-    Args:
-        problem: what was asked for.
-        heads: how it is laid out.
-        inputs: as in the forward pass; rows begin at multiples of 16 bytes.
-        out: its output.
-        rows: what it left in them.
-        grad_out: the gradient of `out`; rows begin at multiples of 16 bytes.
-        grad_logsumexp: of the logsumexp, contiguous; None for 0.
-        gradients: where to write.
-        architecture: compute capability.
-        blocks: of one's choice, for dK and dV, and for dQ.
-        workspace: flat array in device memory of `backward_workspace` bytes.
-
-    """
+    """Write the gradients of queries, keys and values: see launch.py."""
     if not problem.batch_heads:
         return
     dq, dk, dv, ds = gradients[:4]
-    vectors = _has_pieces(problem.head_dim, dq, dk) and _has_pieces(problem.value_dim, dv)
-    kind = _kind(problem, inputs.mask_kind, vectors)
+    vectors = has_vectors(problem, (problem.head_dim, problem.value_dim), dq, dk, dv)
+    kind = kind_of(problem, inputs.mask_kind, vectors)
     both = for_keys, for_queries = blocks or backward_blocks(kind, problem.seqlen_q)
     space = _workspace(problem, heads, both)
-    (_, *lengths, _, _), numbers = arguments_of(problem, heads)
-    maps = _maps(problem, heads, inputs, grad_out)
-    steps = {name: steps for name, (_, steps) in maps.items()}
-    own_heads = steps["q"][1], steps["do"][1]
     call = next_call()
     _prepare(
-        problem, heads, kind, both, space, workspace, steps, out, grad_out, rows,
-        grad_logsumexp, call,
+        problem, heads, inputs, kind, both, space, workspace, out, grad_out, rows, grad_logsumexp,
+        call,
     )  # fmt: skip
-    mask, mask_strides = mask_of(inputs)
-    sizes = (heads.heads, *lengths, heads.group, problem.head_dim, problem.value_dim)
-    places = [
-        (COUNTER_BYTES * n, space.tables[n > 1], space.counts[n > 1], space.rows,
-         ROW_BYTES * space.padded_q, call)
-        for n in (0, 1, 2)
-    ]  # fmt: skip
+    q, k, v, do = _operands(problem, heads, inputs, grad_out)
+    band = sizes_of(problem, heads)
+    sizes = BackwardSizes(
+        heads.heads, band.seqlen_q, band.seqlen_k, band.lower, band.upper, heads.group,
+        problem.head_dim, problem.value_dim,
+    )  # fmt: skip
+    own_heads = OwnHeads(each_of(inputs.q).head, each_of(grad_out).head)
+    scalars, of_head = scalars_of(problem), ROW_BYTES * space.padded_q
+
+    def places(number: int) -> Places:
+        """Of launch `number`: dK and dV, dV alone where dK was alone, and 2 for dQ."""
+        table = space.tables[number > 1], space.counts[number > 1]
+        return Places(COUNTER_BYTES * number, *table, space.rows, of_head, call)
+
     if problem.seqlen_k:
-        address = _on_device(maps, "k v q do", for_keys)
-        for n, wanted in enumerate(launches_for_keys(kind)):
+        address = _maps(problem, heads, for_keys, (k, v), (q, do))
+        for number, wanted in enumerate(launches_for_keys(kind)):
             launch(
                 key_kernel(kind, for_keys, *wanted), min(space.counts[0], multiprocessors()),
-                for_keys.threads, address, own_heads, mask, inputs.offset, workspace, places[n],
-                dk.array, dv.array, mask_strides, dk.strides, dv.strides, sizes, *numbers,
-                shared_bytes=memory_plan(kind, for_keys).size,
+                for_keys.threads, address, own_heads, inputs.mask_array, inputs.offset, workspace,
+                places(number), dk.array, dv.array, inputs.mask_strides, dk.strides, dv.strides,
+                sizes, *scalars, shared_bytes=memory_plan(kind, for_keys).size,
             )  # fmt: skip
     if problem.seqlen_q:
-        address = _on_device(maps, "q do k v", for_queries)
+        address = _maps(problem, heads, for_queries, (q, do), (k, v))
         launch(
             query_kernel(kind, for_queries, ds is not None),
             min(space.counts[1], multiprocessors()),
-            for_queries.threads, address, own_heads, mask, inputs.offset, workspace, places[2],
-            dq.array, rows if ds is None else ds, mask_strides, dq.strides, sizes, *numbers,
-            shared_bytes=memory_plan(kind, for_queries).size,
+            for_queries.threads, address, own_heads, inputs.mask_array, inputs.offset, workspace,
+            places(2), dq.array, rows if ds is None else ds, inputs.mask_strides, dq.strides, sizes,
+            *scalars, shared_bytes=memory_plan(kind, for_queries).size,
         )  # fmt: skip
 
 
 def _prepare(
-    problem: AttentionProblem, heads: Heads, kind: Kind, both: tuple[Blocks, Blocks],
-    space: Workspace, workspace: Any, steps: dict[str, Ints], out: Matrices, grad_out: Matrices,
-    rows: Any, grad_logsumexp: Any, call: int,
+    problem: AttentionProblem, heads: Heads, inputs: Inputs, kind: Kind,
+    both: tuple[Blocks, Blocks], space: Workspace, workspace: Any, out: Matrices,
+    grad_out: Matrices, rows: Any, grad_logsumexp: Any, call: int,
 ) -> None:  # fmt: skip
     """Launch what writes numbers of rows and the tables of work to the workspace."""
-    pieces = _has_pieces(problem.value_dim, out, grad_out)
-    (_, *lengths, k_group, v_group), _ = arguments_of(problem, heads)
     columns = 2 * (problem.head_dim + problem.value_dim)
+    # Of what passes by: queries, of all heads that share keys, and keys.
     head_bytes = (
         max(problem.seqlen_q, 1) * columns * heads.group,
         max(problem.seqlen_k, 1) * columns,
     )
     slots = problem.batch_heads // heads.group, problem.batch_heads
-    together = tuple(
-        min(max(AT_ONCE // size, 1), count) for size, count in zip(head_bytes, slots, strict=True)
-    )
+    tables = [
+        Table(
+            space.tables[n], space.counts[n], both[n].own, both[n].passing,
+            min(max(AT_ONCE // head_bytes[n], 1), slots[n]),
+        )
+        for n in (0, 1)
+    ]  # fmt: skip
+    k_each, v_each = each_of(inputs.k), each_of(inputs.v)
+    band = sizes_of(problem, heads)
+    sizes = PrepareSizes(
+        heads.batch, heads.heads, band.seqlen_q, band.seqlen_k, band.lower, band.upper,
+        # A head that is repeated is number 0 of its tensor map.
+        heads.k_group if k_each.head else heads.heads,
+        heads.v_group if v_each.head else heads.heads, heads.group,
+        k_each.batch, v_each.batch, each_of(inputs.q).batch, each_of(grad_out).batch,
+    )  # fmt: skip
+    pieces = has_vectors(problem, (problem.value_dim,), out, grad_out)
+    has_grad = grad_logsumexp is not None
     threads = problem.batch_heads * space.padded_q * row_threads(kind.value_dim)
-    # A head that is repeated is number 0 of its tensor map.
-    k_group, v_group = (
-        group if steps[name][1] else heads.heads for name, group in (("k", k_group), ("v", v_group))
-    )
-    (key_table, query_table), (key_count, query_count) = space.tables, space.counts
     launch(
-        prepare_kernel(
-            problem.dtype.name, kind.value_dim, pieces, kind.additive, grad_logsumexp is not None
-        ),
+        prepare_kernel(problem.dtype.name, kind.value_dim, pieces, kind.additive, has_grad),
         ceil_div(threads, THREADS), THREADS,
-        out.array, grad_out.array, rows,
-        rows if grad_logsumexp is None else grad_logsumexp, out.strides, grad_out.strides,
-        (heads.batch, heads.heads, *lengths, k_group, v_group, heads.group,
-         *(steps[name][0] for name in ("k", "v", "q", "do"))), workspace, space.rows,
-        call, space.padded_q, problem.value_dim,
-        (key_table, key_count, query_table, query_count),
-        (both[0].own, both[0].passing, both[1].own, both[1].passing), together,
+        out.array, grad_out.array, rows, grad_logsumexp if has_grad else rows, out.strides,
+        grad_out.strides, sizes, workspace, space.rows, call, space.padded_q, problem.value_dim,
+        *tables,
     )  # fmt: skip
 
 
@@ -325,20 +330,15 @@ def _prepare(
 
 def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     """numba types of the kernels' arguments, by their names."""
-    array, rows = precision(kind.precision).array, types.Array(types.float32, 1, "C")
-    mask = mask_type(kind.mask, array)
-    words, whole = types.Array(types.uint64, 1, "C"), types.int64
-
-    def tuples(*counts: int) -> tuple[Any, ...]:
-        return tuple(types.UniTuple(whole, count) for count in counts)
-
-    numbers = (types.float64, types.uint64, whole, types.float64)
-    read = (types.uint64, *tuples(2), mask, words, rows, *tuples(6))
+    of, whole = argument_types(kind.precision, kind.mask), types.int64
+    array, rows, strides, sizes = of.array, of.rows, of.strides, named_type(BackwardSizes)
+    read = (types.uint64, named_type(OwnHeads), of.mask, of.word, rows, named_type(Places))
     return {
-        "keys": (*read, array, array, *tuples(4, 4, 4, 8), *numbers),
-        "queries": (*read, array, rows, *tuples(4, 4, 8), *numbers),
+        "keys": (*read, array, array, *[strides] * 3, sizes, *of.scalars),
+        "queries": (*read, array, rows, *[strides] * 2, sizes, *of.scalars),
         "prepare": (
-            array, array, rows, rows, *tuples(4, 4, 13), rows, *[whole] * 4, *tuples(4, 4, 2),
+            array, array, rows, rows, strides, strides, named_type(PrepareSizes), rows,
+            *[whole] * 4, *[named_type(Table)] * 2,
         ),
     }  # fmt: skip
 
@@ -378,6 +378,7 @@ def instances() -> Iterator[Instance]:
 __all__ = [
     "Blocks",
     "backward",
+    "backward_block_sizes",
     "backward_blocks",
     "backward_tiles",
     "backward_workspace",

@@ -29,7 +29,6 @@ from ...gpu.ptx import (
 )
 from ...gpu.ptx_hopper import (
     cp_async_bulk,
-    cp_async_bulk_tensor_4d,
     fence_mbarrier_init_release_cluster,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
@@ -39,7 +38,7 @@ from ...gpu.ptx_hopper import (
 )
 from ...gpu.runtime import cuda, device_function, types
 from ...gpu.shared_layout import panels_descriptor, steps_along, steps_down
-from .tiles import COLUMNS, ROWS, WARPGROUP, Kind, parts, ring, row_bytes
+from .tiles import ROWS, WARPGROUP, Kind, ring, row_bytes, tile_loader
 
 MAP_BYTES = 128  # of a tensor map
 BARRIER_BYTES = 8
@@ -146,6 +145,47 @@ def make_barriers(kind: Kind, blocks: Blocks) -> Any:
     return make
 
 
+class BackwardSizes(NamedTuple):
+    """What both kernels are told of a problem."""
+
+    heads: int  # of queries, in a batch
+    seqlen_q: int
+    seqlen_k: int
+    lower: int  # query i sees keys i + lower ... i + upper - 1
+    upper: int
+    group: int  # heads of queries to one of dK and dV
+    head_dim: int
+    value_dim: int
+
+
+class OwnHeads(NamedTuple):
+    """Whether the tensor maps of Q and of dO have a matrix for each head, 1, or one for all, 0."""
+
+    q: int
+    do: int
+
+
+class Places(NamedTuple):
+    """Where things are in the workspace, in bytes from its beginning.
+
+    Args:
+        counter: of items taken.
+        table: the list of work.
+        items: how many there are in it.
+        rows: numbers of all queries.
+        pitch: from a head's to the next one's.
+        call: the number of this call.
+
+    """
+
+    counter: int
+    table: int
+    items: int
+    rows: int
+    pitch: int
+    call: int
+
+
 # ----- items of work -----
 #
 # A table of them is in global memory (`hopper/backward_prepare.py` writes it), the longest first.
@@ -175,8 +215,8 @@ WORK_BYTES = 4 * len(Work._fields)
 @cache
 def item_taker(kind: Kind, blocks: Blocks) -> Any:
     """Device function `(base, turn, counter, table, count)`: one thread takes the next item, when
-    its place in the ring is empty. Whether there is one, its `Work` in three parts, the place, and
-    the place's barrier `full`.
+    its place in the ring is empty. Whether there is one, its `Work`, the place, and the place's
+    barrier `full`.
     """
     plan, place_of = memory_plan(kind, blocks), ring(blocks.own_stages)
     own_full, own_empty, items = plan.own_full, plan.own_empty, plan.items
@@ -188,18 +228,19 @@ def item_taker(kind: Kind, blocks: Blocks) -> Any:
         item = atom_global_add_u32(counter, 1)
         left = item < count
         entry = table + types.uint64(item if left else 0) * types.uint64(WORK_BYTES)
-        work, more = ld_global_v4_b32(entry), ld_global_v4_b32(entry + types.uint64(16))
-        batches = ld_global_v4_b32(entry + types.uint64(32))
+        first, second = ld_global_v4_b32(entry), ld_global_v4_b32(entry + types.uint64(16))
+        third = ld_global_v4_b32(entry + types.uint64(32))
+        work = Work(*(first + second + third))
         mbarrier_wait_parity(base + own_empty + 8 * stage, parity ^ types.uint32(1))
         # Each of the consumers' threads has read what was here, and has arrived. What is written
         # now they read after the phase of `full`, which does not end before the arrival below.
         target = types.uint32(base + items + ITEM_BYTES * stage)
-        st_shared_v4_b32(target, work)
+        st_shared_v4_b32(target, first)
         # Of the others the consumers need two numbers, and whether there is an item.
-        st_shared_v4_b32(target + 16, (more[0], more[1], types.uint32(left), types.uint32(0)))
+        st_shared_v4_b32(target + 16, (work.end, work.slot, types.uint32(left), types.uint32(0)))
         full = types.uint32(base + own_full + 8 * stage)
         mbarrier_arrive_expect_tx(full, own_bytes if left else 0)
-        return left, work, more, batches, stage, full
+        return left, work, stage, full
 
     return take
 
@@ -231,31 +272,13 @@ def item_reader(kind: Kind, blocks: Blocks) -> Any:
 
 
 @cache
-def tile_loader(columns: int, rows: int) -> Any:
-    """Device function `(target, tensor_map, barrier, row, head, batch)`: begin to copy `rows` rows
-    from `row` on, in tiles of 64 columns.
-    """
-    count, tile_bytes = parts(columns), rows * COLUMNS * 2
-    wide = COLUMNS
-
-    @device_function
-    def load(target, tensor_map, barrier, row, head, batch):
-        for part in range(count):
-            cp_async_bulk_tensor_4d(
-                target + part * tile_bytes, tensor_map, barrier, part * wide, row, head, batch
-            )
-
-    return load
-
-
-@cache
 def own_loader(kind: Kind, blocks: Blocks) -> Any:
     """Device function `(base, stage, maps, full, row, heads, batches)`: begin to copy the block's
     own pair of tiles from the tensor maps 0 and 1; each has its head and its batch.
     """
     first, second = memory_plan(kind, blocks).own
-    load_first = tile_loader(kind.head_dim, blocks.own)
-    load_second = tile_loader(kind.value_dim, blocks.own)
+    load_first = tile_loader(blocks.own, kind.head_dim)
+    load_second = tile_loader(blocks.own, kind.value_dim)
     first_bytes = blocks.own * row_bytes(kind.head_dim)
     second_bytes = blocks.own * row_bytes(kind.value_dim)
 
@@ -277,8 +300,8 @@ def pair_loader(kind: Kind, blocks: Blocks, with_rows: bool) -> Any:
     """
     plan, place_of = memory_plan(kind, blocks), ring(blocks.stages)
     (first, second), (first_full, second_full), empty = plan.passing, plan.full, plan.empty
-    load_first = tile_loader(kind.head_dim, blocks.passing)
-    load_second = tile_loader(kind.value_dim, blocks.passing)
+    load_first = tile_loader(blocks.passing, kind.head_dim)
+    load_second = tile_loader(blocks.passing, kind.value_dim)
     first_bytes = blocks.passing * row_bytes(kind.head_dim)
     second_bytes = blocks.passing * row_bytes(kind.value_dim)
     numbers, rows_bytes = plan.rows, ROW_BYTES * blocks.passing
@@ -345,8 +368,11 @@ __all__ = [
     "COUNTER_BYTES",
     "ROW_BYTES",
     "WORK_BYTES",
+    "BackwardSizes",
     "Blocks",
     "Memory",
+    "OwnHeads",
+    "Places",
     "Work",
     "descriptor",
     "gradient_product",

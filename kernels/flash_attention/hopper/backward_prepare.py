@@ -10,7 +10,7 @@ It reads the output and its gradient once, 16 bytes to a thread at a time, and i
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...gpu.ptx import (
     global_address,
@@ -20,18 +20,51 @@ from ...gpu.ptx import (
 )
 from ...gpu.runtime import cuda, device_function, kernel, precision, shuffle_xor, types
 from ...gpu.vectors import vector_access
-from ..schedule import (
-    tile_range,
-)
-from ..softmax import (
-    shift_and_rest,
-)
-from .backward_pipeline import COUNTER_BYTES, ROW_BYTES, WORK_BYTES
+from ..schedule_cuda import key_tiles, query_tiles
+from ..softmax import shift_and_rest
+from .backward_pipeline import COUNTER_BYTES, ROW_BYTES, WORK_BYTES, Work
 
 THREADS = 256
 COUNTERS = 3  # of items taken, one for each launch
 INCOMPLETE = COUNTERS * COUNTER_BYTES  # in the workspace: the number of the last call with a rest
 PIECE = 8  # 16-bit numbers in 16 bytes
+
+
+class PrepareSizes(NamedTuple):
+    """What is told of a problem; a `band` of schedule.py, too."""
+
+    batch: int
+    heads: int  # of queries, in a batch
+    seqlen_q: int
+    seqlen_k: int
+    lower: int  # query i sees keys i + lower ... i + upper - 1
+    upper: int
+    k_group: int  # heads of queries to one of the tensor map's
+    v_group: int
+    group: int  # and to one of dK and dV
+    k_each: int  # 1 if the tensor map has a matrix for each batch, 0 if one for all
+    v_each: int
+    q_each: int
+    do_each: int
+
+
+class Table(NamedTuple):
+    """A list of work, and the tiles that it is about.
+
+    Args:
+        start: of the list, in bytes from the workspace's beginning.
+        items: how many it has.
+        own: rows of the block's own tiles.
+        passing: rows of those that pass by.
+        together: heads whose passing tiles the L2 cache holds at once.
+
+    """
+
+    start: int
+    items: int
+    own: int
+    passing: int
+    together: int
 
 
 @cache
@@ -41,41 +74,37 @@ def row_threads(value_dim: int) -> int:
 
 
 @device_function
-def put_work(item, table, own, passing, sizes, together, keys_are_own):
+def put_work(item, space, table, sizes, keys_are_own):
     """Write what an item of work is, a `Work`, to its place in the table.
 
-    Items go through the tiles of `together` heads, whose passing tiles the L2 cache holds at once:
-    first the longest tiles of all of these, and so on.
+    Items go through the tiles of `together` heads: first the longest tiles of all of these, and so
+    on.
     """
-    batch, heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes[:9]
-    length, other_length = (seqlen_k, seqlen_q) if keys_are_own else (seqlen_q, seqlen_k)
-    if not keys_are_own:
-        group = 1
-    tiles, slots = (length + own - 1) // own, heads // group
+    own, together = table.own, table.together
+    length = sizes.seqlen_k if keys_are_own else sizes.seqlen_q
+    group = sizes.group if keys_are_own else 1
+    tiles, slots = (length + own - 1) // own, sizes.heads // group
     first_slot = item // (tiles * together) * together
-    wide = min(together, batch * slots - first_slot)
+    wide = min(together, sizes.batch * slots - first_slot)
     rest = item - first_slot * tiles
     tile, slot = rest // wide, first_slot + rest % wide
     b, slot = slot // slots, slot % slots
     if keys_are_own:
-        # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
-        lower, upper = 1 - upper, 1 - lower
+        row0 = tile * own
+        first, end = query_tiles(row0, sizes, table.passing, own)
     else:
-        tile = tiles - 1 - tile  # late queries see the most keys
-    row0 = tile * own
-    last = min(row0 + own, length) - 1
-    first, end = tile_range(row0, last, lower, upper, other_length, passing)
+        row0 = (tiles - 1 - tile) * own  # late queries see the most keys
+        first, end = key_tiles(row0, sizes, own, table.passing)
     h, u32 = slot * group, types.uint32
-    entry = table + types.uint64(item * WORK_BYTES)
-    st_global_v4_b32(entry, (u32(b), u32(h), u32(row0), u32(first)))
-    st_global_v4_b32(
-        entry + types.uint64(16), (u32(end), u32(slot), u32(h // k_group), u32(h // v_group))
-    )
-    steps = sizes[9], sizes[10], sizes[11], sizes[12]
-    st_global_v4_b32(
-        entry + types.uint64(32),
-        (u32(b * steps[0]), u32(b * steps[1]), u32(b * steps[2]), u32(b * steps[3])),
-    )
+    work = Work(
+        u32(b), u32(h), u32(row0), u32(first), u32(end), u32(slot), u32(h // sizes.k_group),
+        u32(h // sizes.v_group), u32(b * sizes.k_each), u32(b * sizes.v_each),
+        u32(b * sizes.q_each), u32(b * sizes.do_each),
+    )  # fmt: skip
+    entry = space + types.uint64(table.start) + types.uint64(item * WORK_BYTES)
+    st_global_v4_b32(entry, work[0:4])
+    st_global_v4_b32(entry + types.uint64(16), work[4:8])
+    st_global_v4_b32(entry + types.uint64(32), work[8:12])
 
 
 @cache
@@ -100,9 +129,9 @@ def prepare_kernel(
     @kernel(THREADS)
     def flash_backward_prepare_hopper(
         out, grad_out, rows_of, grad_logsumexp, out_steps, grad_steps, sizes, workspace, rows,
-        call, padded_q, value_dim, tables, blocks, together,
+        call, padded_q, value_dim, key_table, query_table,
     ):  # fmt: skip
-        heads, seqlen_q = sizes[1], sizes[2]
+        heads, seqlen_q = sizes.heads, sizes.seqlen_q
         space = global_address(workspace)
         # All rows of a block are of one head.
         blocks_of_head = u32(padded_q) // u32(own_rows)
@@ -114,8 +143,8 @@ def prepare_kernel(
         lane = cuda.threadIdx.x % threads
         total = f32(0.0)
         if row < seqlen_q:
-            x = b * out_steps[0] + h * out_steps[1] + row * out_steps[2]
-            y = b * grad_steps[0] + h * grad_steps[1] + row * grad_steps[2]
+            x = b * out_steps.batch + h * out_steps.head + row * out_steps.row
+            y = b * grad_steps.batch + h * grad_steps.head + row * grad_steps.row
             mine, other = cuda.local.array(at_once, storage), cuda.local.array(at_once, storage)
             for c in range(lane * at_once, value_dim, own_step):
                 read(out, x + c, mine)
@@ -149,13 +178,14 @@ def prepare_kernel(
         )  # fmt: skip
         if thread < COUNTERS:
             st_global_b32(space + u64(COUNTER_BYTES * thread), 0)
-        table, other_table = space + u64(tables[0]), space + u64(tables[2])
-        for item in range(thread, tables[1], count):
-            put_work(item, table, blocks[0], blocks[1], sizes, together[0], True)
-        for item in range(thread, tables[3], count):
-            put_work(item, other_table, blocks[2], blocks[3], sizes, together[1], False)
+        for item in range(thread, key_table.items, count):
+            put_work(item, space, key_table, sizes, True)
+        for item in range(thread, query_table.items, count):
+            put_work(item, space, query_table, sizes, False)
 
     return flash_backward_prepare_hopper
 
 
-__all__ = ["COUNTERS", "INCOMPLETE", "THREADS", "prepare_kernel", "row_threads"]
+__all__ = [
+    "COUNTERS", "INCOMPLETE", "THREADS", "PrepareSizes", "Table", "prepare_kernel", "row_threads",
+]  # fmt: skip

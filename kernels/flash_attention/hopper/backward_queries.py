@@ -29,9 +29,10 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, types
 from ..fragments.dropout import drop, dropout_words
-from ..schedule import (
-    is_whole,
-)
+from ..fragments.store import write_scores
+from ..schedule import Band
+from ..schedule_cuda import is_whole
+from ..scores_cuda import head_place
 from .backward_pipeline import (
     ROW_BYTES,
     Blocks,
@@ -45,15 +46,14 @@ from .backward_pipeline import (
     pair_loader,
     score_product,
 )
-from .backward_tiles import score_gradients, weigher, write_rows, write_scores
+from .backward_tiles import score_gradients, weigher, write_rows
 from .tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
 @cache
 def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
-    """Device function: one thread has all tiles of all the block's items fetched.
-
-    `own_heads`: 1 if the tensor map of Q has a matrix for each head, 0 if one for all; so of dO.
+    """Device function: one thread has all tiles of all the block's items fetched. `own_heads` are
+    `OwnHeads`.
     """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, False), blocks.passing, types.int32
@@ -61,22 +61,22 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     @device_function
     def bring(base, maps, own_heads, counter, table, count):
         turn, number, unused = types.uint32(0), types.uint32(0), types.uint64(0)
-        left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
+        left, work, stage, full = take_item(base, number, counter, table, count)
         while left:
-            h, row, end = whole(work[1]), whole(work[3]), whole(more[0])
+            h, row, end = whole(work.head), whole(work.first), whole(work.end)
             load_own(
-                base, stage, maps, full, whole(work[2]), (h * own_heads[0], h * own_heads[1]),
-                (whole(batches[2]), whole(batches[3])),
+                base, stage, maps, full, whole(work.row0), (h * own_heads.q, h * own_heads.do),
+                (whole(work.q_batch), whole(work.do_batch)),
             )  # fmt: skip
-            heads = whole(more[2]), whole(more[3])
-            others = whole(batches[0]), whole(batches[1])
+            heads = whole(work.k_head), whole(work.v_head)
+            others = whole(work.k_batch), whole(work.v_batch)
             row, end = whole(row * passing), whole(end * passing)
             while row < end:
                 load_pair(base, turn, maps, row, heads, others, unused)
                 row += whole(passing)
                 turn += types.uint32(1)
             number += types.uint32(1)
-            left, work, more, batches, stage, full = take_item(base, number, counter, table, count)
+            left, work, stage, full = take_item(base, number, counter, table, count)
 
     return bring
 
@@ -108,14 +108,14 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     scores_done = wgmma_wait_group(1, passing // 2)
     products_done = wgmma_wait_group(0, passing // 2)
     dq_fence, dq_done = wgmma_fence(kind.head_dim // 2), wgmma_wait_group(0, kind.head_dim // 2)
-    fence, zero_dq = wgmma_fence(), RegisterTile(kind.head_dim).zero
-    weigh, to_ds = weigher(kind, passing, False), score_gradients(passing, False)
-    to_factor, dropout = RegisterTile(passing).to_operand(kind.precision), kind.dropout
-    drop_from = drop(1, passing)
+    tile, of_dq = RegisterTile(passing), RegisterTile(kind.head_dim)
+    fence, zero_dq = wgmma_fence(), of_dq.zero
+    weigh, to_ds = weigher(kind, tile, False), score_gradients(tile, False)
+    to_factor, drop_from, dropout = tile.to_operand(kind.precision), drop(tile), kind.dropout
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
-    write_ds = write_scores(passing)
+    write_ds = write_scores(tile)
     queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit
-    scale_dq, scale_ds = RegisterTile(kind.head_dim).scale_rows, RegisterTile(passing).scale_rows
+    scale_dq, scale_ds = of_dq.scale_rows, tile.scale_rows
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_queries_hopper(
@@ -135,6 +135,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
         else:
             take_registers()
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
+            limits = Band(whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
             key = seed + offset[0]
             consumer, lane = thread // WARPGROUP - 1, thread & whole(31)
             my_row, my_column = own_place()
@@ -150,9 +151,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 delta = numbers_of(space, rows + batch_head * pitch, row, 1)
                 q = of_own(base + q_at + own_stage * q_bytes + consumer * (queries * 128))
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
-                mask_place = (
-                    b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-                )  # fmt: skip
+                mask_place = head_place(b, h, mask_steps)
                 dq = zero_dq()
                 for n in range(first, end):
                     key0 = whole(n * passing)
@@ -170,7 +169,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     # P = exp(S - L),  dS = P * (Z dP - delta)
                     p = weigh(
                         scores_done(scores), own_scale, shifts,
-                        is_whole(row0, queries, key0, passing, band[0], band[1], band[3]),
+                        is_whole(row0, queries, key0, passing, limits),
                         row, key0 + my_column, band, mask, mask_place,
                     )  # fmt: skip
                     products = products_done(products)
@@ -179,11 +178,11 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                         products = drop_from(products, row, key0 + my_column, words)
                     ds = to_ds(p, products, keep, delta)
                     if keep_scores:
-                        place = (batch_head * seqlen_q + row) * seqlen_k + key0 + my_column
+                        of_head = u64(4 * batch_head * seqlen_q * seqlen_k)
                         rest = numbers_of(space, rows + batch_head * pitch, row, 2)
                         write_ds(
-                            scale_ds(ds, rest), global_address(ds_out) + u64(4 * place),
-                            4 * seqlen_k, seqlen_q - row, seqlen_k - key0 - my_column,
+                            scale_ds(ds, rest), global_address(ds_out) + of_head, row,
+                            key0 + my_column, seqlen_q, seqlen_k,
                         )  # fmt: skip
                     # dQ += dS K
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)
@@ -194,9 +193,9 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
                 rest = numbers_of(space, rows + batch_head * pitch, row, 2)
                 dq = scale_dq(dq, rest)
-                place = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
+                place = b * dq_steps.batch + h * dq_steps.head + row * dq_steps.row
                 write_dq(
-                    dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps[2],
+                    dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps.row,
                     band[2] - row, head_dim, lane,
                 )  # fmt: skip
                 number += types.uint32(1)

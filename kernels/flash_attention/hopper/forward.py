@@ -44,7 +44,6 @@ from ...gpu.ptx import (
     shfl_sync_idx_b32,
 )
 from ...gpu.ptx_hopper import (
-    cp_async_bulk_tensor_4d,
     fence_mbarrier_init_release_cluster,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -61,27 +60,22 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, types
 from ...gpu.shared_layout import panels_descriptor, steps_along, steps_down
-from ...gpu.traced import exp2 as power_of_two
 from ..fragments.dropout import drop, dropout_words
-from ..schedule import (
-    is_whole,
-)
-from ..softmax import (
-    LOG2_E,
-)
+from ..fragments.scores import exponential, mask_scores
+from ..fragments.store import store_rows
+from ..schedule_cuda import is_whole
+from ..scores import LOG2_E
+from ..scores_cuda import head_place, keys_of
 from .schedule import quotient, tile_finder
-from .scores import end_scores, mask_scores
-from .store import store_rows
 from .tiles import (
-    COLUMNS,
     ROWS,
     WARPGROUP,
     Blocks,
     Kind,
     own_place,
-    parts,
     ring,
     row_bytes,
+    tile_loader,
 )
 
 LOWEST = NEGATIVE_INFINITY
@@ -134,20 +128,34 @@ def forward_memory(kind: Kind, blocks: Blocks) -> ForwardMemory:
 # ----- the threads that load -----
 
 
+class Shares(NamedTuple):
+    """How many batches, and heads, of queries there are to one of the matrices of Q, of K and of V,
+    all where a dimension is repeated: their reciprocals (see hopper/schedule.py).
+    """
+
+    q_batch_factor: int
+    q_batch_shift: int
+    q_head_factor: int
+    q_head_shift: int
+    k_batch_factor: int
+    k_batch_shift: int
+    k_head_factor: int
+    k_head_shift: int
+    v_batch_factor: int
+    v_batch_shift: int
+    v_head_factor: int
+    v_head_shift: int
+
+
 @cache
 def box_loader(rows: int, columns: int) -> Any:
-    """Device function `(target, tensor_map, full, row, head, batch)`: has the copy engine bring a
-    tile (rows, columns) to shared memory, panel by panel. What is beyond the matrix becomes zeros.
-    """
-    panels, panel_bytes = parts(columns), rows * COLUMNS * 2
+    """`tile_loader` that also tells the barrier `full` how many bytes to wait for."""
+    load_tile, tile_bytes = tile_loader(rows, columns), rows * row_bytes(columns)
 
     @device_function
     def load(target, tensor_map, full, row, head, batch):
-        mbarrier_arrive_expect_tx(full, panels * panel_bytes)
-        for panel in range(panels):
-            cp_async_bulk_tensor_4d(
-                target + panel * panel_bytes, tensor_map, full, COLUMNS * panel, row, head, batch
-            )
+        mbarrier_arrive_expect_tx(full, tile_bytes)
+        load_tile(target, tensor_map, full, row, head, batch)
 
     return load
 
@@ -156,9 +164,6 @@ def box_loader(rows: int, columns: int) -> Any:
 def loaders(kind: Kind, blocks: Blocks) -> Any:
     """Device functions `load_queries` and `load_keys` `(memory, maps, order, sizes, shares)`, each
     of one thread: they load all that the block needs, in the order in which it is used.
-
-    `shares` says how many batches, and heads, of queries there are to one of the matrices of Q, of
-    K and of V, all where a dimension is repeated: reciprocals (hopper/schedule.py).
     """
     plan, block_n = forward_memory(kind, blocks), blocks.block_n
     load_q = box_loader(ROWS, kind.head_dim)
@@ -168,11 +173,12 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
 
     @device_function
     def load_queries(memory, maps, order, sizes, shares):
-        turn, tiles = u32(0), sizes[5]
+        turn, tiles = u32(0), sizes.tiles
         number, following = tile_number(order, 0), tile_number(order, 1)
         while number < tiles:
             row0, batch, head, _, _ = tile_of(number, sizes)
-            head, batch = quotient(head, shares[2:4]), quotient(batch, shares[0:2])
+            head = quotient(head, shares.q_head_factor, shares.q_head_shift)
+            batch = quotient(batch, shares.q_batch_factor, shares.q_batch_shift)
             for n in range(warpgroups):
                 mbarrier_wait_parity(memory + plan.q_free + 8 * n, (turn & u32(1)) ^ u32(1))
                 load_q(
@@ -184,12 +190,14 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
 
     @device_function
     def load_keys(memory, maps, order, sizes, shares):
-        turn, n, tiles = u32(0), u32(0), sizes[5]
+        turn, n, tiles = u32(0), u32(0), sizes.tiles
         number, following = tile_number(order, 0), tile_number(order, 1)
         while number < tiles:
             _, batch, head, first, end = tile_of(number, sizes)
-            k_head, k_batch = quotient(head, shares[6:8]), quotient(batch, shares[4:6])
-            v_head, v_batch = quotient(head, shares[10:12]), quotient(batch, shares[8:10])
+            k_head = quotient(head, shares.k_head_factor, shares.k_head_shift)
+            k_batch = quotient(batch, shares.k_batch_factor, shares.k_batch_shift)
+            v_head = quotient(head, shares.v_head_factor, shares.v_head_shift)
+            v_batch = quotient(batch, shares.v_batch_factor, shares.v_batch_shift)
             for tile in range(first, end):
                 place, parity = place_of(n)
                 barrier = memory + 8 * place
@@ -241,39 +249,35 @@ def softmax(kind: Kind, block_n: int) -> Any:
     nothing is subtracted from -inf. With an additive mask S is scaled, and P = exp(S - m_new).
     """
     tile = RegisterTile(block_n)
-    row_max, shift_of, exp2, own_row_sum = tile.row_max, tile.shift, tile.exp2, tile.own_row_sum
+    row_max, shift_of, own_row_sum = tile.row_max, tile.shift, tile.own_row_sum
+    exp_of = tile.each(exponential(kind), tile.type, types.float32, tile.rows_type)
     scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
-    exp_of = tile.each(
-        lambda x, shift: power_of_two((x - shift) * LOG2_E), tile.type, tile.rows_type
-    )
-    masked, ended, drop_some = mask_scores(kind, block_n), end_scores(block_n), drop(1, block_n)
+    masked, drop_some = mask_scores(kind.mask, tile), drop(tile)
+    ended = mask_scores("none", tile, begins=False)
     always_masked, scaled_first, drops = kind.mask != "none", kind.scaled_first, kind.dropout
     additive, f32, i32 = kind.additive, types.float32, types.int32
 
     @device_function
     def softmax_of(s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout):
-        heads, seqlen_q, seqlen_k, lower, upper = sizes[:5]
+        heads, seqlen_q, seqlen_k = sizes.heads, sizes.seqlen_q, sizes.seqlen_k
+        lower, upper = sizes.lower, sizes.upper
         if row0 >= seqlen_q:  # none of the rows is a query: nothing of this is ever written
             return m, s, m, (f32(0.0), f32(0.0))
         own_row, own_key = own_place()
         own_row, own_key = i32(row0 + own_row), i32(key0 + own_key)
         if scaled_first and not additive:
             s, scale = scale_all(s, scale), f32(1.0)
-        if always_masked or not is_whole(row0, ROWS, key0, block_n, lower, upper, seqlen_k):
-            if not always_masked and row0 + (ROWS - 1) + lower <= key0:  # as if causal
-                s = ended(s, own_row, own_key, i32(upper), i32(seqlen_k))
+        if always_masked or not is_whole(row0, ROWS, key0, block_n, sizes):
+            band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
+            place = head_place(batch, head, mask_steps)
+            begin, _ = keys_of(row0 + (ROWS - 1), lower, upper)
+            if not always_masked and begin <= key0:  # as if causal
+                s = ended(s, own_row, own_key, band, mask, place, scale)
             else:
-                band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
-                start = batch * mask_steps[0] + head * mask_steps[1]
-                place = start, mask_steps[2], mask_steps[3]
                 s = masked(s, own_row, own_key, band, mask, place, scale)
-        m = row_max(s, m)
-        if additive:
-            shift = shift_of(m, f32(1.0))
-            weights = exp_of(s, shift)
-        else:
-            shift = shift_of(m, scale)
-            weights = exp2(s, scale, shift)
+        m, scale = row_max(s, m), f32(1.0) if additive else scale
+        shift = shift_of(m, scale)
+        weights = exp_of(s, scale, shift)
         sums = own_row_sum(weights, (f32(0.0), f32(0.0)))
         if drops:
             seed, threshold = dropout
@@ -290,15 +294,16 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
     and l.
     """
     tile = RegisterTile(kind.value_dim)
-    scale_rows, quad_sum, store = tile.scale_rows, tile.quad_sum, store_rows(kind)
+    scale_rows, quad_sum = tile.scale_rows, tile.quad_sum
+    store = store_rows(kind.precision, kind.value_dim, kind.vectors)
     f32, i32, zero = types.float32, types.int32, types.float32(0.0)
     _, tile_of = tile_finder(kind, blocks)
-    of_m, of_log2 = (1.0 if kind.additive else 1.0 / LOG2_E), 1.0 / LOG2_E
+    of_m, of_log2 = 1.0 / kind.unit, 1.0 / LOG2_E
 
     @device_function
     def write(o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep):
         row0, batch, head, _, _ = tile_of(number, sizes)
-        heads, seqlen_q = sizes[0], sizes[1]
+        heads, seqlen_q = sizes.heads, sizes.seqlen_q
         l = quad_sum(l)
         own_row, _ = own_place()
         row, lane = row0 + ROWS * warpgroup + own_row, i32(cuda.threadIdx.x) & i32(31)
@@ -309,9 +314,9 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
             zero if l[0] == zero else div_full_f32(keep, l[0]) + (l[0] - l[0]),
             zero if l[1] == zero else div_full_f32(keep, l[1]) + (l[1] - l[1]),
         )  # fmt: skip
-        start = types.int64(out) + 2 * (batch * steps[0] + head * steps[1] + row * steps[2])
-        addresses = (types.uint64(start), types.uint64(start + 16 * steps[2]))
-        store(scale_rows(o, factor), addresses, inside, i32(sizes[6]), lane)
+        start = types.int64(out) + 2 * (batch * steps.batch + head * steps.head + row * steps.row)
+        addresses = (types.uint64(start), types.uint64(start + 16 * steps.row))
+        store(scale_rows(o, factor), addresses, inside, i32(sizes.value_dim), lane)
         if lane & i32(3) == 0:
             place = (batch * heads + head) * seqlen_q + row
             for r in range(2):
@@ -331,10 +336,9 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     The kernel's arguments: `maps`, address of the tensor maps of Q, K and V; `order`, address of
     the order of the tiles (hopper/schedule.py), used with a band alone; `out`, address of the
     output; `logsumexp`; `rows_of`, for m and l; `mask` (any array if there is none); `offset`,
-    added to the seed; `out_steps` and `mask_steps`, strides in elements; `sizes` (heads, seqlen_q,
-    seqlen_k, lower, upper, tiles of queries, columns of a value, reciprocals of a head's tiles of
-    queries and of heads); `shares`, see `loaders`; `scale`; `seed`;
-    `threshold`, below which a random word drops its weight; `keep`, 1 / (1 - p).
+    added to the seed; `out_steps` and `mask_steps`, their `Strides`; `sizes`, `TileSizes`;
+    `shares`, `Shares`; `scale`; `seed`; `threshold`, below which a random word drops its weight;
+    `keep`, 1 / (1 - p).
 
     Where a tile of queries ends: m is of the next one from there on; l, scaled_m and O stay those
     of the one that is done until it is written. O is then begun anew by a product that does not
@@ -391,7 +395,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             if ping_pong and me == warpgroups - 1:
                 bar_arrive(1, 2 * WARPGROUP)  # the first turn is warpgroup 0's
             q_full, q_free = memory + plan.q_full + 8 * me, memory + plan.q_free + 8 * me
-            tiles, scale = sizes[5], f32(scale * unit)
+            tiles, scale = sizes.tiles, f32(scale * unit)
             factor = f32(1.0) if scaled_first else scale  # of scores in the softmax
             dropout = seed + offset[0], threshold
             # The first tile of keys: S = Q K^T, P = softmax(S).
@@ -487,4 +491,4 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     return hopper_forward
 
 
-__all__ = ["forward_kernel", "forward_memory"]
+__all__ = ["Shares", "forward_kernel", "forward_memory"]

@@ -12,28 +12,32 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-from ...gpu.runtime import Instance, ceil_div, launch, multiprocessors, precision, types
-from ...gpu.tensor_map import constant, matrices_map, on_device
+from ...gpu.runtime import Instance, launch, multiprocessors, types
+from ...gpu.tensor_map import constant, on_device
 from ..launch import (
     Architecture,
     Heads,
     Inputs,
     Ints,
     Matrices,
-    arguments_of,
-    mask_of,
-    mask_type,
+    Strides,
+    argument_types,
+    has_vectors,
+    named_type,
+    scalars_of,
+    sizes_of,
 )
 from ..problem import AttentionProblem
+from ..schedule import Schedule
 from ..tuning import choice
-from .backward_launch import backward, backward_tiles, backward_workspace
-from .forward import forward_kernel, forward_memory
-from .schedule import AT_ONCE, order, reciprocal, tile_costs
-from .tiles import ARCHITECTURE, HEAD_SIZES, NAME, ROWS, Blocks, Kind, padded
+from .backward_launch import backward, backward_block_sizes, backward_tiles, backward_workspace
+from .forward import Shares, forward_kernel, forward_memory
+from .maps import each_of, tensor_map
+from .schedule import AT_ONCE, TileSizes, order, reciprocal, tile_costs
+from .tiles import ARCHITECTURE, HEAD_SIZES, NAME, ROWS, Blocks, Kind, kind_of
 
 ROW_ALIGNMENT = 16  # bytes at whose multiples the copy engine's rows begin
 MOST_ROWS = 1 << 30
-MASKS = ("bool", "float16", "bfloat16", "float32", "float64")
 
 
 def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
@@ -108,13 +112,25 @@ def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
     return blocks
 
 
+def _blocks(problem: AttentionProblem) -> Blocks:
+    return forward_blocks(kind_of(problem, problem.mask_kind, vectors=True), problem.seqlen_q)
+
+
+def block_sizes(
+    problem: AttentionProblem, architecture: Architecture, backward: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Queries and keys of a tile, by what a kernel computes."""
+    if backward:
+        return backward_block_sizes(problem)
+    blocks = _blocks(problem)
+    return {"output": (blocks.block_m, blocks.block_n)}
+
+
 def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:
     """The tiles, in words."""
     if backward:
         return backward_tiles(problem)
-    mask = "none" if problem.mask_kind == "none" else "bool"
-    kind = _kind(problem, mask, vectors=True)
-    blocks = forward_blocks(kind, problem.seqlen_q)
+    blocks = _blocks(problem)
     return (
         f"{blocks.block_m} queries x {blocks.block_n} keys, "
         f"{blocks.warpgroups} + 1 warpgroups, {blocks.stages} stages"
@@ -124,61 +140,10 @@ def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool 
 # ----- launches -----
 
 
-def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
-    last = problem.seqlen_q - 1
-    return Kind(
-        precision=problem.dtype.name,
-        head_dim=padded(problem.head_dim),
-        value_dim=padded(problem.value_dim),
-        mask=mask_kind,
-        dropout=problem.dropout_p > 0,
-        scaled_first=mask_kind not in ("none", "bool") or not problem.scale_in_exponent,
-        banded=last + problem.lower > 0 or problem.upper < problem.seqlen_k,
-        vectors=vectors,
-    )
-
-
-def _has_vectors(matrices: Matrices, columns: int) -> bool:
-    """Whether rows begin at multiples of 16 bytes, and are as long."""
-    return (
-        columns % 8 == 0
-        and matrices.address % 16 == 0
-        and all(stride % 8 == 0 for stride in matrices.strides[:3])
-    )
-
-
-def matrices_on_device(
-    problem: AttentionProblem, heads: Heads, group: int, matrices: Matrices, rows: int, shape: Ints
-) -> tuple[Any, Ints]:
-    """The tensor map of Q, K, V or dO, and how many batches and heads of queries share a matrix.
-
-    Args:
-        problem: whose dtype it has.
-        heads: of the problem.
-        group: heads of queries to one of these matrices.
-        matrices: in memory. A stride of 0 repeats a dimension, which is then not in the map.
-        rows: of the boxes that are copied.
-        shape: rows and columns of a matrix.
-
-    """
-    batches, of_head = matrices.strides[:2]
-    share = (
-        heads.batch if batches == 0 else 1,
-        heads.heads if of_head == 0 else group,
-    )  # fmt: skip
-    whole = heads.batch // share[0], heads.heads // share[1], *shape
-    tensor_map = matrices_map(
-        problem.dtype.name, matrices.address, whole, matrices.strides, rows
-    )  # fmt: skip
-    return tensor_map, share
-
-
 @cache
-def _order_on_device(sizes: Ints, blocks: Blocks, heads: int, together: int, count: int) -> int:
+def _order_on_device(schedule: Schedule, heads: int, together: int, count: int) -> int:
     """The address of the order of the tiles."""
-    seqlen_q, seqlen_k, lower, upper = sizes
-    costs = tile_costs(seqlen_q, seqlen_k, lower, upper, blocks)
-    return int(constant(order(costs, heads, together, count).tobytes()))
+    return int(constant(order(tile_costs(schedule), heads, together, count).tobytes()))
 
 
 def forward(
@@ -191,31 +156,17 @@ def forward(
     architecture: Architecture,
     blocks: Blocks | None = None,
 ) -> None:
-    """Write the output (Nq, Dv) of each head, logsumexp and rows: see `cuda.forward`.
-
-    Args:
-        problem: what is asked for.
-        heads: how it is laid out.
-        inputs: what is read: rows are contiguous and begin at multiples of ROW_ALIGNMENT bytes.
-        out: rows are contiguous.
-        logsumexp: contiguous (batch, heads, Nq), flat, float32.
-        rows: contiguous (batch, heads, Nq, 2), flat, float32.
-        architecture: compute capability.
-        blocks: of one's choice.
-
-    """
+    """Write the output, the logsumexp and rows: see launch.py."""
     if not problem.batch_heads * problem.seqlen_q:
         return
     places = tuple((x.address, x.strides) for x in (inputs.q, inputs.k, inputs.v))
-    vectors = _has_vectors(out, problem.value_dim)
+    vectors = has_vectors(problem, (problem.value_dim,), out)
     without_seed = replace(problem, seed=0) if problem.dropout_p else problem
     plan = _planned(without_seed, heads, places, inputs.mask_kind, vectors, blocks)
-    _, numbers = arguments_of(problem, heads)
-    mask, mask_strides = mask_of(inputs)
     launch(
         plan.kernel, plan.grid, plan.threads, plan.maps, plan.order, out.address, logsumexp, rows,
-        mask, inputs.offset, out.strides, mask_strides, plan.sizes, plan.shares, *numbers,
-        shared_bytes=plan.shared_bytes,
+        inputs.mask_array, inputs.offset, out.strides, inputs.mask_strides, plan.sizes, plan.shares,
+        *scalars_of(problem), shared_bytes=plan.shared_bytes,
     )  # fmt: skip
 
 
@@ -228,15 +179,15 @@ class Plan(NamedTuple):
     shared_bytes: int
     maps: int
     order: int
-    sizes: Ints
-    shares: Ints
+    sizes: TileSizes
+    shares: Shares
 
 
 @lru_cache(maxsize=1024)
 def _planned(
     problem: AttentionProblem,
     heads: Heads,
-    places: tuple[tuple[int, Ints], ...],
+    places: tuple[tuple[int, Strides], ...],
     mask_kind: str,
     vectors: bool,
     blocks: Blocks | None,
@@ -244,30 +195,43 @@ def _planned(
     """Remembered: a model's layers ask for the same again and again, and it takes longer than a
     launch. `places` are the addresses and strides of queries, keys and values.
     """
-    kind = _kind(problem, mask_kind, vectors)
+    kind = kind_of(problem, mask_kind, vectors)
     blocks = blocks or forward_blocks(kind, problem.seqlen_q)
     keys, head_dim = max(problem.seqlen_k, 1), problem.head_dim
     q, k, v = (Matrices(None, *place) for place in places)
     groups, value_dim = (heads.k_group, heads.v_group), problem.value_dim
     if not problem.seqlen_k:  # nothing of them is read
         k, v, groups, value_dim = q, q, (1, 1), head_dim
-    block_n, queries = blocks.block_n, (problem.seqlen_q, head_dim)
-    q_map, q_share = matrices_on_device(problem, heads, 1, q, ROWS, queries)
-    k_map, k_share = matrices_on_device(problem, heads, groups[0], k, block_n, (keys, head_dim))
-    v_map, v_share = matrices_on_device(problem, heads, groups[1], v, block_n, (keys, value_dim))
-    sizes, _ = arguments_of(problem, heads)
-    of_head = ceil_div(problem.seqlen_q, blocks.block_m)
-    count, divisors = of_head * problem.batch_heads, (*reciprocal(of_head), *reciprocal(sizes[0]))
+    maps: list[Any] = []
+    shares: list[int] = []
+    for matrices, group, rows, shape in (
+        (q, 1, ROWS, (problem.seqlen_q, head_dim)),
+        (k, groups[0], blocks.block_n, (keys, head_dim)),
+        (v, groups[1], blocks.block_n, (keys, value_dim)),
+    ):
+        maps.append(tensor_map(problem, heads, group, matrices, rows, shape))
+        each = each_of(matrices)
+        shares += reciprocal(1 if each.batch else heads.batch)
+        shares += reciprocal(group if each.head else heads.heads)
+    schedule = Schedule.of(problem, blocks.block_m, blocks.block_n)
+    count = schedule.query_tile_count * problem.batch_heads
     grid, table = min(count, multiprocessors()), 0
     if kind.banded:
         head_bytes = 2 * keys * (problem.head_dim + problem.value_dim)
         together = max(heads.k_group * (AT_ONCE // head_bytes), 1)
-        table = _order_on_device(sizes[1:5], blocks, problem.batch_heads, together, grid)
+        table = _order_on_device(schedule, problem.batch_heads, together, grid)
     return Plan(
         forward_kernel(kind, blocks), grid, blocks.threads, forward_memory(kind, blocks).size,
-        int(on_device(q_map, k_map, v_map)), table,
-        (*sizes[:5], count, problem.value_dim, *divisors),
-        tuple(x for share in (*q_share, *k_share, *v_share) for x in reciprocal(share)),
+        int(on_device(*maps)), table, _tile_sizes(problem, heads, schedule), Shares(*shares),
+    )  # fmt: skip
+
+
+def _tile_sizes(problem: AttentionProblem, heads: Heads, schedule: Schedule) -> TileSizes:
+    _, seqlen_q, seqlen_k, lower, upper, _, _ = sizes_of(problem, heads)
+    of_head = schedule.query_tile_count
+    return TileSizes(
+        heads.heads, seqlen_q, seqlen_k, lower, upper, of_head * problem.batch_heads,
+        problem.value_dim, *reciprocal(of_head), *reciprocal(heads.heads),
     )  # fmt: skip
 
 
@@ -276,12 +240,10 @@ def _planned(
 
 def forward_signature(kind: Kind) -> tuple[Any, ...]:
     """numba types of the forward kernel's arguments."""
-    mask = mask_type(kind.mask, precision(kind.precision).array)
-    whole, floats = types.int64, types.Array(types.float32, 1, "C")
+    of, whole = argument_types(kind.precision, kind.mask), types.int64
     return (
-        whole, whole, whole, floats, floats, mask, types.Array(types.uint64, 1, "C"),
-        types.UniTuple(whole, 4), types.UniTuple(whole, 4), types.UniTuple(whole, 11),
-        types.UniTuple(whole, 12), types.float64, types.uint64, whole, types.float64,
+        whole, whole, whole, of.rows, of.rows, of.mask, of.word, of.strides, of.strides,
+        named_type(TileSizes), named_type(Shares), *of.scalars,
     )  # fmt: skip
 
 
@@ -312,6 +274,6 @@ def instances() -> Iterator[Instance]:
 
 
 __all__ = [
-    "Blocks", "Kind", "backward", "backward_workspace", "forward", "instances",
-    "matrices_on_device", "why_not",
+    "Blocks", "Kind", "backward", "backward_workspace", "block_sizes", "forward", "instances",
+    "why_not",
 ]  # fmt: skip

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import heapq
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...gpu.ptx import ld_global_nc_b32
 from ...gpu.runtime import ceil_div, cuda, device_function, types
-from ..schedule import (
-    tile_range,
-)
+from ..schedule import Schedule, rules
 from .tiles import Blocks, Kind
 
 NO_TILE = 1 << 30  # in `order`: this block has no more
@@ -45,20 +43,37 @@ def reciprocal(divisor: int) -> tuple[int, int]:
 
 
 @device_function
-def quotient(number, of):
-    """`number` // divisor, where `of` is the divisor's reciprocal."""
-    product = types.uint64(types.uint32(number)) * types.uint64(types.uint32(of[0]))
-    return types.int32(product >> types.uint64(of[1]))
+def quotient(number, factor, shift):
+    """`number` // divisor, where factor and shift are the divisor's reciprocal."""
+    product = types.uint64(types.uint32(number)) * types.uint64(types.uint32(factor))
+    return types.int32(product >> types.uint64(shift))
+
+
+class TileSizes(NamedTuple):
+    """What the forward kernel is told of its tiles; a `band` of schedule.py, too."""
+
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    lower: int
+    upper: int
+    tiles: int  # of queries, of all heads
+    value_dim: int
+    head_factor: int  # reciprocal of a head's tiles
+    head_shift: int
+    batch_factor: int  # and of the heads of a batch
+    batch_shift: int
 
 
 @cache
 def tile_finder(kind: Kind, blocks: Blocks) -> Any:
     """Device functions. `tile_number(order, n)`: the number of the block's n-th tile of queries;
-    too large if there is none. `tile_of(number, sizes)`: its first row, batch and head, and the
-    numbers [first, end) of its tiles of keys, of which there is at least one.
+    too large if there is none. `tile_of(number, sizes)`, these being `TileSizes`: its first row,
+    batch and head, and the numbers [first, end) of its tiles of keys, of which there is at least
+    one.
     """
     block_m, block_n, banded = blocks.block_m, blocks.block_n, kind.banded
-    i32 = types.int32
+    i32, key_tiles = types.int32, rules(device_function, types.int32).key_tiles
 
     @device_function
     def tile_number(order, n):
@@ -67,29 +82,23 @@ def tile_finder(kind: Kind, blocks: Blocks) -> Any:
 
     @device_function
     def tile_of(number, sizes):
-        heads, seqlen_q, seqlen_k, lower, upper = sizes[:5]
-        of_head = i32((seqlen_q + (block_m - 1)) // block_m)
-        batch_head = quotient(number, sizes[7:9])
-        batch = quotient(batch_head, sizes[9:11])
+        of_head = i32((sizes.seqlen_q + (block_m - 1)) // block_m)
+        batch_head = quotient(number, sizes.head_factor, sizes.head_shift)
+        batch = quotient(batch_head, sizes.batch_factor, sizes.batch_shift)
         row0 = i32((number - batch_head * of_head) * block_m)
-        last_row = i32(min(row0 + block_m, seqlen_q) - 1)
-        first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
+        first, end = key_tiles(row0, sizes, block_m, block_n)
         if first == end:
             first, end = NO_KEYS // block_n, NO_KEYS // block_n + 1
-        return row0, batch, i32(batch_head - batch * heads), i32(first), i32(end)
+        return row0, batch, i32(batch_head - batch * sizes.heads), i32(first), i32(end)
 
     return tile_number, tile_of
 
 
-def tile_costs(seqlen_q: int, seqlen_k: int, lower: int, upper: int, blocks: Blocks) -> list[float]:
+def tile_costs(schedule: Schedule) -> list[float]:
     """About how long each of a head's tiles of queries takes, in tiles of keys."""
-    costs = []
-    for row0 in range(0, seqlen_q, blocks.block_m):
-        last_row = min(row0 + blocks.block_m, seqlen_q) - 1
-        begin = min(max(row0 + lower, 0), seqlen_k)
-        end = min(max(last_row + upper, begin), seqlen_k)
-        costs.append(max(ceil_div(end, blocks.block_n) - begin // blocks.block_n, 1) + SWITCH)
-    return costs
+    return [
+        max(len(schedule.key_tiles(tile)), 1) + SWITCH for tile in range(schedule.query_tile_count)
+    ]
 
 
 def order(costs: list[float], heads: int, together: int, processors: int) -> NDArray[np.int32]:
@@ -131,6 +140,7 @@ __all__ = [
     "AT_ONCE",
     "NO_KEYS",
     "NO_TILE",
+    "TileSizes",
     "order",
     "quotient",
     "reciprocal",

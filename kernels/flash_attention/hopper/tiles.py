@@ -1,11 +1,7 @@
 """What the Hopper kernels are compiled for, and the sizes of their tiles.
 
-A warpgroup, 128 threads, computes tiles of 64 rows. Warp w has rows 16 w ... 16 w + 15, and of
-these lane t has rows t // 4 and t // 4 + 8, and of every 8 columns 2 (t % 4) and the next:
-
-    tile[4 j + 2 r + c]  is  row 16 w + t // 4 + 8 r,  column 8 j + 2 (t % 4) + c
-
-("Register Fragments for wgmma.mma_async.m64nNk16", PTX ISA, accumulator D).
+A warpgroup, 128 threads, computes tiles of 64 rows. Warp w has rows 16 w ... 16 w + 15, which are a
+`RegisterTile` ("Register Fragments for wgmma.mma_async.m64nNk16", PTX ISA, accumulator D).
 """
 
 from __future__ import annotations
@@ -14,10 +10,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ...gpu.ptx_hopper import cp_async_bulk_tensor_4d
 from ...gpu.runtime import cuda, device_function, types
-from ..softmax import (
-    LOG2_E,
-)
+from ..problem import AttentionProblem
+from ..schedule import RULES
+from ..scores import Masked, is_additive
 
 NAME, ARCHITECTURE = "hopper", (9, 0)  # of the kernels, and the compute capability they are for
 WARPGROUP = 128
@@ -27,7 +24,7 @@ HEAD_SIZES = (64, 96, 128, 192, 256)  # that are compiled; others are padded wit
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Masked):
     """What a Hopper kernel is compiled for, beside the sizes of its tiles.
 
     Args:
@@ -51,16 +48,6 @@ class Kind:
     scaled_first: bool = False
     banded: bool = False
     vectors: bool = True
-
-    @property
-    def additive(self) -> bool:
-        """Whether the mask is added to the scores."""
-        return self.mask not in ("none", "bool")
-
-    @property
-    def unit(self) -> float:
-        """As of the SIMT kernels (`Kind` in simt/tiles.py)."""
-        return 1.0 if self.additive else LOG2_E
 
 
 @dataclass(frozen=True)
@@ -93,6 +80,21 @@ class Blocks:
         return WARPGROUP * (self.warpgroups + 1)
 
 
+def kind_of(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
+    """What the kernels for a problem are compiled for; the other arguments are fields of `Kind`."""
+    lengths = problem.seqlen_q, problem.seqlen_k
+    return Kind(
+        precision=problem.dtype.name,
+        head_dim=padded(problem.head_dim),
+        value_dim=padded(problem.value_dim),
+        mask=mask_kind,
+        dropout=problem.dropout_p > 0,
+        scaled_first=is_additive(mask_kind) or not problem.scale_in_exponent,
+        banded=not RULES.is_whole(0, lengths[0], 0, lengths[1], problem),
+        vectors=vectors,
+    )
+
+
 def padded(size: int) -> int:
     """The compiled head size that holds `size` columns."""
     return next(n for n in HEAD_SIZES if n >= size)
@@ -108,15 +110,7 @@ def row_bytes(size: int) -> int:
     return parts(size) * COLUMNS * 2
 
 
-# ----- a tile of scores in registers -----
-
-
-def tile_type(columns: int) -> Any:
-    """numba type of a thread's part of a warpgroup's tile."""
-    return types.UniTuple(types.float32, columns // 2)
-
-
-PAIR = types.UniTuple(types.float32, 2)  # a number for each of a lane's two rows
+# ----- a thread's place -----
 
 
 @device_function
@@ -130,7 +124,26 @@ def own_place():
     )
 
 
-# ----- rings of tiles in shared memory -----
+# ----- tiles in shared memory -----
+
+
+@cache
+def tile_loader(rows: int, columns: int) -> Any:
+    """Device function `(target, tensor_map, barrier, row, head, batch)`: has the copy engine begin
+    to bring a tile (rows, columns) from `row` on, panel by panel of 64 columns. What is beyond the
+    matrix becomes zeros.
+    """
+    panels, panel_bytes, panel_columns = parts(columns), rows * COLUMNS * 2, COLUMNS
+
+    @device_function
+    def load(target, tensor_map, barrier, row, head, batch):
+        for panel in range(panels):
+            cp_async_bulk_tensor_4d(
+                target + panel * panel_bytes, tensor_map, barrier, panel_columns * panel, row, head,
+                batch,
+            )  # fmt: skip
+
+    return load
 
 
 @cache
@@ -153,15 +166,15 @@ __all__ = [
     "COLUMNS",
     "HEAD_SIZES",
     "NAME",
-    "PAIR",
     "ROWS",
     "WARPGROUP",
     "Blocks",
     "Kind",
+    "kind_of",
     "own_place",
     "padded",
     "parts",
     "ring",
     "row_bytes",
-    "tile_type",
+    "tile_loader",
 ]

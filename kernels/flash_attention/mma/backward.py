@@ -23,24 +23,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ...gpu.ptx import global_address, ld_global_f32, opaque, shared_address
+from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, precision, types
 from ..fragments.dropout import dropout_words
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
+from ..fragments.scores import mask_scores
+from ..fragments.store import write_scores
+from ..schedule_cuda import is_whole, key_tiles, query_tiles, tile_start
+from ..scores_cuda import head_place
 from .memory import copy_barriers, pair_copier, row_writer
-from .scores import (
-    constant_rows,
-    mask_scores,
-    read_own_rows,
-    scale_all,
-    scale_columns,
-    scale_rows,
-    score_gradients,
-    write_scores,
-)
+from .scores import read_own_rows, scale_columns, score_gradients
 from .tiles import (
     Kind,
     Tiles,
@@ -117,8 +108,8 @@ def query_copier(kind: Kind, tiles: Tiles, plan: BackwardMemory) -> Any:
     @device_function
     def copy_queries(memory, base, at, others_of, h, row0):
         q, grad_out, q_start, grad_start, q_steps, grad_steps, seqlen_q = others_of
-        queries = (q, q_start + h * q_steps[1], q_steps[2])
-        upstream = (grad_out, grad_start + h * grad_steps[1], grad_steps[2])
+        queries = (q, q_start + h * q_steps.head, q_steps.row)
+        upstream = (grad_out, grad_start + h * grad_steps.head, grad_steps.row)
         copy(memory, base, at, queries, upstream, row0, seqlen_q)
 
     return copy_queries
@@ -192,13 +183,14 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     products_of = multiply_rows(kind, row_blocks, block_m, value_width, in_registers)
     add_dk = multiply_columns(kind, row_blocks, block_m, part, step)
     add_dv = multiply_columns(kind, row_blocks, block_m, v_part, v_step)
-    apply_mask = mask_scores(kind, row_blocks, block_m, True)
-    gradients = score_gradients(kind, row_blocks, block_m, True)
-    complete, unit = scale_columns(row_blocks, block_m), kind.unit
+    scores = RegisterTile(block_m, row_blocks)
+    of_dk, of_dv = RegisterTile(part, row_blocks), RegisterTile(v_part, row_blocks)
+    apply_mask = mask_scores(kind.mask, scores, kind.scaled_first, keys_are_rows=True)
+    gradients = score_gradients(kind, scores, True)
+    complete, unit = scale_columns(scores), kind.unit
     whole, u64 = types.int32, types.uint64
-    fill_dk, fill_dv = constant_rows(row_blocks, part), constant_rows(row_blocks, v_part)
-    fill_rows, dropout = constant_rows(row_blocks, 0), kind.dropout
-    scale_dk, scale_dv = scale_rows(row_blocks, part), scale_rows(row_blocks, v_part)
+    no_dk, no_dv, scale_dk, scale_dv = of_dk.zero, of_dv.zero, of_dk.scale_rows, of_dv.scale_rows
+    fill_rows, dropout = scores.fill_rows, kind.dropout
     write_dk = row_writer(kind, row_blocks, kind.head_dim, part)
     write_dv = row_writer(kind, row_blocks, kind.value_dim, v_part)
     place_of, walk, scaled_first = key_value_place(tiles), query_walk(tiles), kind.scaled_first
@@ -207,9 +199,10 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     @kernel(tiles.threads, blocks=tiles.at_once)
     def flash_backward_key_value_mma(
         q, k, v, mask, offset, grad_out, shift, delta, rest, dk, dv, call, q_steps, k_steps,
-        v_steps, mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
+        v_steps, mask_steps, grad_steps, dk_steps, dv_steps, sizes, group, scale, seed, threshold,
+        keep,
     ):  # fmt: skip
-        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes
+        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory, numbers = cuda.shared.array(0, storage), cuda.shared.array(0, types.float32)
         base, thread = shared_address(memory), cuda.threadIdx.x
         lane, warp_row = thread % 32, thread // 32 * 16 * row_blocks
@@ -217,8 +210,8 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         slots, _ = divide(heads, group)  # of heads that share dK and dV
         b, slot, key0, my_part = place_of(cuda.blockIdx.x, key_tiles, slots)
         first_head = slot * group
-        keys = (k, b * k_steps[0] + divide(first_head, k_group)[0] * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + divide(first_head, v_group)[0] * v_steps[1], v_steps[2])
+        keys = (k, b * k_steps.batch + divide(first_head, k_group)[0] * k_steps.head, k_steps.row)
+        values = (v, b * v_steps.batch + divide(first_head, v_group)[0] * v_steps.head, v_steps.row)
         copy_keys(memory, base, 0, keys, values, key0, seqlen_k)
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
@@ -236,13 +229,13 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         rows_place = types.uint32(base + shift_at + lane % 4 * 8)
         my_key, my_row = key0 + warp_row + lane // 4, lane % 4 * 2
 
-        # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
-        last_key = min(key0 + block_n, seqlen_k) - 1
-        first, end = tile_range(key0, last_key, 1 - upper, 1 - lower, seqlen_q, block_m)
+        first, end = query_tiles(key0, sizes, block_m, block_n)
         count = end - first
         turns = types.int32(count * group)
         rows_of = (shift, delta, b * heads, seqlen_q)
-        others_of = (q, grad_out, b * q_steps[0], b * grad_steps[0], q_steps, grad_steps, seqlen_q)
+        others_of = (
+            q, grad_out, b * q_steps.batch, b * grad_steps.batch, q_steps, grad_steps, seqlen_q,
+        )  # fmt: skip
         if two_stages and turns > 0:
             h, row0 = walk(0, first_head, first, count)
             copy_queries(memory, base, 0, others_of, h, row0)
@@ -253,7 +246,7 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
             cuda.syncthreads()
         own_k = load_k(k_place) if in_registers else k_place
         own_v = load_v(v_place) if in_registers else v_place
-        dk_sums, dv_sums = fill_dk(types.float32(0.0)), fill_dv(types.float32(0.0))
+        dk_sums, dv_sums = no_dk(), no_dv()
         for turn in range(turns):
             h, row0 = walk(turn, first_head, first, count)
             at = types.uint32(turn % 2 * stage_bytes if two_stages else 0)
@@ -274,8 +267,8 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
                 cuda.syncthreads()
             # S^T = K Q^T and dP^T = V dO^T, whose rows are keys
             s = scores_of(own_k, types.uint32(q_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
-                mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
+                mask_place = head_place(b, h, mask_steps)
                 s = apply_mask(s, row0 + my_row, my_key, band, mask, mask_place, own_scale)
             dp = products_of(own_v, types.uint32(do_place + at))
             p, ds = gradients(
@@ -304,13 +297,13 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         row = key0 + warp_row
         write_dk(
             memory, base, warp_row * part_step, scale_dk(dk_sums, fill_rows(types.float32(scale))),
-            dk, b * dk_steps[0] + slot * dk_steps[1] + row * dk_steps[2], dk_steps[2],
+            dk, b * dk_steps.batch + slot * dk_steps.head + row * dk_steps.row, dk_steps.row,
             seqlen_k - row, my_part * part,
         )  # fmt: skip
         write_dv(
             memory, base, v_tile + warp_row * v_part_step,
             scale_dv(dv_sums, fill_rows(keep_scale if dropout else types.float32(1.0))), dv,
-            b * dv_steps[0] + slot * dv_steps[1] + row * dv_steps[2], dv_steps[2],
+            b * dv_steps.batch + slot * dv_steps.head + row * dv_steps.row, dv_steps.row,
             seqlen_k - row, my_part * v_part,
         )  # fmt: skip
 
@@ -338,11 +331,12 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
     scores_of = multiply_rows(kind, row_blocks, block_n, width, in_registers)
     products_of = multiply_rows(kind, row_blocks, block_n, value_width, in_registers)
     add_dq = multiply_columns(kind, row_blocks, block_n, width, step)
-    apply_mask = mask_scores(kind, row_blocks, block_n)
-    gradients = score_gradients(kind, row_blocks, block_n, False)
-    read, put_ds = read_own_rows(row_blocks), write_scores(row_blocks, block_n)
-    fill_dq, scale_dq = constant_rows(row_blocks, width), scale_rows(row_blocks, width)
-    scale_ds, scale_row, unit = scale_rows(row_blocks, block_n), scale_all(row_blocks), kind.unit
+    scores, of_dq = RegisterTile(block_n, row_blocks), RegisterTile(width, row_blocks)
+    apply_mask = mask_scores(kind.mask, scores, kind.scaled_first)
+    gradients, unit = score_gradients(kind, scores, False), kind.unit
+    read, put_ds = read_own_rows(scores), write_scores(scores)
+    no_dq, scale_dq, scale_ds = of_dq.zero, of_dq.scale_rows, scores.scale_rows
+    scale_row = scores.each_row(lambda x, factor: x * factor, scores.rows_type, types.float32)
     write_dq = row_writer(kind, row_blocks, kind.head_dim, width)
     scaled_first = kind.scaled_first
     always_masked, infinity = scaled_first or kind.mask != "none", float("inf")
@@ -360,12 +354,12 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         batch_head, tile = divide(cuda.blockIdx.x, row_tiles)
         row0 = (row_tiles - 1 - tile) * block_m
         b, h = divide(batch_head, heads)
-        queries = (q, b * q_steps[0] + h * q_steps[1], q_steps[2])
-        upstream = (grad_out, b * grad_steps[0] + h * grad_steps[1], grad_steps[2])
-        keys = (k, b * k_steps[0] + divide(h, k_group)[0] * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + divide(h, v_group)[0] * v_steps[1], v_steps[2])
+        queries = (q, b * q_steps.batch + h * q_steps.head, q_steps.row)
+        upstream = (grad_out, b * grad_steps.batch + h * grad_steps.head, grad_steps.row)
+        keys = (k, b * k_steps.batch + divide(h, k_group)[0] * k_steps.head, k_steps.row)
+        values = (v, b * v_steps.batch + divide(h, v_group)[0] * v_steps.head, v_steps.row)
         copy_queries(memory, base, 0, queries, upstream, row0, seqlen_q)
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        mask_place = head_place(b, h, mask_steps)
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
         )  # fmt: skip
@@ -383,9 +377,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         shifts = read(shift, first_row, my_row, seqlen_q, types.float32(infinity))
         less = read(delta, first_row, my_row, seqlen_q, types.float32(0.0))
 
-        first, end = tile_range(
-            row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n
-        )
+        first, end = key_tiles(row0, sizes, block_m, block_n)
         if two_stages and first < end:
             copy_keys(memory, base, 0, keys, values, tile_start(first, block_n), seqlen_k)
         commit()
@@ -394,7 +386,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
             cuda.syncthreads()
         own_q = load_q(q_place) if in_registers else q_place
         own_do = load_do(do_place) if in_registers else do_place
-        dq_sums = fill_dq(types.float32(0.0))
+        dq_sums = no_dq()
         for number in range(first, end):
             key0 = tile_start(number, block_n)
             at = types.uint32((number - first) % 2 * stage_bytes if two_stages else 0)
@@ -415,7 +407,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
                 cuda.syncthreads()
             # S = Q K^T and dP = dO V^T
             s = scores_of(own_q, types.uint32(k_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
             dp = products_of(own_do, types.uint32(v_place + at))
             _, ds = gradients(
@@ -444,7 +436,8 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         dq_sums = scale_dq(dq_sums, scale_row(rests, types.float32(scale)))
         write_dq(
             memory, base, warp_row * step, dq_sums, dq,
-            b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2], dq_steps[2], seqlen_q - row, 0,
+            b * dq_steps.batch + h * dq_steps.head + row * dq_steps.row, dq_steps.row,
+            seqlen_q - row, 0,
         )  # fmt: skip
 
     return flash_backward_query_mma

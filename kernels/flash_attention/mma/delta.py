@@ -64,8 +64,8 @@ def delta_kernel(kind: Kind, has_grad_logsumexp: bool) -> Any:
         row = min(number, count - 1)  # all threads take part in the sums
         batch_head = row // seqlen_q
         b, h, r = batch_head // heads, batch_head % heads, row % seqlen_q
-        out_place = b * out_steps[0] + h * out_steps[1] + r * out_steps[2]
-        grad_place = b * grad_steps[0] + h * grad_steps[1] + r * grad_steps[2]
+        out_place = b * out_steps.batch + h * out_steps.head + r * out_steps.row
+        grad_place = b * grad_steps.batch + h * grad_steps.head + r * grad_steps.row
         total = types.float32(0.0)
         for first in range(0, value_dim, step):
             column = first + member * at_once

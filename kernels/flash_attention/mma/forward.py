@@ -23,28 +23,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ...gpu.ptx import shared_address
+from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
 from ..fragments.dropout import drop, dropout_words
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
-from ..softmax import (
-    LOG2_E,
-)
+from ..fragments.scores import mask_scores
+from ..schedule_cuda import is_whole, key_tiles, tile_start
+from ..scores_cuda import head_place
 from .memory import copy_barriers, pair_copier, row_writer, tile_copier
-from .scores import (
-    any_changes,
-    constant_rows,
-    mask_scores,
-    pick_row,
-    reciprocal_rows,
-    row_max,
-    row_total,
-    scale_rows,
-    softmax_rows,
-)
+from .scores import any_changes, pick_row, reciprocal_rows, softmax_rows
 from .tiles import (
     Kind,
     Tiles,
@@ -98,20 +84,17 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     load_q = load_rows(kind, row_blocks, width)
     scores_of = multiply_rows(kind, row_blocks, block_n, width, in_registers)
     add_values = multiply_columns(kind, row_blocks, block_n, value_width, v_step)
-    largest, softmax = row_max(row_blocks, block_n), softmax_rows(kind, row_blocks, block_n)
-    apply_mask, apply_dropout = mask_scores(kind, row_blocks, block_n), drop(row_blocks, block_n)
-    fill_rows, fill_o = constant_rows(row_blocks, 0), constant_rows(row_blocks, value_width)
-    rescale, total, pick = (
-        scale_rows(row_blocks, value_width),
-        row_total(row_blocks),
-        pick_row(row_blocks),
-    )
-    reciprocal, changes = reciprocal_rows(row_blocks), any_changes(row_blocks)
+    scores, output = RegisterTile(block_n, row_blocks), RegisterTile(value_width, row_blocks)
+    largest, softmax = scores.row_max, softmax_rows(kind, scores)
+    apply_mask = mask_scores(kind.mask, scores, kind.scaled_first)
+    apply_dropout, fill_rows = drop(scores), scores.fill_rows
+    no_output, rescale, total = output.zero, output.scale_rows, scores.quad_sum
+    pick, reciprocal, changes = pick_row(scores), reciprocal_rows(scores), any_changes(scores)
     lazy = tiles.lazy
     write_o = row_writer(kind, row_blocks, kind.value_dim, value_width)
     dropout, scaled_first = kind.dropout, kind.scaled_first
     always_masked = scaled_first or kind.mask != "none"
-    nothing, unit, to_natural = NEGATIVE_INFINITY, kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E
+    nothing, unit, to_natural = NEGATIVE_INFINITY, kind.unit, 1.0 / kind.unit
 
     @kernel(threads, blocks=tiles.at_once)
     def flash_forward_mma(
@@ -127,9 +110,9 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         batch_head, number = divide(cuda.blockIdx.x, row_tiles)
         row0 = (row_tiles - 1 - number) * block_m
         b, h = divide(batch_head, heads)
-        keys = (k, b * k_steps[0] + divide(h, k_group)[0] * k_steps[1], k_steps[2])
-        values = (v, b * v_steps[0] + divide(h, v_group)[0] * v_steps[1], v_steps[2])
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        keys = (k, b * k_steps.batch + divide(h, k_group)[0] * k_steps.head, k_steps.row)
+        values = (v, b * v_steps.batch + divide(h, v_group)[0] * v_steps.head, v_steps.row)
+        mask_place = head_place(b, h, mask_steps)
         band = (
             types.int32(lower), types.int32(upper), types.int32(seqlen_q), types.int32(seqlen_k),
         )  # fmt: skip
@@ -142,11 +125,9 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         v_place = types.uint32(base + v_tile + across(v_step))
         my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 2
 
-        first, end = tile_range(
-            row0, min(row0 + block_m, seqlen_q) - 1, lower, upper, seqlen_k, block_n
-        )
-        q_start = b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2]
-        copy_q(memory, base, 0, q, q_start, q_steps[2], seqlen_q - row0)
+        first, end = key_tiles(row0, sizes, block_m, block_n)
+        q_start = b * q_steps.batch + h * q_steps.head + row0 * q_steps.row
+        copy_q(memory, base, 0, q, q_start, q_steps.row, seqlen_q - row0)
         if two_stages and first < end:
             copy_keys(memory, base, 0, keys, values, tile_start(first, block_n), seqlen_k)
         commit()
@@ -155,7 +136,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
             cuda.syncthreads()
         own_q = load_q(q_place) if in_registers else q_place
         m, l = fill_rows(types.float32(nothing)), fill_rows(types.float32(0.0))
-        o = fill_o(types.float32(0.0))
+        o = no_output()
         for number in range(first, end):
             key0 = tile_start(number, block_n)
             at = types.uint32(0)
@@ -177,7 +158,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
                 cuda.syncthreads()
             # S = Q K^T
             s = scores_of(own_q, types.uint32(k_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
             # m, l, P and O = diag(exp(m - m_new)) O
             m_new = largest(s, m)
@@ -210,9 +191,9 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
             )
         wait()  # for the queries, where there was no tile of keys
         cuda.syncthreads()
-        start = b * out_steps[0] + h * out_steps[1] + (row0 + warp_row) * out_steps[2]
+        start = b * out_steps.batch + h * out_steps.head + (row0 + warp_row) * out_steps.row
         write_o(
-            memory, base, warp_row * v_step, o, out, start, out_steps[2],
+            memory, base, warp_row * v_step, o, out, start, out_steps.row,
             seqlen_q - row0 - warp_row, 0,
         )  # fmt: skip
 

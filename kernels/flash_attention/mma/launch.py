@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
-from ...gpu.runtime import SIMULATED, Instance, ceil_div, launch, precision, types
+from ...gpu.runtime import SIMULATED, Instance, ceil_div, launch, types
 from ..launch import (
     Architecture,
     Gradients,
     Heads,
     Inputs,
     Matrices,
-    arguments_of,
-    mask_of,
-    mask_type,
+    argument_types,
+    instances_of,
+    scalars_of,
+    sizes_of,
 )
 from ..problem import AttentionProblem
-from ..softmax import (
-    next_call,
-)
+from ..scores import is_additive
+from ..softmax import next_call
 from ..tuning import SHORT, Numbers, choice
 from .backward import backward_memory, key_value_kernel, query_kernel
 from .delta import (
@@ -74,7 +74,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, architecture: Architecture)
     return Kind(
         problem.fp32_precision if name == "float32" else name,
         problem.head_dim, problem.value_dim, mask_kind, problem.dropout_p > 0,
-        not problem.scale_in_exponent or mask_kind not in ("none", "bool"), is_turing(architecture),
+        not problem.scale_in_exponent or is_additive(mask_kind), is_turing(architecture),
     )  # fmt: skip
 
 
@@ -266,11 +266,32 @@ def backward_tiles(
     )
 
 
+def _choosers(
+    problem: AttentionProblem, mask_kind: str, architecture: Architecture
+) -> tuple[Kind, Architecture, bool, int]:
+    """What tiles are chosen by."""
+    kind = _kind(problem, mask_kind, architecture)
+    return kind, architecture, problem.right is not None, problem.seqlen_q
+
+
+def block_sizes(
+    problem: AttentionProblem, architecture: Architecture, backward: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Queries and keys of a tile, by what a kernel computes."""
+    of_problem = _choosers(problem, problem.mask_kind, architecture)
+    if not backward:
+        found = forward_tiles(*of_problem)
+        return {"output": (found.rows, found.columns)}
+    for_keys, for_queries = backward_tiles(*of_problem)
+    return {
+        "dK and dV": (for_keys.columns, for_keys.rows),
+        "dQ": (for_queries.rows, for_queries.columns),
+    }
+
+
 def tiles(problem: AttentionProblem, architecture: Architecture, backward: bool = False) -> str:
     """The sizes of the tiles, for people."""
-    mask = {"none": "none", "bool": "bool", "additive": "float32"}[problem.mask_kind]
-    kind = _kind(problem, mask, architecture)
-    of_problem = kind, architecture, problem.right is not None, problem.seqlen_q
+    of_problem = _choosers(problem, problem.mask_kind, architecture)
     if not backward:
         return _in_words(forward_tiles(*of_problem), "queries", "keys")
     for_keys, for_queries = backward_tiles(*of_problem)
@@ -299,24 +320,14 @@ def forward(
     architecture: Architecture,
     blocks: Tiles | None = None,
 ) -> None:
-    """Write the output (Nq, Dv) of each head, logsumexp and rows: see `simt/launch.py`.
-
-    Rows of queries, keys and values begin at multiples of `ROW_ALIGNMENT` bytes, and the last
-    stride is 1.
-    """
-    if not problem.batch_heads * problem.seqlen_q:
-        return
-    kind = _kind(problem, inputs.mask_kind, architecture)
-    causal = problem.right is not None
-    tiles = blocks or forward_tiles(kind, architecture, causal, problem.seqlen_q)
-    mask, mask_strides = mask_of(inputs)
-    sizes, numbers = arguments_of(problem, heads)
-    q, k, v = inputs.q, inputs.k, inputs.v
+    """Write the output, the logsumexp and rows: see launch.py."""
+    of_problem = _choosers(problem, inputs.mask_kind, architecture)
+    kind, tiles = of_problem[0], blocks or forward_tiles(*of_problem)
     launch(
         forward_kernel(kind, tiles),
         ceil_div(problem.seqlen_q, tiles.rows) * problem.batch_heads, tiles.threads,
-        q.array, k.array, v.array, mask, inputs.offset, out.array, logsumexp, rows,
-        q.strides, k.strides, v.strides, mask_strides, out.strides, sizes, *numbers,
+        *inputs.arrays, inputs.offset, out.array, logsumexp, rows, *inputs.strides, out.strides,
+        sizes_of(problem, heads), *scalars_of(problem),
         shared_bytes=forward_memory(kind, tiles).size,
     )  # fmt: skip
 
@@ -333,48 +344,34 @@ def backward(
     architecture: Architecture,
     blocks: tuple[Tiles, Tiles] | None = None,
 ) -> None:
-    """Write the gradients of queries, keys and values: see `simt/launch.py`.
-
-    Rows of dO begin at multiples of `ROW_ALIGNMENT` bytes too.
-    """
-    if not problem.batch_heads:
-        return
-    kind = _kind(problem, inputs.mask_kind, architecture)
-    causal = problem.right is not None
-    for_keys, for_queries = blocks or backward_tiles(kind, architecture, causal, problem.seqlen_q)
-    mask, mask_strides = mask_of(inputs)
-    sizes, numbers = arguments_of(problem, heads)
-    q, k, v = inputs.q, inputs.k, inputs.v
+    """Write the gradients of queries, keys and values: see launch.py."""
+    of_problem = _choosers(problem, inputs.mask_kind, architecture)
+    kind, (for_keys, for_queries) = of_problem[0], blocks or backward_tiles(*of_problem)
+    sizes, scalars = sizes_of(problem, heads), scalars_of(problem)
     (delta, shift, rest), call = gradients.workspace, next_call()
     count = problem.batch_heads * problem.seqlen_q
-    if count:
-        launch(
-            delta_kernel(kind, grad_logsumexp is not None),
-            ceil_div(count, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
-            out.array, grad_out.array, rows,
-            rows if grad_logsumexp is None else grad_logsumexp, delta, shift, rest, call,
-            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, count,
-        )  # fmt: skip
-    read = (q.array, k.array, v.array, mask, inputs.offset, grad_out.array, shift, delta, rest)
-    strides = (q.strides, k.strides, v.strides, mask_strides, grad_out.strides)
-    if problem.seqlen_k:
-        dk, dv = gradients.dk, gradients.dv
-        tiles = ceil_div(problem.seqlen_k, for_keys.rows) * for_keys.parts
-        launch(
-            key_value_kernel(kind, for_keys), tiles * (problem.batch_heads // heads.group),
-            for_keys.threads, *read, dk.array, dv.array, call, *strides, dk.strides, dv.strides,
-            (*sizes, heads.group), *numbers,
-            shared_bytes=backward_memory(kind, for_keys, True).size,
-        )  # fmt: skip
-    if count:
-        dq, ds = gradients.dq, gradients.ds
-        launch(
-            query_kernel(kind, for_queries, ds is not None),
-            ceil_div(problem.seqlen_q, for_queries.rows) * problem.batch_heads,
-            for_queries.threads, *read, dq.array, delta if ds is None else ds, *strides,
-            dq.strides, sizes, *numbers,
-            shared_bytes=backward_memory(kind, for_queries, False).size,
-        )  # fmt: skip
+    launch(
+        delta_kernel(kind, grad_logsumexp is not None),
+        ceil_div(count, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
+        out.array, grad_out.array, rows,
+        rows if grad_logsumexp is None else grad_logsumexp, delta, shift, rest, call,
+        out.strides, grad_out.strides, heads.heads, problem.seqlen_q, count,
+    )  # fmt: skip
+    read = (*inputs.arrays, inputs.offset, grad_out.array, shift, delta, rest)
+    strides = (*inputs.strides, grad_out.strides)
+    dq, dk, dv, ds = gradients[:4]
+    key_tiles = ceil_div(problem.seqlen_k, for_keys.rows) * for_keys.parts
+    launch(
+        key_value_kernel(kind, for_keys), key_tiles * (problem.batch_heads // heads.group),
+        for_keys.threads, *read, dk.array, dv.array, call, *strides, dk.strides, dv.strides, sizes,
+        heads.group, *scalars, shared_bytes=backward_memory(kind, for_keys, True).size,
+    )  # fmt: skip
+    launch(
+        query_kernel(kind, for_queries, ds is not None),
+        ceil_div(problem.seqlen_q, for_queries.rows) * problem.batch_heads, for_queries.threads,
+        *read, dq.array, delta if ds is None else ds, *strides, dq.strides, sizes, *scalars,
+        shared_bytes=backward_memory(kind, for_queries, False).size,
+    )  # fmt: skip
 
 
 # ----- for the compile tests -----
@@ -382,22 +379,20 @@ def backward(
 
 def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     """numba types of the kernels' arguments, by their names."""
-    array, rows = precision(kind.precision).array, types.Array(types.float32, 1, "C")
-    mask = mask_type(kind.mask, array)
-    word, strides = types.Array(types.uint64, 1, "C"), types.UniTuple(types.int64, 4)
-    sizes = types.UniTuple(types.int64, 7)
-    scalars = (types.float64, types.uint64, types.int64, types.float64)
-    read = (array, array, array, mask, word)
+    of = argument_types(kind.precision, kind.mask)
+    array, rows, strides, whole = of.array, of.rows, of.strides, types.int64
     return {
-        "delta": (
-            array, array, *[rows] * 5, types.int64, strides, strides, *[types.int64] * 3,
+        "delta": (array, array, *[rows] * 5, whole, strides, strides, *[whole] * 3),
+        "forward": (
+            *of.inputs, array, rows, rows, *[strides] * 5, of.sizes, *of.scalars,
         ),
-        "forward": (*read, array, rows, rows, *[strides] * 5, sizes, *scalars),
         "key_value": (
-            *read, array, *[rows] * 3, array, array, types.int64, *[strides] * 7,
-            types.UniTuple(types.int64, 8), *scalars,
+            *of.inputs, array, *[rows] * 3, array, array, whole, *[strides] * 7, of.sizes, whole,
+            *of.scalars,
         ),
-        "query": (*read, array, *[rows] * 3, array, rows, *[strides] * 6, sizes, *scalars),
+        "query": (
+            *of.inputs, array, *[rows] * 3, array, rows, *[strides] * 6, of.sizes, *of.scalars,
+        ),
     }  # fmt: skip
 
 
@@ -426,20 +421,18 @@ def instances() -> Iterator[Instance]:
 
 
 def _instances_of(kind: Kind, architectures: dict[str, Architecture]) -> Iterator[Instance]:
-    picked: dict[tuple[str, Any], tuple[str, ...]] = {}
-    for name, capability in architectures.items():
-        for_keys, for_queries = backward_tiles(kind, capability)
-        for what, kernel in (
-            ("forward", forward_kernel(kind, forward_tiles(kind, capability))),
-            ("key_value", key_value_kernel(kind, for_keys)),
-            ("query", query_kernel(kind, for_queries, kind.mask == "float32")),
-        ):
-            picked[what, kernel] = (*picked.get((what, kernel), ()), name)
-    for (what, kernel), names in picked.items():
-        yield Instance(
-            f"mma_{what}[{_name(kind)}, {', '.join(names)}]", kernel, _signatures(kind)[what],
-            architectures=names,
-        )  # fmt: skip
+    kernels = {name: _kernels(kind, capability) for name, capability in architectures.items()}
+    return instances_of("mma", _name(kind), kernels, _signatures(kind))
+
+
+def _kernels(kind: Kind, architecture: Architecture) -> dict[str, Any]:
+    """Forward and backward kernels, in the shape of tiles that an architecture picks."""
+    for_keys, for_queries = backward_tiles(kind, architecture)
+    return {
+        "forward": forward_kernel(kind, forward_tiles(kind, architecture)),
+        "key_value": key_value_kernel(kind, for_keys),
+        "query": query_kernel(kind, for_queries, kind.mask == "float32"),
+    }
 
 
 def _name(kind: Kind) -> str:
@@ -453,6 +446,7 @@ __all__ = [
     "Tiles",
     "backward",
     "backward_tiles",
+    "block_sizes",
     "forward",
     "forward_tiles",
     "instances",

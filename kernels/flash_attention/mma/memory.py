@@ -14,6 +14,7 @@ from ...gpu.ptx import (
     pack_pair,
     st_shared_b32,
 )
+from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import (
     cuda,
     device_function,
@@ -23,7 +24,7 @@ from ...gpu.runtime import (
 )
 from ...gpu.traced import i32, select, traced, u32, word_of
 from ...gpu.vectors import vector_access
-from .tiles import Kind, Tiles, sums_type, thread_number
+from .tiles import Kind, Tiles, thread_number
 
 
 def copy_team(kind: Kind, width: int) -> int:
@@ -145,23 +146,19 @@ def put_rows(kind: Kind, row_blocks: int, width: int, step: int) -> Any:
     """Traced `(tile, place)`: a tile of sums to shared memory, rounded to the kind's dtype.
     `place` is that of the lane's first two numbers.
     """
-    blocks, pack = (
-        width // 8,
-        pack_pair(kind.precision, kind.turing) if kind.itemsize == 2 else None,
-    )
+    sums = RegisterTile(width, row_blocks)
+    pack = pack_pair(kind.precision, kind.turing) if kind.itemsize == 2 else None
 
-    @traced(types.void, sums_type(row_blocks, width), types.uint32)
+    @traced(types.void, sums.type, types.uint32)
     def put(tile, place):
-        for i in range(row_blocks):
-            for r in range(2):
-                for j in range(blocks):
-                    pair = tile[4 * (i * blocks + j) + 2 * r : 4 * (i * blocks + j) + 2 * r + 2]
-                    to = place + ((16 * i + 8 * r) * step + 8 * j * kind.itemsize)
-                    if kind.itemsize == 2:
-                        st_shared_b32(to, pack(*pair))
-                    else:
-                        st_shared_b32(to, word_of(pair[0]))
-                        st_shared_b32(to + 4, word_of(pair[1]))
+        for p in list(sums.places())[::2]:
+            pair = tile[p.register : p.register + 2]
+            to = place + (p.row * step + p.column * kind.itemsize)
+            if kind.itemsize == 2:
+                st_shared_b32(to, pack(*pair))
+            else:
+                st_shared_b32(to, word_of(pair[0]))
+                st_shared_b32(to + 4, word_of(pair[1]))
 
     return put
 

@@ -1,12 +1,8 @@
 """Products of small matrices on the tensor cores (`mma.sync`), and how their operands lie.
 
 A warp computes `mma` tiles of 16 x 8 sums; several of them, 16 * row_blocks rows by any number of
-columns, make what is called a tile of sums here: a tuple of float32, in which lane t has of the row
-block i and the column block j (8 columns)
-
-    rows       16 i + t // 4 + 8 r             r = 0, 1
-    columns    8 j + 2 (t % 4) + c             c = 0, 1
-    at         4 (i * blocks + j) + 2 r + c    `blocks` column blocks in all
+columns, make a `RegisterTile`: a tuple of float32, of which the place 4 (i * blocks + j) begins the
+four of the row block i and the column block j (8 columns), `blocks` of which are in a row.
 
 Operands are read from shared memory by `ldmatrix`: matrices of 8 rows of 16 bytes, four at a time.
 A step along the depth of a product is 32 bytes of a row: 16 numbers of 16 bits, 8 of float32.
@@ -26,18 +22,17 @@ from ...gpu.ptx import (
     opaque,
     pack_pair,
 )
+from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, precision, types
 from ...gpu.traced import float_of, i32, traced, word_of
-from ..softmax import (
-    LOG2_E,
-)
+from ..scores import Masked
 
 PIECE = 16  # bytes that one instruction copies; a row of an 8 x 8 matrix
 DEPTH = 32  # bytes of a row that one step of a product takes
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Masked):
     """What a kernel is compiled for, beside the sizes of its tiles.
 
     Args:
@@ -60,16 +55,6 @@ class Kind:
     dropout: bool
     scaled_first: bool
     turing: bool
-
-    @property
-    def additive(self) -> bool:
-        """Whether the mask is added to the scores."""
-        return self.mask not in ("none", "bool")
-
-    @property
-    def unit(self) -> float:
-        """As of the SIMT kernels (`Kind` in simt/tiles.py)."""
-        return 1.0 if self.additive else LOG2_E
 
     @property
     def precision(self) -> str:
@@ -142,16 +127,6 @@ class Tiles:
     def row_blocks(self) -> int:
         """Row blocks of a warp."""
         return self.rows // (16 * self.warps)
-
-
-def sums_type(row_blocks: int, columns: int) -> Any:
-    """numba type of a tile of sums."""
-    return types.UniTuple(types.float32, row_blocks * columns // 2)
-
-
-def rows_type(row_blocks: int) -> Any:
-    """numba type of one number for each of a lane's rows."""
-    return types.UniTuple(types.float32, 2 * row_blocks)
 
 
 # ----- products of fragments -----
@@ -307,7 +282,7 @@ def multiply_rows(
     steps, step, blocks = width * kind.itemsize // DEPTH, kind.step(width), columns // 8
     given = words_type(kind, row_blocks, width) if in_registers else types.uint32
 
-    @traced(sums_type(row_blocks, columns), given, types.uint32)
+    @traced(RegisterTile(columns, row_blocks).type, given, types.uint32)
     def run(a, b):
         sums = [[0.0] * 4] * (row_blocks * blocks)
         for k in range(steps):
@@ -340,11 +315,9 @@ def multiply_columns(kind: Kind, row_blocks: int, depth: int, width: int, step: 
     """
     of_step = DEPTH // kind.itemsize
     blocks, depth_blocks = width // 8, depth // 8
+    out = RegisterTile(width, row_blocks).type
 
-    @traced(
-        sums_type(row_blocks, width), sums_type(row_blocks, width), sums_type(row_blocks, depth),
-        types.uint32,
-    )  # fmt: skip
+    @traced(out, out, RegisterTile(depth, row_blocks).type, types.uint32)
     def run(sums, tile, b):
         fours = [sums[4 * n : 4 * n + 4] for n in range(row_blocks * blocks)]
         for k in range(depth // of_step):
@@ -371,7 +344,5 @@ __all__ = [
     "load_rows",
     "multiply_columns",
     "multiply_rows",
-    "rows_type",
-    "sums_type",
     "thread_number",
 ]

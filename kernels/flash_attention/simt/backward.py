@@ -33,15 +33,10 @@ from ...gpu.runtime import (
     warp_sum,
 )
 from ...gpu.vectors import vector_access
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
-from ..softmax import (
-    LOG2_E,
-    reciprocal_of,
-)
+from ..schedule import Band
+from ..schedule_cuda import is_whole, key_tiles, query_tiles, tile_start
+from ..scores_cuda import head_place
+from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
 from .registers import Factor, multiply
 from .tiles import (
@@ -86,11 +81,11 @@ def delta_kernel(precision_name: str, has_grad_logsumexp: bool) -> Any:
         row = min(number, count - 1)  # all threads of a warp take part in its sum
         batch_head = row // seqlen_q
         b, h, r = batch_head // heads, batch_head % heads, row % seqlen_q
-        x = b * out_steps[0] + h * out_steps[1] + r * out_steps[2]
-        y = b * grad_steps[0] + h * grad_steps[1] + r * grad_steps[2]
+        x = b * out_steps.batch + h * out_steps.head + r * out_steps.row
+        y = b * grad_steps.batch + h * grad_steps.head + r * grad_steps.row
         total = real(0.0)
         for c in range(cuda.threadIdx.x % WARP, value_dim, WARP):
-            total += load(out[x + c]) * load(grad_out[y + c * grad_steps[3]])
+            total += load(out[x + c]) * load(grad_out[y + c * grad_steps.column])
         total = warp_sum(total)
         if number == row and cuda.threadIdx.x % WARP == 0:
             m, l = rows_of[2 * row], rows_of[2 * row + 1]
@@ -199,13 +194,12 @@ def score_gradients(kind: Kind, blocks: Blocks, plan: BackwardMemory) -> Any:
 
     @device_function
     def run(memory, sums, row0, key0, band, mask, mask_place, keep_scale):
-        lower, upper, _, seqlen_k = band
         my_row, my_key = place_of()
         own = p_tile + my_row * p_step + my_key
         # S = Q K^T, P = exp(S - m) / l
         fill(sums, rows, keys, real(0.0))
         scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
-        if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+        if always_masked or not is_whole(row0, block_m, key0, block_n, band):
             apply_mask(memory, sums, row0, key0, band, mask, mask_place)
         for i in range(rows):
             shift = memory[shift_at + my_row + i * threads_m]
@@ -289,14 +283,14 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     add_dv = multiply(p_keys, own_columns(v_width, threads_d, lanes, v_step), block_m, lanes)
     write_dk = gradient_writer(kind, blocks, own, head_dim, width)
     write_dv = gradient_writer(kind, blocks, own, value_dim, v_width)
-    unit, to_natural = kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E
+    unit, to_natural = kind.unit, 1.0 / kind.unit
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_key_value(
         q, k, v, mask, offset, grad_out, shift, inverse, delta, dk, dv, q_steps, k_steps, v_steps,
-        mask_steps, grad_steps, dk_steps, dv_steps, sizes, scale, seed, threshold, keep,
+        mask_steps, grad_steps, dk_steps, dv_steps, sizes, group, scale, seed, threshold, keep,
     ):  # fmt: skip
-        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group, group = sizes
+        heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory = cuda.shared.array(0, real)
         sums = cuda.local.array((rows, keys), real)
         dk_sums = cuda.local.array((own, count), real)
@@ -307,36 +301,32 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
         key0 = cuda.blockIdx.x % tiles * block_n
         slots = heads // group
         b, first_head = slot // slots, slot % slots * group
-        k_start = b * k_steps[0] + first_head // k_group * k_steps[1] + key0 * k_steps[2]
-        v_start = b * v_steps[0] + first_head // v_group * v_steps[1] + key0 * v_steps[2]
+        k_start = b * k_steps.batch + first_head // k_group * k_steps.head + key0 * k_steps.row
+        v_start = b * v_steps.batch + first_head // v_group * v_steps.head + key0 * v_steps.row
         load_keys(
-            memory, (k_tile, k, k_start, k_steps[2], k_steps[3]),
-            (v_tile, v, v_start, v_steps[2], v_steps[3]), seqlen_k - key0, real(1.0),
+            memory, (k_tile, k, k_start, k_steps.row, k_steps.column),
+            (v_tile, v, v_start, v_steps.row, v_steps.column), seqlen_k - key0, real(1.0),
         )  # fmt: skip
         fill(dk_sums, own, count, real(0.0))
         fill(dv_sums, own, v_count, real(0.0))
-        band = (lower, upper, seqlen_q, seqlen_k)
+        band = Band(lower, upper, seqlen_q, seqlen_k)
         rows_of = shift, inverse, delta
         dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
-        # Query i sees key j iff i + lower <= j < i + upper: j - upper + 1 <= i <= j - lower.
-        last_key = min(key0 + block_n, seqlen_k) - 1
-        first, end = tile_range(key0, last_key, 1 - upper, 1 - lower, seqlen_q, block_m)
+        first, end = query_tiles(key0, sizes, block_m, block_n)
         for h in range(first_head, first_head + group):
             batch_head = b * heads + h
-            q_start = b * q_steps[0] + h * q_steps[1]
-            do_start = b * grad_steps[0] + h * grad_steps[1]
-            mask_place = (
-                b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3],
-            )  # fmt: skip
+            q_start = b * q_steps.batch + h * q_steps.head
+            do_start = b * grad_steps.batch + h * grad_steps.head
+            mask_place = head_place(b, h, mask_steps)
             # From the last tile to the first: with a causal mask early queries have the largest P,
             # and a long sum is most accurate when these come last.
             for number in range(first, end):
                 row0 = tile_start(first + end - 1 - number, block_m)
                 load_queries(
-                    memory, (q_tile, q, q_start + row0 * q_steps[2], q_steps[2], q_steps[3]),
+                    memory, (q_tile, q, q_start + row0 * q_steps.row, q_steps.row, q_steps.column),
                     (
-                        do_tile, grad_out, do_start + row0 * grad_steps[2], grad_steps[2],
-                        grad_steps[3],
+                        do_tile, grad_out, do_start + row0 * grad_steps.row, grad_steps.row,
+                        grad_steps.column,
                     ),
                     seqlen_q - row0, real(scale * unit),
                 )  # fmt: skip
@@ -354,8 +344,8 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
         for i in range(own):
             row = key0 + (i // lanes * key_threads + my_keys) * lanes + i % lanes
             if row < seqlen_k:
-                dk_start = b * dk_steps[0] + slot % slots * dk_steps[1] + row * dk_steps[2]
-                dv_start = b * dv_steps[0] + slot % slots * dv_steps[1] + row * dv_steps[2]
+                dk_start = b * dk_steps.batch + slot % slots * dk_steps.head + row * dk_steps.row
+                dv_start = b * dv_steps.batch + slot % slots * dv_steps.head + row * dv_steps.row
                 # The queries were times scale * unit.
                 write_dk(dk, dk_start, dk_sums, i, real(to_natural))
                 write_dv(dv, dv_start, dv_sums, i, real(1.0))
@@ -399,33 +389,33 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         batch_head = types.int64(cuda.blockIdx.x // tiles)
         row0 = (tiles - 1 - cuda.blockIdx.x % tiles) * block_m
         b, h = batch_head // heads, batch_head % heads
-        k_start = b * k_steps[0] + h // k_group * k_steps[1]
-        v_start = b * v_steps[0] + h // v_group * v_steps[1]
+        k_start = b * k_steps.batch + h // k_group * k_steps.head
+        v_start = b * v_steps.batch + h // v_group * v_steps.head
         load_queries(
             memory,
             (
-                q_tile, q, b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2], q_steps[2],
-                q_steps[3],
+                q_tile, q, b * q_steps.batch + h * q_steps.head + row0 * q_steps.row, q_steps.row,
+                q_steps.column,
             ),
             (
-                do_tile, grad_out, b * grad_steps[0] + h * grad_steps[1] + row0 * grad_steps[2],
-                grad_steps[2], grad_steps[3],
+                do_tile, grad_out,
+                b * grad_steps.batch + h * grad_steps.head + row0 * grad_steps.row,
+                grad_steps.row, grad_steps.column,
             ),
             seqlen_q - row0, real(scale * unit),
         )  # fmt: skip
         rows_of = shift, inverse, delta
         load_rows(memory, rows_of, batch_head * seqlen_q + row0, seqlen_q - row0)
         fill(dq_sums, rows, count, real(0.0))
-        band = (lower, upper, seqlen_q, seqlen_k)
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        band = Band(lower, upper, seqlen_q, seqlen_k)
+        mask_place = head_place(b, h, mask_steps)
         dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
-        last_row = min(row0 + block_m, seqlen_q) - 1
-        first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
+        first, end = key_tiles(row0, sizes, block_m, block_n)
         for number in range(first, end):
             key0 = tile_start(number, block_n)
             load_keys(
-                memory, (k_tile, k, k_start + key0 * k_steps[2], k_steps[2], k_steps[3]),
-                (v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3]),
+                memory, (k_tile, k, k_start + key0 * k_steps.row, k_steps.row, k_steps.column),
+                (v_tile, v, v_start + key0 * v_steps.row, v_steps.row, v_steps.column),
                 seqlen_k - key0, real(1.0),
             )  # fmt: skip
             if dropout:
@@ -446,7 +436,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         for i in range(rows):
             row = row0 + my_row + i * threads_m
             if row < seqlen_q:
-                dq_start = b * dq_steps[0] + h * dq_steps[1] + row * dq_steps[2]
+                dq_start = b * dq_steps.batch + h * dq_steps.head + row * dq_steps.row
                 write_dq(dq, dq_start, dq_sums, i, real(scale))
 
     return flash_backward_query

@@ -33,15 +33,9 @@ from ...gpu.runtime import (
     warp_barrier,
 )
 from ...gpu.vectors import vector_access
-from ..schedule import (
-    is_whole,
-    tile_range,
-    tile_start,
-)
-from ..softmax import (
-    LOG2_E,
-    reciprocal_of,
-)
+from ..schedule_cuda import is_whole, key_tiles, tile_start
+from ..scores_cuda import head_place
+from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
 from .registers import Factor, multiply
 from .tiles import (
@@ -146,7 +140,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     always_masked, dropout = kind.mask != "none", kind.dropout
     reciprocal = reciprocal_of(kind.precision)
     nothing, infinity, unit, to_natural = (
-        NEGATIVE_INFINITY, float("inf"), kind.unit, 1.0 if kind.additive else 1.0 / LOG2_E,
+        NEGATIVE_INFINITY, float("inf"), kind.unit, 1.0 / kind.unit,
     )  # fmt: skip
 
     @kernel(blocks.threads, blocks=blocks.at_once)
@@ -167,25 +161,24 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         # The last rows, which see the most keys under a causal mask, come first.
         row0 = (tiles - 1 - cuda.blockIdx.x % tiles) * block_m
         b, h = batch_head // heads, batch_head % heads
-        q_start = b * q_steps[0] + h * q_steps[1] + row0 * q_steps[2]
-        k_start = b * k_steps[0] + h // k_group * k_steps[1]
-        v_start = b * v_steps[0] + h // v_group * v_steps[1]
-        mask_place = (b * mask_steps[0] + h * mask_steps[1], mask_steps[2], mask_steps[3])
+        q_start = b * q_steps.batch + h * q_steps.head + row0 * q_steps.row
+        k_start = b * k_steps.batch + h // k_group * k_steps.head
+        v_start = b * v_steps.batch + h // v_group * v_steps.head
+        mask_place = head_place(b, h, mask_steps)
         band = (lower, upper, seqlen_q, seqlen_k)
         own_scale, keep_scale = real(scale * unit), real(keep)
         dropout_of = (seed + offset[0], types.uint64(threshold), keep_scale)
-        load_q(memory, q_tile, q, q_start, q_steps[2], q_steps[3], seqlen_q - row0, own_scale)
+        load_q(memory, q_tile, q, q_start, q_steps.row, q_steps.column, seqlen_q - row0, own_scale)
         for i in range(rows):
             m[i], l[i] = real(nothing), real(0.0)
         fill(o, rows, columns, real(0.0))
 
-        last_row = min(row0 + block_m, seqlen_q) - 1
-        first, end = tile_range(row0, last_row, lower, upper, seqlen_k, block_n)
+        first, end = key_tiles(row0, sizes, block_m, block_n)
         for number in range(first, end):
             key0 = tile_start(number, block_n)
             load_keys(
-                memory, (k_tile, k, k_start + key0 * k_steps[2], k_steps[2], k_steps[3]),
-                (v_tile, v, v_start + key0 * v_steps[2], v_steps[2], v_steps[3]),
+                memory, (k_tile, k, k_start + key0 * k_steps.row, k_steps.row, k_steps.column),
+                (v_tile, v, v_start + key0 * v_steps.row, v_steps.row, v_steps.column),
                 seqlen_k - key0, real(1.0),
             )  # fmt: skip
             if dropout:
@@ -194,7 +187,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             # S = Q K^T
             fill(sums, rows, keys, real(0.0))
             scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
-            if always_masked or not is_whole(row0, block_m, key0, block_n, lower, upper, seqlen_k):
+            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
                 apply_mask(memory, sums, row0, key0, band, mask, mask_place)
             # m, l, P and O = diag(exp(m - m_new)) O
             for i in range(rows):
@@ -237,7 +230,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                         else m[i] * real(to_natural) + real(math.log(total))
                     )
                 inverse = reciprocal(total)
-                start = b * out_steps[0] + h * out_steps[1] + row * out_steps[2]
+                start = b * out_steps.batch + h * out_steps.head + row * out_steps.row
                 for c in range(0, columns, at_once):
                     column = (c // lanes * threads_n + my_key) * lanes + c % lanes
                     if column < value_dim:

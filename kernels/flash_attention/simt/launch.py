@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
-from ...gpu.runtime import SIMULATED, Instance, ceil_div, launch, precision, types
+from ...gpu.runtime import SIMULATED, Instance, ceil_div, launch, types
 from ..launch import (
     Architecture,
     Gradients,
     Heads,
     Inputs,
     Matrices,
-    arguments_of,
+    argument_types,
     has_vectors,
-    mask_of,
-    mask_type,
+    instances_of,
+    scalars_of,
+    sizes_of,
 )
 from ..problem import AttentionProblem
 from .backward import (
@@ -144,16 +145,37 @@ def backward_blocks(kind: Kind, architecture: Architecture) -> tuple[Blocks, Blo
 # ----- launches -----
 
 
-def _kind(problem: AttentionProblem, inputs: Inputs, *more: Matrices) -> Kind:
+def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
     return Kind(
-        problem.dtype.name, problem.head_dim, problem.value_dim, inputs.mask_kind,
-        problem.dropout_p > 0, has_vectors(problem, inputs.q, inputs.k, inputs.v, *more),
+        problem.dtype.name, problem.head_dim, problem.value_dim, mask_kind,
+        problem.dropout_p > 0, vectors,
     )  # fmt: skip
 
 
-def _shared_bytes(kind: Kind, plan: Any) -> int:
-    size: int = plan.size
-    return size * _itemsize(kind)
+def _has_vectors(problem: AttentionProblem, inputs: Inputs, *more: Matrices) -> bool:
+    columns = problem.head_dim, problem.value_dim
+    return has_vectors(problem, columns, inputs.q, inputs.k, inputs.v, *more)
+
+
+def block_sizes(
+    problem: AttentionProblem, architecture: Architecture, backward: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Queries and keys of a tile, by what a kernel computes; for rows that come in vectors."""
+    kind = _kind(problem, problem.mask_kind, vectors=True)
+    found = {"output": forward_blocks(kind, architecture)}
+    if backward:
+        for_keys, for_queries = backward_blocks(kind, architecture)
+        found = {"dK and dV": for_keys, "dQ": for_queries}
+    return {name: (blocks.block_m, blocks.block_n) for name, blocks in found.items()}
+
+
+def _forward_bytes(kind: Kind, blocks: Blocks) -> int:
+    """Of shared memory."""
+    return forward_memory(kind, blocks).size * _itemsize(kind)
+
+
+def _backward_bytes(kind: Kind, blocks: Blocks, needs_p: bool) -> int:
+    return backward_memory(kind, blocks, needs_p).size * _itemsize(kind)
 
 
 def forward(
@@ -166,33 +188,15 @@ def forward(
     architecture: Architecture,
     blocks: Blocks | None = None,
 ) -> None:
-    """Write the output (Nq, Dv) of each head, the logsumexp, and what the backward pass wants.
-
-    Args:
-        problem: what is asked for.
-        heads: how it is laid out.
-        inputs: what is read.
-        out: rows are contiguous, in 16-byte pieces if Dv is a multiple of as many elements.
-        logsumexp: contiguous (batch, heads, Nq), flat, float32 (float64 for float64).
-        rows: likewise (batch, heads, Nq, 2): each row's maximum m, in units of log 2 but with an
-            additive mask, and the sum l of exp(score - m).
-        architecture: compute capability.
-        blocks: of one's choice.
-
-    """
-    if not problem.batch_heads * problem.seqlen_q:
-        return
-    kind = _kind(problem, inputs)
+    """Write the output, the logsumexp and what the backward pass wants: see launch.py."""
+    kind = _kind(problem, inputs.mask_kind, _has_vectors(problem, inputs))
     blocks = blocks or forward_blocks(kind, architecture)
-    mask, mask_strides = mask_of(inputs)
-    sizes, numbers = arguments_of(problem, heads)
-    q, k, v = inputs.q, inputs.k, inputs.v
-    grid = ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads
     launch(
-        forward_kernel(kind, blocks), grid, blocks.threads,
-        q.array, k.array, v.array, mask, inputs.offset, out.array, logsumexp, rows,
-        q.strides, k.strides, v.strides, mask_strides, out.strides, sizes, *numbers,
-        shared_bytes=_shared_bytes(kind, forward_memory(kind, blocks)),
+        forward_kernel(kind, blocks),
+        ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads, blocks.threads,
+        *inputs.arrays, inputs.offset, out.array, logsumexp, rows, *inputs.strides, out.strides,
+        sizes_of(problem, heads), *scalars_of(problem),
+        shared_bytes=_forward_bytes(kind, blocks),
     )  # fmt: skip
 
 
@@ -208,60 +212,34 @@ def backward(
     architecture: Architecture,
     blocks: tuple[Blocks, Blocks] | None = None,
 ) -> None:
-    """Write the gradients of queries, keys and values.
-
-    Args:
-        problem: what was asked for.
-        heads: how it is laid out.
-        inputs: as in the forward pass.
-        out: its output.
-        rows: what it left in them.
-        grad_out: the gradient of `out`, any strides.
-        grad_logsumexp: of the logsumexp, contiguous; None for 0.
-        gradients: where to write.
-        architecture: compute capability.
-        blocks: of one's choice, for dK and dV, and for dQ.
-
-    """
-    if not problem.batch_heads:
-        return
-    kind = _kind(problem, inputs, grad_out)
+    """Write the gradients of queries, keys and values: see launch.py."""
+    kind = _kind(problem, inputs.mask_kind, _has_vectors(problem, inputs, grad_out))
     for_keys, for_queries = blocks or backward_blocks(kind, architecture)
-    mask, mask_strides = mask_of(inputs)
-    sizes, numbers = arguments_of(problem, heads)
-    q, k, v = inputs.q, inputs.k, inputs.v
+    sizes, scalars = sizes_of(problem, heads), scalars_of(problem)
     delta, shift, inverse = gradients.workspace
     count = problem.batch_heads * problem.seqlen_q
-    if count:
-        launch(
-            delta_kernel(problem.dtype.name, grad_logsumexp is not None),
-            ceil_div(count, DELTA_ROWS), DELTA_THREADS,
-            out.array, grad_out.array, rows,
-            rows if grad_logsumexp is None else grad_logsumexp, delta, shift, inverse,
-            out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, count,
-        )  # fmt: skip
-    read = (
-        q.array, k.array, v.array, mask, inputs.offset, grad_out.array, shift, inverse, delta,
+    launch(
+        delta_kernel(problem.dtype.name, grad_logsumexp is not None),
+        ceil_div(count, DELTA_ROWS), DELTA_THREADS,
+        out.array, grad_out.array, rows,
+        rows if grad_logsumexp is None else grad_logsumexp, delta, shift, inverse,
+        out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, count,
     )  # fmt: skip
-    strides = (q.strides, k.strides, v.strides, mask_strides, grad_out.strides)
-    if problem.seqlen_k:
-        dk, dv = gradients.dk, gradients.dv
-        grid = ceil_div(problem.seqlen_k, for_keys.block_n) * (problem.batch_heads // heads.group)
-        launch(
-            key_value_kernel(kind, for_keys), grid, for_keys.threads,
-            *read, dk.array, dv.array, *strides, dk.strides, dv.strides,
-            (*sizes, heads.group), *numbers,
-            shared_bytes=_shared_bytes(kind, backward_memory(kind, for_keys, True)),
-        )  # fmt: skip
-    if count:
-        dq, ds = gradients.dq, gradients.ds
-        launch(
-            query_kernel(kind, for_queries, ds is not None),
-            ceil_div(problem.seqlen_q, for_queries.block_m) * problem.batch_heads,
-            for_queries.threads, *read, dq.array, delta if ds is None else ds,
-            *strides, dq.strides, sizes, *numbers,
-            shared_bytes=_shared_bytes(kind, backward_memory(kind, for_queries, False)),
-        )  # fmt: skip
+    read = (*inputs.arrays, inputs.offset, grad_out.array, shift, inverse, delta)
+    strides = (*inputs.strides, grad_out.strides)
+    dq, dk, dv, ds = gradients[:4]
+    launch(
+        key_value_kernel(kind, for_keys),
+        ceil_div(problem.seqlen_k, for_keys.block_n) * (problem.batch_heads // heads.group),
+        for_keys.threads, *read, dk.array, dv.array, *strides, dk.strides, dv.strides, sizes,
+        heads.group, *scalars, shared_bytes=_backward_bytes(kind, for_keys, True),
+    )  # fmt: skip
+    launch(
+        query_kernel(kind, for_queries, ds is not None),
+        ceil_div(problem.seqlen_q, for_queries.block_m) * problem.batch_heads,
+        for_queries.threads, *read, dq.array, delta if ds is None else ds, *strides, dq.strides,
+        sizes, *scalars, shared_bytes=_backward_bytes(kind, for_queries, False),
+    )  # fmt: skip
 
 
 # ----- for the compile tests -----
@@ -269,20 +247,20 @@ def backward(
 
 def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     """numba types of the kernels' arguments, by their names."""
-    numbers = precision(kind.precision)
-    array, rows = numbers.array, types.Array(numbers.real, 1, "C")
-    mask = mask_type(kind.mask, array)
-    word, strides = types.Array(types.uint64, 1, "C"), types.UniTuple(types.int64, 4)
-    sizes, sizes_and_group = types.UniTuple(types.int64, 7), types.UniTuple(types.int64, 8)
-    scalars = (types.float64, types.uint64, types.int64, types.float64)
-    read = (array, array, array, mask, word)
+    of = argument_types(kind.precision, kind.mask)
+    array, rows, strides, whole = of.array, of.rows, of.strides, types.int64
     return {
-        "forward": (*read, array, rows, rows, *[strides] * 5, sizes, *scalars),
-        "key_value": (
-            *read, array, *[rows] * 3, array, array, *[strides] * 7, sizes_and_group, *scalars,
+        "forward": (
+            *of.inputs, array, rows, rows, *[strides] * 5, of.sizes, *of.scalars,
         ),
-        "query": (*read, array, *[rows] * 3, array, rows, *[strides] * 6, sizes, *scalars),
-        "delta": (array, array, *[rows] * 5, strides, strides, *[types.int64] * 4),
+        "key_value": (
+            *of.inputs, array, *[rows] * 3, array, array, *[strides] * 7, of.sizes, whole,
+            *of.scalars,
+        ),
+        "query": (
+            *of.inputs, array, *[rows] * 3, array, rows, *[strides] * 6, of.sizes, *of.scalars,
+        ),
+        "delta": (array, array, *[rows] * 5, strides, strides, *[whole] * 4),
     }  # fmt: skip
 
 
@@ -304,34 +282,22 @@ def instances() -> Iterator[Instance]:
         Kind("bfloat16", 128, 128, "bool", False, True),
     )
     for kind in kinds:
-        signatures = _signatures(kind)
         names = ("sm_75",) if kind.precision == "bfloat16" else tuple(ARCHITECTURES)
-        for what, kernel, architectures in _kernels(kind, names):
-            yield Instance(
-                f"flash_{what}[{_name(kind)}, {', '.join(architectures)}]",
-                kernel,
-                signatures[what],
-                architectures=architectures,
-            )
+        kernels = {name: _kernels(kind, ARCHITECTURES[name]) for name in names}
+        yield from instances_of("flash", _name(kind), kernels, _signatures(kind))
     for name in PRECISIONS:
         kind = Kind(name, 64, 64, "none", False, True)
         yield Instance(f"flash_delta[{name}]", delta_kernel(name, True), _signatures(kind)["delta"])
 
 
-def _kernels(kind: Kind, names: tuple[str, ...]) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
-    """Forward and backward kernels, for each shape of tiles, and the architectures that pick it."""
-    picked: dict[tuple[str, Any], tuple[str, ...]] = {}
-    for name in names:
-        capability = ARCHITECTURES[name]
-        for_keys, for_queries = backward_blocks(kind, capability)
-        for what, kernel in (
-            ("forward", forward_kernel(kind, forward_blocks(kind, capability))),
-            ("key_value", key_value_kernel(kind, for_keys)),
-            ("query", query_kernel(kind, for_queries, False)),
-        ):
-            picked[what, kernel] = (*picked.get((what, kernel), ()), name)
-    for (what, kernel), architectures in picked.items():
-        yield what, kernel, architectures
+def _kernels(kind: Kind, architecture: Architecture) -> dict[str, Any]:
+    """Forward and backward kernels, in the shape of tiles that an architecture picks."""
+    for_keys, for_queries = backward_blocks(kind, architecture)
+    return {
+        "forward": forward_kernel(kind, forward_blocks(kind, architecture)),
+        "key_value": key_value_kernel(kind, for_keys),
+        "query": query_kernel(kind, for_queries, False),
+    }
 
 
 def _name(kind: Kind) -> str:
@@ -339,4 +305,4 @@ def _name(kind: Kind) -> str:
     return f"{kind.precision}, {kind.head_dim}, {kind.value_dim}, {kind.mask}{flags}"
 
 
-__all__ = ["Gradients", "Heads", "Inputs", "Matrices", "backward", "forward", "why_not"]
+__all__ = ["backward", "block_sizes", "forward", "instances", "why_not"]

@@ -4,8 +4,7 @@ A tile lies in shared memory in rows that are a little longer than its width, so
 neighbouring threads read at once begin in different banks. What is beyond the end of a sequence is
 filled with zeros. All tiles of a block are parts of one array, `memory`; a tile is an offset.
 
-Which tiles a block visits is decided in schedule.py alone, and which scores count by `masked_score`
-alone.
+Which tiles a block visits is decided in schedule.py alone, and which scores count in scores.py.
 """
 
 from __future__ import annotations
@@ -15,18 +14,15 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ...gpu.runtime import (
-    NEGATIVE_INFINITY,
     cuda,
     device_function,
     precision,
     types,
 )
 from ...gpu.vectors import vector_access
-from ..softmax import (
-    LOG2_E,
-    exp2_function,
-    mask_number,
-)
+from ..scores import LOG2_E, Masked, Where
+from ..scores_cuda import counts, keys_of, masked_score
+from ..softmax import exp2_function
 from .registers import (
     BYTES,
     Factor,
@@ -36,7 +32,7 @@ IN_FLIGHT = 8  # reads of a thread from global memory before it uses the first; 
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Masked):
     """What a kernel is compiled for, beside the sizes of its tiles.
 
     Args:
@@ -55,18 +51,6 @@ class Kind:
     mask: str
     dropout: bool
     vectors: bool
-
-    @property
-    def additive(self) -> bool:
-        """Whether the mask is added to the scores."""
-        return self.mask not in ("none", "bool")
-
-    @property
-    def unit(self) -> float:
-        """Factor of scores, log2(e): their exponentials are powers of two. With an additive mask it
-        is 1, as a number of the mask may be as large as numbers are.
-        """
-        return 1.0 if self.additive else LOG2_E
 
 
 @dataclass(frozen=True)
@@ -138,28 +122,26 @@ def row_step(columns: int, lanes: int) -> int:
 
 
 @cache
-def masked_score(kind: Kind) -> Any:
-    """Device function: a score, given its row and column, as the mask leaves it.
+def score_reader(kind: Kind) -> Any:
+    """Device function `(score, row, column, band, mask, place)`: a score as the rule leaves it.
 
-    -inf where the query may not see the key. An additive mask is added.
+    `place` is of `head_place`, `band` (lower, upper, seqlen_q, seqlen_k).
     """
-    nothing = precision(kind.precision).real(NEGATIVE_INFINITY)
-    no_mask, is_bool = kind.mask == "none", kind.mask == "bool"
-    load = mask_number(kind.mask if kind.additive else "float32", kind.precision)
+    masked, has_mask = masked_score(kind.mask, kind.precision), kind.mask != "none"
 
     @device_function
-    def score_of(score, row, column, band, mask, mask_place):
+    def score_of(score, row, column, band, mask, place):
         lower, upper, seqlen_q, seqlen_k = band
-        visible = (column < seqlen_k) & (column >= row + lower) & (column < row + upper)
-        if no_mask:
-            return score if visible else nothing
-        start, row_step, column_step = mask_place
+        batch, head, start, row_step, column_step = place
+        first, end = keys_of(row, lower, upper)
+        sees = counts(column < seqlen_k, column, first, end)
+        where = Where(batch, head, row, column)
+        if not has_mask:
+            return masked(score, sees, 0, where)
         # Where there is no number of the mask the first is read, to no effect: no branch.
-        place = types.int64(row) * row_step + types.int64(column) * column_step
-        number = mask[start + (place if visible & (row < seqlen_q) else types.int64(0))]
-        if is_bool:
-            return score if visible & (number != 0) else nothing
-        return score + load(number) if visible else nothing
+        offset = types.int64(row) * row_step + types.int64(column) * column_step
+        number = mask[start + (offset if sees & (row < seqlen_q) else types.int64(0))]
+        return masked(score, sees, number, where)
 
     return score_of
 
@@ -181,12 +163,12 @@ def exponential(kind: Kind) -> Any:
 
 @cache
 def score_masker(kind: Kind, blocks: Blocks, tile: int, step: int) -> Any:
-    """Device function: `masked_score` of a thread's scores, by way of its elements of a tile.
+    """Device function: `score_reader` of a thread's scores, by way of its elements of a tile.
 
     `(memory, sums, row0, key0, band, mask, mask_place)`: band is (lower, upper, seqlen_q,
-    seqlen_k), mask_place where the head's mask begins, and its strides.
+    seqlen_k), mask_place of `head_place`.
     """
-    score_of = masked_score(kind)
+    score_of = score_reader(kind)
     threads_m, threads_n, keys = blocks.threads_m, blocks.threads_n, blocks.keys
     count, place_of = blocks.rows * keys, own_place(threads_n)
     put, get = tile_access(blocks, step)

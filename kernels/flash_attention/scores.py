@@ -1,0 +1,165 @@
+"""Which scores count, and what is added to them: one rule, of which every family makes its code.
+
+    S = scale Q K^T
+    S = S + mask          if the mask is additive
+    S = -inf              where the band, the end of the keys or a bool mask hides a key
+
+The band: query i sees keys i + lower ... i + upper - 1; so key j is seen by queries j + 1 - upper
+... j - lower. Keys end at seqlen_k, and queries at seqlen_q.
+
+The functions consist of arithmetic, comparisons and `&`, and can be made into any family's code:
+
+    compiled by numba, a score at a time           simt/tiles.py, decode/forward.py
+    compiled by numba, row by row                  cpu/tiles.py
+    traced over a tile in registers                fragments/scores.py (mma and Hopper)
+    called as they are, on numpy's arrays          `mask_numbers`, and tests
+
+What these do in their own way, as to choose without a branch, they say in `Tools`. Which tiles have
+a score that counts follows from the band: schedule.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+LOG2_E = math.log2(math.e)
+
+
+class Masked:
+    """What a kernel's kind says of its scores; `mask` is "none", "bool", or an additive mask's
+    dtype.
+    """
+
+    mask: str
+
+    @property
+    def additive(self) -> bool:
+        """Whether the mask is added to the scores."""
+        return is_additive(self.mask)
+
+    @property
+    def unit(self) -> float:
+        """Factor of scores on a GPU: see `unit_of`."""
+        return unit_of(self.additive)
+
+
+def is_additive(mask: str) -> bool:
+    """Whether a mask, given as in `Masked`, is added to the scores."""
+    return mask not in ("none", "bool")
+
+
+def unit_of(additive: bool) -> float:
+    """Factor of scores on a GPU, log2(e): their exponentials are powers of two. With an additive
+    mask it is 1, as a number of the mask may be as large as numbers are.
+    """
+    return 1.0 if additive else LOG2_E
+
+
+# ----- the band -----
+
+
+def keys_of(query: Any, lower: Any, upper: Any) -> tuple[Any, Any]:
+    """The first key that the band lets a query see, and one past the last: they may lie before the
+    first key there is, or past the last.
+    """
+    return query + lower, query + upper
+
+
+def queries_of(key: Any, lower: Any, upper: Any) -> tuple[Any, Any]:
+    """The first query that sees a key, and one past the last."""
+    return key + 1 - upper, key + 1 - lower
+
+
+def counts(inside: Any, place: Any, first: Any, end: Any) -> Any:
+    """Whether a key, or a query, is one of these. `inside` says whether it exists: whoever has
+    bounds at hand may lower `end` instead.
+    """
+    return inside & (place >= first) & (place < end)
+
+
+# ----- a score -----
+
+
+class Where(NamedTuple):
+    """Which score it is."""
+
+    batch: Any
+    head: Any  # of the queries
+    query: Any
+    key: Any
+
+
+class Tools(NamedTuple):
+    """What a family does in its own way.
+
+    Args:
+        select: function `(condition, yes, no)`.
+        add: function `(score, number)`: the score plus the mask's number.
+        nothing: -inf in the scores' type.
+
+    """
+
+    select: Callable[[Any, Any, Any], Any]
+    add: Callable[[Any, Any], Any]
+    nothing: Any = -math.inf
+
+
+def masked_score(mask: str, tools: Tools) -> Callable[[Any, Any, Any, Where], Any]:
+    """What the softmax gets for a score: a function, in the form that the tools make.
+
+    Its arguments are the score, whether it `counts`, the mask's number (anything if there is none),
+    and where the score is. `mask` is as in `Masked`.
+    """
+    select, add, nothing = tools
+    is_bool, additive = mask == "bool", is_additive(mask)
+
+    def masked(score, sees, number, where):
+        # A user's functions of a score, and of what a query sees, belong here, and nowhere else:
+        # score = score_function(score, *where), sees = sees & mask_function(*where).
+        if is_bool:
+            sees = sees & (number != 0)
+        if additive:
+            score = add(score, number)
+        return select(sees, score, nothing)
+
+    return masked
+
+
+def nearest(number: Any, rounded: Any, largest: float, select: Callable[..., Any]) -> Any:
+    """An additive mask's number in the scores' type: `rounded`, which that type makes of it, or if
+    this is infinite and the number is not, the type's largest number.
+    """
+    infinity = math.inf
+    x = select((rounded == infinity) & (number < infinity), largest, rounded)
+    return select((x == -infinity) & (number > -infinity), -largest, x)
+
+
+def mask_numbers(attn_mask: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An additive mask in the dtype of the scores (see `nearest`)."""
+    with np.errstate(over="ignore"):
+        rounded = attn_mask.astype(dtype, copy=False)
+    if attn_mask.dtype.itemsize <= dtype.itemsize:
+        return rounded
+    found: NDArray[Any] = nearest(attn_mask, rounded, np.finfo(dtype).max, np.where)
+    return found
+
+
+__all__ = [
+    "LOG2_E",
+    "Masked",
+    "Tools",
+    "Where",
+    "counts",
+    "is_additive",
+    "keys_of",
+    "mask_numbers",
+    "masked_score",
+    "nearest",
+    "queries_of",
+    "unit_of",
+]
