@@ -305,7 +305,7 @@ class VectorOperations:
 
     def exp2(self, x: Any) -> Any:
         """2**x over the whole range: `simd.exp2` is for powers below 2**127."""
-        far, most = (1000.0, 1100.0) if self._double(x) else (100.0, 190.0)
+        far, most = (1000.0, 1080.0) if self._double(x) else (100.0, 190.0)
         b, is_far = self.b, self.less(self.number(x, far), x)
         near = b.fsub(self.minimum(x, self.number(x, most)), self._if(is_far, x, 64.0, 0.0))
         return b.fmul(simd._exp2(b, near, TARGET), self._if(is_far, x, 2.0**64, 1.0))
