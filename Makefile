@@ -63,7 +63,7 @@ SIMULATE := NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest --numprocesses 2 --di
 simulator: $(VENV)/dev.stamp
 	$(SIMULATE) tests/cuda $(COMMON)
 	$(SIMULATE) -p tests.cuda.own_simulator \
-	tests/cuda/test_simulator.py tests/cuda/test_fused_cuda.py tests/cuda/test_sums_cuda.py
+	tests/cuda/test_simulator.py tests/cuda/test_sums_cuda.py tests/cuda/test_register_tile.py
 
 # A cache of its own, since numba's does not tell code that checks from code that does not. What
 # intrinsics read and write (kernels/cpu/simd.py) is not checked here; it is without compilation, where

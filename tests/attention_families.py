@@ -155,9 +155,11 @@ OF_THE_HOST = tuple(
     )
 )  # fmt: skip
 # There SIMT's tests show these rules in `make test`, which are the same code or take long.
+IN_THE_SIMULATOR = ("causal", "window", "heads share keys", "causal, mask, dropout")
 SLOW_IN_THE_SIMULATOR = (
-    *OF_THE_HOST, "test_every_dtype", "test_rows_that_see_no_key",
-    "test_dropout_keeps_what_the_mask_says", "test_nothing_outside_of_the_inputs_is_used",
+    *(f"test_feature[{name}]" for name in FEATURES if name not in IN_THE_SIMULATOR),
+    "test_every_dtype", "test_rows_that_see_no_key", "test_dropout_keeps_what_the_mask_says",
+    "test_nothing_outside_of_the_inputs_is_used",
 )  # fmt: skip
 SIZES = (1, 16, 40, 64, 96, 128, 160, 256)
 LAYOUTS = ("plain", "heads", "transposed", "part")
@@ -199,10 +201,7 @@ HOPPER = replace(
     shape=(20, 70, 64, 40) if SIMULATED else (150, 339, 64, 40),
     longest=(400, 400), columns=st.sampled_from([16, 64]), value_columns=st.sampled_from([16, 64]),
     examples=0 if SIMULATED else 14,
-    thorough=(*SLOW_IN_THE_SIMULATOR, *(
-        f"test_feature[{name}]" for name in FEATURES
-        if name not in ("causal", "heads share keys", "causal, mask, dropout")
-    )) if SIMULATED else (),
+    thorough=SLOW_IN_THE_SIMULATOR if SIMULATED else (),
     head_sizes=(
         *((n, n) for n in (8, 32, 40, 59, 64, 72, 96, 111, 128, 160, 192, 224, 256)),
         (192, 128), (128, 100), (59, 96),

@@ -70,6 +70,7 @@ def test_bad_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str])
     assert "error" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_parallel_check(capsys: pytest.CaptureFixture[str]) -> None:
     parallel_check.main(["--level", "1"])
     out = capsys.readouterr().out
