@@ -129,9 +129,11 @@ def dense_mask(block_mask: BlockMask, leading: tuple[int, ...]) -> npt.NDArray[n
     found = block_mask.to_mask()
     batch, heads = found.shape[:2]
     if not leading:
-        return found[0, 0]
+        first: npt.NDArray[np.bool_] = found[0, 0]
+        return first
     batches = leading[:-1] if batch > 1 else (1,) * len(leading[:-1])
-    return found.reshape(*batches, heads, *found.shape[2:])
+    dense: npt.NDArray[np.bool_] = found.reshape(*batches, heads, *found.shape[2:])
+    return dense
 
 
 class ApplyScoreMod(Function):

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch.kernels.cpu import score_rows
 from minitorch.kernels.cpu.compiler import COMPILES, njit
-from minitorch.kernels.cpu.score_rows import (
+from minitorch.kernels.flash_attention.cpu import score_rows
+from minitorch.kernels.flash_attention.cpu.score_rows import (
     call_gradient_row,
     call_score_row,
     captured_array,

@@ -14,9 +14,9 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from ..score_graph import Graph, Kind
-from . import simd, vector_math
-from .vector_target import TARGET
+from ...cpu import simd, vector_math
+from ...cpu.vector_target import TARGET
+from ...score_graph import Graph, Kind
 
 I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453

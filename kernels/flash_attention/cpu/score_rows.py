@@ -1,8 +1,8 @@
 """Rows of scores through a user's function, on the CPU: machine code for a graph, and its address.
 
-The kernels of attention are compiled once. What a user's function adds to them they call by its
-address, once for each row of a tile: a new function costs its own compilation, some hundredths of a
-second, and none of theirs.
+Kernels call it by the address, once for each row of a tile, and are compiled once for all
+functions: a new function costs its own compilation, some hundredths of a second, and none of
+theirs. (The CPU's attention does not call it yet; `Tensor.attention` evaluates graphs in numpy.)
 
 Two kinds of row functions are made of a graph: `score_row` for what a score or a mask function
 gives, and `gradient_row` for what its derivative adds to the backward pass. Gradients of captured
@@ -24,11 +24,11 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numpy.typing import NDArray
 
-from ..score_graph import Derivative, Graph, NumpyOperations, clamped, evaluate, node_value
-from . import plain, simd
-from .compiler import COMPILES, intrinsic
+from ...cpu import plain, simd
+from ...cpu.compiler import COMPILES, intrinsic
+from ...cpu.vector_target import TARGET
+from ...score_graph import Derivative, Graph, NumpyOperations, clamped, evaluate, node_value
 from .score_vectors import ADDRESS, I32, I64, SIZES, TABLE, UNIT, VectorOperations
-from .vector_target import TARGET
 
 Array = NDArray[Any]
 POSITIONS = ("b", "h", "q")
