@@ -11,10 +11,12 @@ from . import threads as _threads  # isort: skip  # noqa: F401
 from .kernels.gpu import runtime as _runtime  # isort: skip  # noqa: F401
 
 from . import (
+    attention_masks,
     cuda,
     modules_transfomer,
     operators,
     scalar_functions,
+    score_mods,
     testing,
 )
 from .attention import attention_dropout_mask
@@ -26,6 +28,14 @@ from .autodiff import (
     is_grad_enabled,
     no_grad,
     topological_sort,
+)
+from .block_mask import (
+    BlockMask,
+    and_masks,
+    create_block_mask,
+    create_mask,
+    noop_mask,
+    or_masks,
 )
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .containers import ModuleList, Sequential
@@ -81,6 +91,7 @@ from .optimizer import Optimizer, clip_grad_norm_
 from .rng import get_rng_state, manual_seed, set_rng_state
 from .scalar import Scalar, derivative_check
 from .scalar_functions import ScalarFunction, ScalarHistory
+from .score_mods import attention_sinks
 from .tensor import Tensor, TensorLike
 from .tensor_data import (
     MAX_DIMS,
@@ -145,6 +156,7 @@ __all__ = [
     "Add",
     "All",
     "Attn_Softmax",
+    "BlockMask",
     "BroadcastTo",
     "Cast",
     "CheckpointError",
@@ -221,9 +233,12 @@ __all__ = [
     "Variable",
     "View",
     "_tensor",
+    "and_masks",
     "argmax",
     "as_tensor",
     "attention_dropout_mask",
+    "attention_masks",
+    "attention_sinks",
     "avgpool2d",
     "backpropagate",
     "broadcast_index",
@@ -231,6 +246,8 @@ __all__ = [
     "clip_grad_norm_",
     "conv1d",
     "conv2d",
+    "create_block_mask",
+    "create_mask",
     "cuda",
     "datasets",
     "derivative_check",
@@ -254,14 +271,17 @@ __all__ = [
     "mm_practice",
     "modules_transfomer",
     "no_grad",
+    "noop_mask",
     "one_hot",
     "ones",
     "ones_tensor_from_numpy",
     "operators",
+    "or_masks",
     "prod",
     "rand",
     "save_checkpoint",
     "scalar_functions",
+    "score_mods",
     "set_default_dtype",
     "set_rng_state",
     "shape_broadcast",

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import check_tensor, type_name
+from .attention_variants import ApplyScoreMod, Variant, dense_mask
+from .block_mask import BlockMask, MaskMod
 from .cuda.precision import fp32_precision
 from .fused_functions import LogSumExp, Softmax
 from .kernels.flash_attention.problem import (
@@ -27,6 +29,7 @@ from .kernels.flash_attention.problem import (
 from .kernels.flash_attention.scores import mask_numbers
 from .kernels.philox import attention_dropout_mask as philox_mask
 from .rng import next_seed
+from .score_mods import ScoreMod
 from .tensor_data import TensorData
 from .tensor_functions import BandFill, FlashAttention, MaskedFill
 
@@ -111,26 +114,46 @@ def standard_attention(
     enable_gqa: bool = False,
     return_lse: bool = False,
     seed: int | None = None,
+    score_mod: ScoreMod | None = None,
+    block_mask: BlockMask | MaskMod | None = None,
 ) -> Any:
     """The same with the whole score matrix in memory (Vaswani et al. 2017, equation 1).
 
-    Arguments, result and errors are those of `flash_attention`.
+    Arguments, result and errors are those of `flash_attention`, and two more, with the names and
+    meanings of PyTorch's `flex_attention`. Scores are scaled, then go through `score_mod`; the mask
+    is added or applied, the band and `block_mask` are; then comes the softmax.
+
+    Args:
+        query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, return_lse,
+            seed: see `flash_attention`.
+        score_mod: a function (score, b, h, q_idx, kv_idx) -> score, of Python's operators and
+            numpy's functions on one score (`minitorch.score_mods` has some). It may read numbers of
+            arrays and Tensors that it closes over; a Tensor that requires a gradient gets one.
+        block_mask: a `BlockMask`, or a function (b, h, q_idx, kv_idx) -> truth value: whether the
+            query sees the key (`minitorch.attention_masks` has some). `b` is the index over all
+            leading dimensions but the last, `h` the query's head.
+
     """
     _check_tensors(query, key, value)
     checked_flag("return_lse", return_lse)
     problem = describe(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
+    variant = Variant.of(score_mod, block_mask, problem)
     scores = _matmul_heads(query, key.transpose(-2, -1)) * problem.scale  # (..., H, Nq, Nk)
     full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
     if scores.shape != full:  # value alone has some of the leading dimensions
         scores = scores + scores.zeros(full)
+    if variant.score is not None:
+        scores = ApplyScoreMod.apply(scores, variant.score, *variant.tensors)
     if attn_mask is not None and attn_mask.dtype == np.bool_:
         scores = MaskedFill.apply(scores, ~np.asarray(attn_mask))
     elif attn_mask is not None:
         scores = scores + _as_tensor(attn_mask, scores)
     if problem.left is not None or problem.right is not None:
         scores = BandFill.apply(scores, problem.lower, problem.upper)
+    if variant.block_mask is not None:
+        scores = MaskedFill.apply(scores, ~dense_mask(variant.block_mask, problem.leading))
     weights = Softmax.apply(scores, -1)
     if problem.dropout_p > 0:
         weights = weights * _dropout_factors(weights, problem)

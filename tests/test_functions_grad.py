@@ -62,7 +62,7 @@ def test_value_and_gradient(op: Op, backend: str, data: st.DataObject) -> None:
 
 def test_the_table_covers_every_function() -> None:
     """Each class with a derivative is reached by a row, or by the tests below."""
-    reached = {"Cast", "FlashAttention"}
+    reached = {"ApplyScoreMod", "Cast", "FlashAttention"}
     for op in OPS:
         example = settings(phases=[Phase.generate], database=None, max_examples=1)
         shapes = find(op.shapes, lambda _: True, settings=example)

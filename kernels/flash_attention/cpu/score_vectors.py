@@ -1,0 +1,393 @@
+"""Operations of a score function's graph (score_graph.py) as vector code of the CPU.
+
+A value is a scalar where it is the same for a whole row of scores, and a vector of neighbouring
+keys where it is not. Nothing is called: tanh, exp and log are polynomials or come from those of
+`simd.py` and `vector_math.py`, so that a row of scores costs a few instructions for each vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from ...cpu import simd, vector_math
+from ...cpu.vector_target import TARGET
+from ...score_graph import Graph, Kind
+
+I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
+TANH_FLOAT32 = (
+    -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1,
+)  # fmt: skip
+TANH_ABOVE = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3)
+TANH_BELOW = (
+    1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3,
+)  # fmt: skip
+
+
+ADDRESS, TABLE, UNIT, SIZES = range(4)  # words of a captured array, see `score_rows.words_of`
+
+
+@dataclass
+class VectorOperations:
+    """Operations for `score_graph.evaluate` that write LLVM code.
+
+    Args:
+        b: where it is written.
+        graph: of the function.
+        words: pointer to what the graph is given: of each captured array the address and its sizes,
+            then the parameters, those that are real as the bits of a float64.
+        real: type of the scores. Captured arrays have this type, int32, or bytes for truths, and
+            are contiguous.
+
+    """
+
+    b: ir.IRBuilder
+    graph: Graph
+    words: Any
+    real: ir.Type
+
+    def __post_init__(self) -> None:
+        self.lanes = TARGET.lanes(64 if self.real == ir.DoubleType() else 32)
+        self.types: dict[str, ir.Type] = {"real": self.real, "whole": I32, "truth": I1}
+        self.first_word, at = [], 0
+        for array in self.graph.captured:
+            self.first_word.append(at)
+            at += SIZES + array.dims
+        self.first_parameter = at
+
+    # ----- scalars and vectors -----
+
+    def word(self, n: int) -> Any:
+        """What the graph is given."""
+        return self.b.load(self.b.gep(self.words, [ir.Constant(I64, n)]))
+
+    def vector(self, x: Any) -> Any:
+        """A value in each lane."""
+        if isinstance(x.type, ir.VectorType):
+            return x
+        return simd.splat_value(self.b, x, ir.VectorType(x.type, self.lanes))
+
+    def alike(self, *values: Any) -> list[Any]:
+        """All as vectors, if one is."""
+        if any(isinstance(x.type, ir.VectorType) for x in values):
+            return [self.vector(x) for x in values]
+        return list(values)
+
+    def number(self, like: Any, value: float) -> ir.Constant:
+        """A constant of a value's type."""
+        return simd.constant_of(like.type, value)
+
+    def _is_real(self, x: Any) -> bool:
+        return isinstance(simd.element_of(x.type), ir.FloatType | ir.DoubleType)
+
+    # ----- what is given -----
+
+    def constant(self, value: Any, kind: Kind) -> Any:
+        """A number that is known."""
+        return ir.Constant(self.types[kind], value if kind == "real" else int(value))
+
+    def parameter(self, number: int, kind: Kind) -> Any:
+        """A number that is given."""
+        word = self.word(self.first_parameter + number)
+        if kind == "whole":
+            return self.b.trunc(word, I32)
+        double = self.b.bitcast(word, ir.DoubleType())
+        return double if self.real == ir.DoubleType() else self.b.fptrunc(double, self.real)
+
+    def load(self, captured: int, indices: Sequence[Any]) -> Any:
+        """A number of a captured array, or as many as there are lanes; indices are clamped."""
+        b, kind = self.b, self.graph.captured[captured].kind
+        element = {"real": self.real, "whole": I32, "truth": I8}[kind]
+        base, place = self.word(self.first_word[captured] + ADDRESS), self.place(captured, indices)
+        if isinstance(place.type, ir.VectorType):
+            found = self._gather(base, place, element)
+        else:
+            found = b.load(b.gep(b.inttoptr(base, element.as_pointer()), [place]))
+        return b.icmp_unsigned("!=", found, self.number(found, 0)) if kind == "truth" else found
+
+    def place(self, captured: int, indices: Sequence[Any]) -> Any:
+        """Where in a captured array an element lies, int64."""
+        b, at = self.b, self.first_word[captured] + SIZES
+        place: Any = ir.Constant(I64, 0)
+        for n, index in enumerate(indices):
+            size = self.word(at + n)
+            inside = self._clamped(index, b.sub(size, ir.Constant(I64, 1)))
+            place, size, inside = self.alike(place, size, inside)
+            place = b.add(b.mul(place, size), inside)
+        return place
+
+    def _clamped(self, index: Any, last: Any) -> Any:
+        """An index as int64, within 0 ... last."""
+        b = self.b
+        wide: ir.Type = I64
+        if isinstance(index.type, ir.VectorType):
+            wide = ir.VectorType(I64, self.lanes)
+        x, last = self.alike(b.sext(index, wide), last)
+        x = b.select(b.icmp_signed(">", x, last), last, x)
+        return b.select(b.icmp_signed("<", x, self.number(x, 0)), self.number(x, 0), x)
+
+    def _gather(self, base: Any, place: Any, element: ir.Type) -> Any:
+        """Elements at the places of a vector; neighbours in one load."""
+        b, n = self.b, self.lanes
+        size = {I8: 1, I32: 4, ir.FloatType(): 4, ir.DoubleType(): 8}[element]
+        values = ir.VectorType(element, n)
+        first, last = (b.extract_element(place, ir.Constant(I32, lane)) for lane in (0, n - 1))
+        steps = ir.Constant(ir.VectorType(I64, n), list(range(n)))
+        up = self._all(b.icmp_signed("==", place, b.add(self.vector(first), steps)))
+        down = self._all(b.icmp_signed("==", place, b.sub(self.vector(first), steps)))
+        pointer = b.inttoptr(base, element.as_pointer())
+        result = cgutils.alloca_once(b, values)
+        with b.if_else(up) as (yes, no):
+            with yes:
+                start = b.bitcast(b.gep(pointer, [first]), values.as_pointer())
+                b.store(b.load(start, align=size), result)
+            with no, b.if_else(down) as (reverse, scattered):
+                with reverse:
+                    start = b.bitcast(b.gep(pointer, [last]), values.as_pointer())
+                    turned = b.load(start, align=size)
+                    b.store(simd.shuffle(b, turned, turned, range(n - 1, -1, -1)), result)
+                with scattered:
+                    found: Any = ir.Constant(values, ir.Undefined)
+                    for lane in range(n):
+                        number = ir.Constant(I32, lane)
+                        at = b.gep(pointer, [b.extract_element(place, number)])
+                        found = b.insert_element(found, b.load(at), number)
+                    b.store(found, result)
+        return b.load(result)
+
+    def _all(self, truths: Any) -> Any:
+        """Whether all lanes are true."""
+        bits = self.b.bitcast(truths, ir.IntType(self.lanes))
+        return self.b.icmp_unsigned("==", bits, ir.Constant(bits.type, -1))
+
+    def cast(self, x: Any, have: Kind, kind: Kind) -> Any:
+        """As another kind. What is real is cut off towards 0, and to what int32 holds."""
+        to: ir.Type = self.types[kind]
+        if isinstance(x.type, ir.VectorType):
+            to = ir.VectorType(to, self.lanes)
+        if have == "real":
+            suffix = simd._suffix(x.type)
+            whole = suffix.replace("f32", "i32").replace("f64", "i32")
+            name = f"llvm.fptosi.sat.{whole}.{suffix}"
+            function = ir.FunctionType(to, [x.type])
+            return self.b.call(cgutils.get_or_insert_function(self.b.module, function, name), [x])
+        if kind == "real":
+            return (self.b.sitofp if have == "whole" else self.b.uitofp)(x, to)
+        return self.b.zext(x, to)
+
+    # ----- arithmetic -----
+
+    def _two(self, on_reals: str, on_whole: str, x: Any, y: Any) -> Any:
+        x, y = self.alike(x, y)
+        return getattr(self.b, on_reals if self._is_real(x) else on_whole)(x, y)
+
+    def add(self, x: Any, y: Any) -> Any:
+        return self._two("fadd", "add", x, y)
+
+    def subtract(self, x: Any, y: Any) -> Any:
+        return self._two("fsub", "sub", x, y)
+
+    def multiply(self, x: Any, y: Any) -> Any:
+        return self._two("fmul", "mul", x, y)
+
+    def divide(self, x: Any, y: Any) -> Any:
+        return self._two("fdiv", "", x, y)
+
+    def negative(self, x: Any) -> Any:
+        return self.b.fneg(x) if self._is_real(x) else self.b.neg(x)
+
+    def absolute(self, x: Any) -> Any:
+        return self.where(self.less(x, self.number(x, 0)), self.negative(x), x)
+
+    def minimum(self, x: Any, y: Any) -> Any:
+        return self._chosen("<", x, y)
+
+    def maximum(self, x: Any, y: Any) -> Any:
+        return self._chosen(">", x, y)
+
+    def _chosen(self, sign: str, x: Any, y: Any) -> Any:
+        """x if it is smaller (or larger), or NaN."""
+        x, y = self.alike(x, y)
+        if not self._is_real(x):
+            return self.b.select(self.b.icmp_signed(sign, x, y), x, y)
+        chosen = self.b.or_(
+            self.b.fcmp_ordered(sign, x, y), self.b.fcmp_unordered("uno", x, x)
+        )  # fmt: skip
+        return self.b.select(chosen, x, y)
+
+    def floor_divide(self, x: Any, y: Any) -> Any:
+        """Towards -inf; by 0 it is 0."""
+        quotient, rest, divisor, by_zero = self._divided(x, y)
+        less = self.b.sub(quotient, self.number(quotient, 1))
+        found = self.b.select(self._other_sign(rest, divisor), less, quotient)
+        return self.b.select(by_zero, self.number(found, 0), found)
+
+    def remainder(self, x: Any, y: Any) -> Any:
+        """With the sign of y; by 0 it is 0."""
+        _, rest, divisor, by_zero = self._divided(x, y)
+        found = self.b.select(self._other_sign(rest, divisor), self.b.add(rest, divisor), rest)
+        return self.b.select(by_zero, self.number(found, 0), found)
+
+    def _divided(self, x: Any, y: Any) -> tuple[Any, Any, Any, Any]:
+        """Quotient and rest towards 0, by a divisor that is safe, and whether y is 0."""
+        b = self.b
+        x, y = self.alike(x, y)
+        by_zero = b.icmp_signed("==", y, self.number(y, 0))
+        # The least number by -1 would be one too many: its quotient is itself, its rest 0.
+        overflow = b.and_(
+            b.icmp_signed("==", x, self.number(x, -(2**31))),
+            b.icmp_signed("==", y, self.number(y, -1)),
+        )
+        divisor = b.select(b.or_(by_zero, overflow), self.number(y, 1), y)
+        return b.sdiv(x, divisor), b.srem(x, divisor), divisor, by_zero
+
+    def _other_sign(self, rest: Any, divisor: Any) -> Any:
+        b, zero = self.b, self.number(rest, 0)
+        differ = b.icmp_signed("<", b.xor(rest, divisor), zero)
+        return b.and_(b.icmp_signed("!=", rest, zero), differ)
+
+    def bitwise_and(self, x: Any, y: Any) -> Any:
+        return self._two("", "and_", x, y)
+
+    def bitwise_or(self, x: Any, y: Any) -> Any:
+        return self._two("", "or_", x, y)
+
+    def bitwise_xor(self, x: Any, y: Any) -> Any:
+        return self._two("", "xor", x, y)
+
+    logical_and, logical_or, logical_xor = bitwise_and, bitwise_or, bitwise_xor
+
+    def logical_not(self, x: Any) -> Any:
+        return self.b.xor(x, self.number(x, 1))
+
+    # ----- comparisons -----
+
+    def _compared(self, sign: str, x: Any, y: Any) -> Any:
+        x, y = self.alike(x, y)
+        if self._is_real(x):
+            compare = self.b.fcmp_unordered if sign == "!=" else self.b.fcmp_ordered
+            return compare(sign, x, y)
+        return self.b.icmp_signed(sign, x, y)
+
+    def less(self, x: Any, y: Any) -> Any:
+        return self._compared("<", x, y)
+
+    def less_equal(self, x: Any, y: Any) -> Any:
+        return self._compared("<=", x, y)
+
+    def equal(self, x: Any, y: Any) -> Any:
+        return self._compared("==", x, y)
+
+    def not_equal(self, x: Any, y: Any) -> Any:
+        return self._compared("!=", x, y)
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        condition, x, y = self.alike(condition, x, y)
+        return self.b.select(condition, x, y)
+
+    # ----- functions -----
+
+    def _intrinsic(self, name: str, x: Any) -> Any:
+        function = ir.FunctionType(x.type, [x.type])
+        full = f"llvm.{name}.{simd._suffix(x.type)}"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, function, full), [x])
+
+    def sqrt(self, x: Any) -> Any:
+        return self._intrinsic("sqrt", x)
+
+    def floor(self, x: Any) -> Any:
+        return self._intrinsic("floor", x)
+
+    def exp2(self, x: Any) -> Any:
+        """2**x over the whole range: `simd.exp2` is for powers below 2**127."""
+        far, most = (1000.0, 1080.0) if self._double(x) else (100.0, 190.0)
+        b, is_far = self.b, self.less(self.number(x, far), x)
+        near = b.fsub(self.minimum(x, self.number(x, most)), self._if(is_far, x, 64.0, 0.0))
+        return b.fmul(simd._exp2(b, near, TARGET), self._if(is_far, x, 2.0**64, 1.0))
+
+    def exp(self, x: Any) -> Any:
+        """e**x, where it is large as the square of a root."""
+        far, most = (600.0, 800.0) if self._double(x) else (60.0, 100.0)
+        b, is_far = self.b, self.less(self.number(x, far), x)
+        least = self.minimum(x, self.number(x, most))
+        near = b.fmul(least, self._if(is_far, x, 0.5, 1.0))
+        root = vector_math._exp(b, near, TARGET)
+        return b.fmul(root, self.where(is_far, root, self.number(root, 1.0)))
+
+    def log2(self, x: Any) -> Any:
+        """The logarithm to base 2."""
+        exponent, log = self._log(x)
+        rest = self.b.fmul(log, self.number(x, LOG2_E))
+        return self._of_any(x, self.b.fadd(exponent, rest))
+
+    def log(self, x: Any) -> Any:
+        """The natural logarithm."""
+        exponent, log = self._log(x)
+        return self._of_any(x, self.b.fadd(self.b.fmul(exponent, self.number(x, LN_2)), log))
+
+    def _log(self, x: Any) -> tuple[Any, Any]:
+        """n and log(m) of x = 2**n m, where m is near 1: log(m) = 2 artanh((m - 1) / (m + 1))."""
+        b, double = self.b, self._double(x)
+        mantissa_bits, bits = (52, I64) if double else (23, I32)
+        bits_type = ir.VectorType(bits, x.type.count) if isinstance(x.type, ir.VectorType) else bits
+        small = self.less(x, self.number(x, 2.0**-1022 if double else 2.0**-126))
+        x = b.fmul(x, self._if(small, x, 2.0**64, 1.0))
+        # Counted from sqrt(1/2), so that m is sqrt(1/2) ... sqrt(2).
+        half = 0x3FE6A09E667F3BCD if double else 0x3F3504F3
+        offset = b.sub(b.bitcast(x, bits_type), simd.constant_of(bits_type, half))
+        n = b.ashr(offset, simd.constant_of(bits_type, mantissa_bits))
+        kept = b.sub(
+            b.bitcast(x, bits_type), b.shl(n, simd.constant_of(bits_type, mantissa_bits))
+        )  # fmt: skip
+        m = b.bitcast(kept, x.type)
+        one = self.number(x, 1.0)
+        f = b.fdiv(b.fsub(m, one), b.fadd(m, one))
+        square = b.fmul(f, f)
+        terms = 12 if double else 5
+        series = self.number(x, 2.0 / (2 * terms - 1))
+        for k in range(terms - 2, -1, -1):
+            series = simd.fma(b, series, square, self.number(x, 2.0 / (2 * k + 1)), TARGET)
+        exponent = b.fsub(b.sitofp(n, x.type), self._if(small, x, 64.0, 0.0))
+        return exponent, b.fmul(f, series)
+
+    def _of_any(self, x: Any, log: Any) -> Any:
+        """A logarithm, also where there is none: of 0, of inf and NaN, and below 0."""
+        infinity, zero = self.number(x, float("inf")), self.number(x, 0.0)
+        log = self.where(self.less(x, infinity), log, x)  # inf and NaN are their own
+        log = self.where(self.equal(x, zero), self.negative(infinity), log)
+        return self.where(self.less(x, zero), self.number(x, float("nan")), log)
+
+    def tanh(self, x: Any) -> Any:
+        """A polynomial, or a quotient of two, near 0 (Cephes, Moshier 1992, tanh.c), and else
+        1 - 2 / (e**2x + 1).
+        """
+        b = self.b
+        square, size = b.fmul(x, x), self.absolute(x)
+        if self._double(x):
+            above = self._polynomial(square, TANH_ABOVE)
+            near = b.fdiv(above, self._polynomial(square, TANH_BELOW))
+        else:
+            near = self._polynomial(square, TANH_FLOAT32)
+        near = b.fadd(x, b.fmul(b.fmul(x, square), near))
+        power = vector_math._exp(b, b.fmul(size, self.number(x, -2.0)), TARGET)
+        one = self.number(x, 1.0)
+        far = b.fdiv(b.fsub(one, power), b.fadd(one, power))
+        far = self.where(self.less(x, self.number(x, 0.0)), self.negative(far), far)
+        return self.where(self.less(size, self.number(x, 0.625)), near, far)
+
+    def _polynomial(self, x: Any, coefficients: Sequence[float]) -> Any:
+        total = self.number(x, coefficients[0])
+        for coefficient in coefficients[1:]:
+            total = simd.fma(self.b, total, x, self.number(x, coefficient), TARGET)
+        return total
+
+    def _double(self, x: Any) -> bool:
+        return isinstance(simd.element_of(x.type), ir.DoubleType)
+
+    def _if(self, condition: Any, like: Any, yes: float, no: float) -> Any:
+        return self.where(condition, self.number(like, yes), self.number(like, no))

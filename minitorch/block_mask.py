@@ -1,0 +1,493 @@
+"""Masks that skip: a mask function, and lists of the blocks in which it lets any score count.
+
+    def causal(b, h, q_idx, kv_idx):
+        return q_idx >= kv_idx
+
+    mask = create_block_mask(causal, None, None, 131072, 131072)
+    print(mask.sparsity(), mask)
+
+Names and meanings are those of `torch.nn.attention.flex_attention`. The lists are made from the
+function's graph by interval arithmetic (kernels/flash_attention/block_lists.py): nothing of the
+size of the score matrix is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .arguments import as_size, given
+from .kernels.flash_attention.block_lists import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    BlockLists,
+    lists_of_mask,
+)
+from .kernels.score_graph import NumpyOperations, evaluate
+from .kernels.score_intervals import complaint
+from .score_trace import Traced, name_of, trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Array = npt.NDArray[Any]
+MaskMod: TypeAlias = Callable[[Any, Any, Any, Any], Any]
+BlockSize = tuple[int, int]
+SYMBOLS = {EMPTY: " ", PARTIAL: "▒", FULL: "█"}
+WIDEST = 48  # blocks of a line that is printed
+
+
+class BlockMask:
+    """Which scores of attention count, block by block.
+
+    `create_block_mask` and `from_kv_blocks` make one. It has copies of the arrays that its function
+    closes over, and never changes.
+
+    Args:
+        lists: the blocks that are not empty.
+        mask_mod: the function, or None: then all scores of these blocks count.
+        shape: (B, H, Q_LEN, KV_LEN); 1 for B or H serves any number.
+        block_size: queries and keys of a block.
+
+    """
+
+    def __init__(
+        self,
+        lists: BlockLists,
+        mask_mod: MaskMod | None,
+        shape: tuple[int, int, int, int],
+        block_size: BlockSize,
+        traced: Traced | None = None,
+        exact: bool = False,
+    ) -> None:
+        self._lists, self._shape, self.BLOCK_SIZE = lists, shape, block_size
+        self.mask_mod = mask_mod
+        self._traced, self._exact = traced, exact  # exact: the lists follow from the function
+
+    # ----- what there is -----
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, Q_LEN, KV_LEN)."""
+        return self._shape
+
+    @property
+    def seq_lengths(self) -> tuple[int, int]:
+        """(Q_LEN, KV_LEN)."""
+        return self._shape[2], self._shape[3]
+
+    @property
+    def lists(self) -> BlockLists:
+        """The blocks that are not empty."""
+        return self._lists
+
+    @property
+    def traced(self) -> Traced | None:
+        """The function's graph and copies of what it closes over."""
+        return self._traced
+
+    def numel(self) -> int:
+        """The number of scores."""
+        return int(np.prod(self._shape, dtype=np.int64))
+
+    def sparsity(self) -> float:
+        """Percentage of the blocks that are skipped."""
+        lists = self._lists
+        blocks = lists.heads * lists.rows * lists.columns
+        return 100.0 * (1 - len(lists.entries) / blocks) if blocks else 0.0
+
+    def to_dense(self) -> npt.NDArray[np.int32]:
+        """1 for each block that is not empty: (B, H, rows of blocks, columns of blocks)."""
+        return (self._states > EMPTY).astype(np.int32)
+
+    def to_mask(self) -> npt.NDArray[np.bool_]:
+        """Which scores count, one by one, (B, H, Q_LEN, KV_LEN): for tests, and to read."""
+        return self.rows_of_mask(np.arange(self._shape[0] * self._shape[1])).reshape(self._shape)
+
+    def rows_of_mask(self, heads: Array) -> npt.NDArray[np.bool_]:
+        """Which scores count, of these heads (numbers b * H + h): (len(heads), Q_LEN, KV_LEN)."""
+        q, k = np.arange(self._shape[2])[:, None], np.arange(self._shape[3])
+        b, h = (x[:, None, None] for x in (heads // self._shape[1], heads % self._shape[1]))
+        allowed = np.ones((len(heads), *self.seq_lengths), bool)
+        if self._traced is not None:
+            allowed &= _values(self._traced, b, h, q, k)
+        if self._exact:
+            return allowed
+        states = self._lists.states()[
+            heads[:, None, None], q // self.BLOCK_SIZE[0], k // self.BLOCK_SIZE[1]
+        ]
+        found: npt.NDArray[np.bool_] = (states == FULL) | ((states == PARTIAL) & allowed)
+        return found
+
+    @cached_property
+    def _states(self) -> Array:
+        lists = self._lists
+        return lists.states().reshape(*self._shape[:2], lists.rows, lists.columns)
+
+    # ----- PyTorch's lists -----
+
+    def _padded(self, lists: BlockLists, full: bool) -> tuple[Array, Array]:
+        """Number of entries of each row, and their columns, in front of as many zeros."""
+        head, row, column, is_full = (x for x in lists.places)
+        chosen = is_full == full
+        counts = np.zeros((lists.heads, lists.rows), np.int32)
+        np.add.at(counts, (head[chosen], row[chosen]), 1)
+        line = head[chosen] * lists.rows + row[chosen]
+        starts = np.cumsum(counts.ravel()) - counts.ravel()
+        columns = np.zeros((lists.heads, lists.rows, lists.columns), np.int32)
+        place = np.arange(len(line)) - starts[line]
+        columns.reshape(-1, lists.columns)[line, place] = column[chosen]
+        leading = self._shape[:2]
+        return (
+            counts.reshape(*leading, lists.rows),
+            columns.reshape(*leading, lists.rows, lists.columns),
+        )
+
+    @property
+    def kv_num_blocks(self) -> Array:
+        """Number of partial blocks of each row: (B, H, rows), int32."""
+        return self._padded(self._lists, full=False)[0]
+
+    @property
+    def kv_indices(self) -> Array:
+        """Columns of the partial blocks, then zeros: (B, H, rows, columns), int32."""
+        return self._padded(self._lists, full=False)[1]
+
+    @property
+    def full_kv_num_blocks(self) -> Array:
+        """Number of full blocks of each row."""
+        return self._padded(self._lists, full=True)[0]
+
+    @property
+    def full_kv_indices(self) -> Array:
+        """Columns of the full blocks."""
+        return self._padded(self._lists, full=True)[1]
+
+    @cached_property
+    def _transposed(self) -> BlockLists:
+        return self._lists.transposed()
+
+    @property
+    def q_num_blocks(self) -> Array:
+        """Number of partial blocks of each column: (B, H, columns), int32."""
+        return self._padded(self._transposed, full=False)[0]
+
+    @property
+    def q_indices(self) -> Array:
+        """Rows of the partial blocks of each column."""
+        return self._padded(self._transposed, full=False)[1]
+
+    @property
+    def full_q_num_blocks(self) -> Array:
+        """Number of full blocks of each column."""
+        return self._padded(self._transposed, full=True)[0]
+
+    @property
+    def full_q_indices(self) -> Array:
+        """Rows of the full blocks of each column."""
+        return self._padded(self._transposed, full=True)[1]
+
+    # ----- other masks -----
+
+    @classmethod
+    def from_kv_blocks(
+        cls,
+        kv_num_blocks: Array,
+        kv_indices: Array,
+        full_kv_num_blocks: Array | None = None,
+        full_kv_indices: Array | None = None,
+        BLOCK_SIZE: int | BlockSize = 128,
+        mask_mod: MaskMod | None = None,
+        seq_lengths: tuple[int, int] | None = None,
+    ) -> BlockMask:
+        """A mask of given blocks.
+
+        Args:
+            kv_num_blocks: partial blocks of each row of blocks, (B, H, rows).
+            kv_indices: their columns, (B, H, rows, columns); only the first ones of a row count.
+            full_kv_num_blocks, full_kv_indices: likewise of the full blocks.
+            BLOCK_SIZE: of a block, or (queries, keys).
+            mask_mod: says which scores of partial blocks count; None: all.
+            seq_lengths: (Q_LEN, KV_LEN); whole blocks if not given.
+
+        Raises:
+            ValueError: shapes that do not fit, columns that there are not, a block that is given
+                twice.
+
+        """
+        block = _block_size(BLOCK_SIZE)
+        indices = np.asarray(kv_indices)
+        if indices.ndim != 4:
+            raise ValueError(
+                f"kv_indices has shape {indices.shape}; wanted (B, H, rows, columns) of blocks"
+            )
+        batch, heads, rows, columns = indices.shape
+        lengths = (rows * block[0], columns * block[1]) if seq_lengths is None else seq_lengths
+        seqlen_q, seqlen_k = (as_size(n, "seq_lengths") for n in lengths)
+        if (-(-seqlen_q // block[0]), -(-seqlen_k // block[1])) != (rows, columns):
+            raise ValueError(
+                f"seq_lengths {(seqlen_q, seqlen_k)} in blocks of {block} are not the {rows} x "
+                f"{columns} blocks of kv_indices"
+            )
+        if (full_kv_num_blocks is None) != (full_kv_indices is None):
+            raise ValueError("full_kv_num_blocks and full_kv_indices: give both, or none")
+        states = np.zeros((batch * heads, rows, columns), np.uint8)
+        _enter(states, "kv", kv_num_blocks, indices, PARTIAL)
+        if full_kv_indices is not None:
+            _enter(states, "full_kv", full_kv_num_blocks, np.asarray(full_kv_indices), FULL)
+        shape = (batch, heads, seqlen_q, seqlen_k)
+        traced = None if mask_mod is None else _snapshot(mask_mod, shape)
+        return cls(BlockLists.from_states(states), mask_mod, shape, block, traced)
+
+    def __getitem__(self, index: Any) -> BlockMask:
+        """The mask of some batches and heads, mask[b], mask[b, h]: numbers or slices."""
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) > 2:
+            raise IndexError(f"a BlockMask is indexed by [b] or [b, h], got {len(index)} indices")
+        numbers = np.arange(self._shape[0] * self._shape[1]).reshape(self._shape[:2])
+        whole = tuple(i if isinstance(i, slice) else slice(i, i + 1 or None) for i in index)
+        for i, size in zip(index, self._shape, strict=False):
+            if not isinstance(i, slice) and not -size <= i < size:
+                raise IndexError(f"index {i} of a BlockMask is outside of its size {size}")
+        chosen = numbers[whole]
+        lists = self._lists
+        states = BlockLists.from_states(lists.states()[chosen.ravel()])
+        picked = _with_heads(self.mask_mod, chosen, self._shape[1])
+        shape = (*chosen.shape, *self.seq_lengths)
+        traced = None if picked is None else _snapshot(picked, shape)
+        return BlockMask(states, picked, shape, self.BLOCK_SIZE, traced, self._exact)
+
+    def __str__(self) -> str:
+        """Its blocks, as characters: █ full, ▒ partial."""
+        lines = [f"BlockMask(shape={self._shape}, sparsity={self.sparsity():.2f}%)"]
+        lists = self._lists
+        step = max(-(-max(lists.rows, lists.columns) // WIDEST), 1)
+        pages = [(b, h) for b in range(self._shape[0]) for h in range(self._shape[1])]
+        for b, h in pages[:1]:
+            states = self._states[b, h]
+            if len(pages) > 1:
+                lines.append(f"[{b}, {h}] of {len(pages)}:")
+            for r in range(0, lists.rows, step):
+                line = ""
+                for c in range(0, lists.columns, step):
+                    part = states[r : r + step, c : c + step]
+                    line += SYMBOLS[
+                        FULL if (part == FULL).all() else PARTIAL if part.any() else EMPTY
+                    ]
+                lines.append(line.rstrip())
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def picture(self, b: int = 0, h: int = 0) -> Figure:
+        """A drawing of the blocks of one head: dark full, light partial. Needs matplotlib.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(self._states[b, h], cmap="Blues", vmin=EMPTY, vmax=FULL + 1, aspect="auto")
+        axes.set(xlabel="block of keys", ylabel="block of queries")
+        axes.set_title(f"{self.sparsity():.0f}% skipped")
+        return figure
+
+
+def _enter(states: Array, name: str, counts: Any, indices: Array, state: int) -> None:
+    """Enter blocks that are given as PyTorch has them."""
+    heads, rows, columns = states.shape
+    counts = np.asarray(counts)
+    if counts.shape != indices.shape[:3] or indices.size != states.size:
+        raise ValueError(
+            f"{name}_num_blocks has shape {counts.shape} and {name}_indices {indices.shape}; "
+            f"wanted (B, H, {rows}) and (B, H, {rows}, {columns})"
+        )
+    if counts.dtype.kind not in "iu" or indices.dtype.kind not in "iu":
+        raise TypeError(f"{name}_num_blocks and {name}_indices must be whole numbers")
+    if counts.size and not 0 <= counts.min() <= counts.max() <= columns:
+        raise ValueError(f"{name}_num_blocks must be 0 to {columns}, the number of columns")
+    used = np.arange(columns) < counts.reshape(heads, rows, 1)
+    head, row, place = np.nonzero(used)
+    column = indices.reshape(heads, rows, columns)[head, row, place]
+    if column.size and not 0 <= column.min() <= column.max() < columns:
+        raise ValueError(f"{name}_indices must be 0 to {columns - 1} where they count")
+    seen = np.zeros_like(states)
+    np.add.at(seen, (head, row, column), 1)
+    if (seen > 1).any() or (states[head, row, column] != EMPTY).any():
+        raise ValueError(f"{name}_indices has a block twice, or one that is given as another kind")
+    states[head, row, column] = state
+
+
+def _with_heads(mask_mod: MaskMod | None, chosen: Array, heads: int) -> MaskMod | None:
+    """A mask function whose b and h count among the chosen ones."""
+    if mask_mod is None:
+        return None
+    batches = (chosen[:, 0] // heads).astype(np.int32) if chosen.size else np.zeros(1, np.int32)
+    of_head = (chosen[0] % heads).astype(np.int32) if chosen.size else np.zeros(1, np.int32)
+
+    def picked(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return mask_mod(batches[b], of_head[h], q_idx, kv_idx)
+
+    return picked
+
+
+# ----- making masks -----
+
+
+def create_block_mask(
+    mask_mod: MaskMod,
+    B: int | None,
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
+    BLOCK_SIZE: int | BlockSize = 128,
+) -> BlockMask:
+    """The blocks in which a mask function lets any score count.
+
+    Args:
+        mask_mod: (b, h, q_idx, kv_idx) -> truth value: whether query q_idx of batch b and head h
+            sees key kv_idx. It is run once, see `score_trace`.
+        B, H: batches and heads of queries; None if the function does not tell them apart: then the
+            mask serves any number.
+        Q_LEN, KV_LEN: numbers of queries and keys.
+        BLOCK_SIZE: of a block, or (queries, keys).
+
+    Raises:
+        TypeError: no mask function, or one that does what only Python can do.
+        ValueError: sizes that are none; B or H is None and the function depends on it; an index of
+            a captured array leaves it.
+
+    """
+    block = _block_size(BLOCK_SIZE)
+    shape = (
+        1 if B is None else as_size(B, "B", 1), 1 if H is None else as_size(H, "H", 1),
+        as_size(Q_LEN, "Q_LEN", 1), as_size(KV_LEN, "KV_LEN", 1),
+    )  # fmt: skip
+    traced = _snapshot(mask_mod, shape)
+    for name, size, index in (("B", B, "b"), ("H", H, "h")):
+        if size is None and any(traced.graph.depends_on(index)):
+            raise ValueError(
+                f"{name} is None, and mask_mod `{traced.name}` depends on {index}: give {name}"
+            )
+    lists = lists_of_mask(traced.graph, traced.arrays, traced.parameters, shape, block)
+    return BlockMask(lists, mask_mod, shape, block, traced, exact=True)
+
+
+def create_mask(
+    mod_fn: Callable[..., Any], B: int | None, H: int | None, Q_LEN: int, KV_LEN: int
+) -> Array:
+    """What a mask function or a score function gives for every score, one by one.
+
+    Args:
+        mod_fn: a mask_mod, or a score_mod, which gets scores of 0.
+        B, H: batches and heads; None is 1.
+        Q_LEN, KV_LEN: numbers of queries and keys.
+
+    Returns:
+        (B, H, Q_LEN, KV_LEN): bool of a mask function, float32 of a score function.
+
+    Raises:
+        TypeError: a function of neither 4 nor 5 arguments.
+
+    """
+    shape = tuple(
+        1 if n is None else as_size(n, name, 1)
+        for name, n in (("B", B), ("H", H), ("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN))
+    )
+    is_score = _arguments(mod_fn) == 5
+    traced = trace(mod_fn, "score_mod" if is_score else "mask_mod")
+    b, h, q, k = np.ogrid[tuple(slice(n) for n in shape)]
+    found = _values(traced, b, h, q, k)
+    return np.broadcast_to(found, shape).astype(np.float32 if is_score else np.bool_)
+
+
+def and_masks(*mask_mods: MaskMod) -> MaskMod:
+    """The function of what all of the functions let count."""
+    _check_functions(mask_mods)
+
+    def and_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        allowed = noop_mask(b, h, q_idx, kv_idx)
+        for mask in mask_mods:
+            allowed = allowed & mask(b, h, q_idx, kv_idx)
+        return allowed
+
+    return and_mask
+
+
+def or_masks(*mask_mods: MaskMod) -> MaskMod:
+    """The function of what any of the functions lets count."""
+    _check_functions(mask_mods)
+
+    def or_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        allowed = ~noop_mask(b, h, q_idx, kv_idx)
+        for mask in mask_mods:
+            allowed = allowed | mask(b, h, q_idx, kv_idx)
+        return allowed
+
+    return or_mask
+
+
+def noop_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    """The mask of all scores."""
+    return q_idx == q_idx
+
+
+def _check_functions(mask_mods: tuple[Any, ...]) -> None:
+    for mask in mask_mods:
+        if not callable(mask):
+            raise TypeError(f"mask_mods must be functions (b, h, q_idx, kv_idx), got {given(mask)}")
+
+
+def _arguments(function: Any) -> int:
+    """How many arguments a function takes, as far as it is known."""
+    code = getattr(getattr(function, "func", function), "__code__", None)
+    if code is None:
+        return 4
+    taken: int = code.co_argcount - len(getattr(function, "__defaults__", None) or ())
+    return taken
+
+
+def _block_size(given_size: int | BlockSize) -> BlockSize:
+    sizes = given_size if isinstance(given_size, tuple | list) else (given_size, given_size)
+    if len(sizes) != 2:
+        raise ValueError(f"BLOCK_SIZE is {given_size!r}; wanted a number, or (queries, keys)")
+    return as_size(sizes[0], "BLOCK_SIZE", 1), as_size(sizes[1], "BLOCK_SIZE", 1)
+
+
+def _snapshot(mask_mod: MaskMod, shape: tuple[int, ...]) -> Traced:
+    """The function's graph, and copies of the arrays that it closes over."""
+    traced = trace(mask_mod, "mask_mod")
+    arrays = tuple(numbers_of(x) for x in traced.arrays)
+    sizes = dict(zip(("b", "h", "q", "k"), shape, strict=True))
+    wrong = complaint(traced.graph, arrays, traced.parameters, traced.names, sizes)
+    if wrong:
+        raise ValueError(f"mask_mod `{name_of(mask_mod)}`: {wrong}")
+    return traced._replace(arrays=arrays)
+
+
+def numbers_of(captured: Any) -> Array:
+    """A copy of a captured array or Tensor, in memory."""
+    if hasattr(captured, "to_numpy"):
+        captured = captured.to_numpy()
+    return np.array(captured, order="C")
+
+
+def _values(traced: Traced, b: Any, h: Any, q: Any, k: Any) -> Array:
+    arrays = [numbers_of(x) for x in traced.arrays]
+    inputs = {"b": b, "h": h, "q": q, "k": k, "score": np.float64(0)}
+    with np.errstate(all="ignore"):
+        (found,) = evaluate(traced.graph, NumpyOperations(arrays, traced.parameters), inputs)
+    return np.asarray(found)
+
+
+__all__ = [
+    "BlockMask", "and_masks", "create_block_mask", "create_mask", "noop_mask", "or_masks",
+]  # fmt: skip

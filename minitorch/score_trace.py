@@ -1,0 +1,336 @@
+"""From a Python function of one attention score to a graph (kernels/score_graph.py).
+
+    def soft_cap(score, b, h, q_idx, kv_idx):
+        return 30 * np.tanh(score / 30)
+
+The function is run once, with symbols in place of numbers; Python's operators and numpy's functions
+work on symbols, and note what they would compute. What the function closes over, by its closure,
+globals, defaults, `functools.partial`, or other functions that it calls, is exchanged beforehand:
+arrays for something whose elements are loaded by index, numbers for parameters. Both are given to
+the kernel when it is launched, so another table or another 30 needs no other kernel. Where Python
+itself needs a number's value, in `range(n)` or `if n`, the function is run again with that value.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+
+import numpy as np
+
+from . import score_symbols
+from .kernels.score_graph import (
+    OF_REALS,
+    OF_TRUTHS,
+    OF_WHOLE,
+    Builder,
+    CapturedArray,
+    Graph,
+    Kind,
+)
+from .score_symbols import IN_WORDS, Captured, Symbol, ValueNeeded, in_words
+
+Role = Literal["score_mod", "mask_mod"]
+ARGUMENTS = {"score_mod": "score, b, h, q_idx, kv_idx", "mask_mod": "b, h, q_idx, kv_idx"}
+INPUT_NAMES = {"score_mod": ("score", "b", "h", "q", "k"), "mask_mod": ("b", "h", "q", "k")}
+OWN_FILES = (Path(__file__), Path(score_symbols.__file__))
+LIBRARIES = ("numpy", "math", "builtins", "functools", "operator", "cmath")
+
+
+class Traced(NamedTuple):
+    """A function as a graph, and what it closes over.
+
+    Args:
+        graph: what it computes: its kernel's key.
+        arrays: captured arrays and Tensors, in the graph's order.
+        parameters: numbers, likewise.
+        names: of the arrays, as the function knows them.
+        name: of the function.
+
+    """
+
+    graph: Graph
+    arrays: tuple[Any, ...]
+    parameters: tuple[float | int, ...]
+    names: tuple[str, ...]
+    name: str
+
+
+class _Refused(Exception):
+    """The function asks for something that is known only inside the kernel.
+
+    It is no TypeError, which numpy would turn into an error of its own.
+    """
+
+
+def trace(function: Callable[..., Any], role: Role) -> Traced:
+    """The graph of a score function or of a mask function.
+
+    Args:
+        function: (score, b, h, q_idx, kv_idx) -> score, or (b, h, q_idx, kv_idx) -> truth value.
+            `score` is one score, scale * query . key; `b` and `h` number the batch and the query's
+            head, `q_idx` and `kv_idx` the query and the key.
+        role: which of the two.
+
+    Raises:
+        TypeError: it is no function, takes other arguments, returns something else, or does what
+            only Python can do with a number: the message names the line, and what to write instead.
+
+    """
+    if not callable(function):
+        raise TypeError(
+            f"{role} must be a function ({ARGUMENTS[role]}), got {type(function).__name__}"
+        )
+    name = name_of(function)
+    _check_arguments(function, role, name)
+    known: set[str] = set()  # parameters whose value Python needs
+    while True:
+        tracer = Tracer(known)
+        rebuilt = tracer.exchanged(function, "")
+        try:
+            result = rebuilt(*(Symbol(tracer, tracer.builder.input(x)) for x in INPUT_NAMES[role]))
+        except ValueNeeded as needed:
+            known.add(needed.parameter)
+            continue
+        except Exception as error:
+            raise _located(tracer.refused or error, error.__traceback__, role) from None
+        return tracer.traced(result, role, name)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """What a function is called in messages."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__qualname__", type(function).__name__).replace("<locals>.", "")
+
+
+def _check_arguments(function: Callable[..., Any], role: Role, name: str) -> None:
+    """A function of another number of arguments is told, be it the other role's."""
+    parameters = inspect.signature(function).parameters.values()
+    if _takes(function, role):
+        return
+    least = sum(
+        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        for p in parameters
+    )
+    other: Role = "mask_mod" if role == "score_mod" else "score_mod"
+    hint = f"; one like this is a {other}" if _takes(function, other) else ""
+    raise TypeError(f"{role} `{name}` takes {least} arguments, wanted ({ARGUMENTS[role]}){hint}")
+
+
+def _takes(function: Callable[..., Any], role: Role) -> bool:
+    try:
+        inspect.signature(function).bind(*INPUT_NAMES[role])
+    except TypeError:
+        return False
+    return True
+
+
+def _located(error: Exception, traceback: Any, role: Role) -> TypeError:
+    """An error with the line of the user's function where it comes from."""
+    place = ""
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        path = Path(code.co_filename)
+        if path not in OWN_FILES and "numpy" not in path.parts:
+            place = f"{code.co_filename}:{traceback.tb_lineno}, in `{code.co_name}`: "
+        traceback = traceback.tb_next
+    own = "" if isinstance(error, _Refused) else f"{type(error).__name__}: "
+    return TypeError(f"{role}: {place}{own}{error}")
+
+
+# ----- what a function closes over -----
+
+
+class Tracer:
+    """One run of a function: the graph so far, and what was exchanged."""
+
+    def __init__(self, known: set[str]) -> None:
+        self.builder, self.known = Builder(), known
+        self.refused: _Refused | None = None
+        self.arrays: list[Any] = []
+        self.array_names: list[str] = []
+        self.numbers: list[float | int] = []
+        self.number_names: list[str] = []
+        self._functions: dict[int, Any] = {}
+
+    def refuse(self, message: str) -> NoReturn:
+        """Say what cannot be. It is noted, as numpy may put an error of its own in its place."""
+        self.refused = _Refused(message)
+        raise self.refused
+
+    def exchanged(self, value: Any, name: str) -> Any:
+        """What stands for a value that the function closes over, under this name."""
+        if isinstance(value, np.ndarray) and value.ndim == 0:
+            value = value[()]
+        if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+            value = value.item()
+        if _is_array(value):
+            return self._array(value, name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return self._number(value, name)
+        if isinstance(value, types.FunctionType):
+            return value if _is_library(value) else self._function(value, name)
+        if isinstance(value, types.MethodType):
+            return types.MethodType(self.exchanged(value.__func__, name), value.__self__)
+        if isinstance(value, functools.partial):
+            return self._partial(value, name)
+        if type(value) in (tuple, list) and any(callable(x) or _is_array(x) for x in value):
+            return type(value)(self.exchanged(x, f"{name}[{n}]") for n, x in enumerate(value))
+        return value
+
+    def _array(self, array: Any, name: str) -> Captured:
+        for number, known in enumerate(self.arrays):
+            if known is array:
+                return Captured(self, number)
+        dtype = np.dtype(array.dtype)
+        kinds: dict[str, Kind] = {"f": "real", "i": "whole", "u": "whole", "b": "truth"}
+        kind: Kind | None = "real" if dtype.name == "bfloat16" else kinds.get(dtype.kind)
+        if kind is None:
+            self.refuse(f"`{name}` has dtype {dtype}; wanted floating point, whole numbers or bool")
+        wants = hasattr(array, "requires_grad") and kind == "real" and array.requires_grad()
+        self.builder.captured.append(CapturedArray(kind, len(array.shape), bool(wants)))
+        self.arrays.append(array)
+        self.array_names.append(name)
+        return Captured(self, len(self.arrays) - 1)
+
+    def _number(self, value: float, name: str) -> Any:
+        """A parameter; numbers that are known, or not of 32 bits, stay what they are."""
+        whole = isinstance(value, int)
+        if name in self.known or (whole and not -(2**31) <= value < 2**31):
+            return value
+        if name not in self.number_names:
+            self.numbers.append(value)
+            self.number_names.append(name)
+            self.builder.parameters.append("whole" if whole else "real")
+        number = self.number_names.index(name)
+        return Symbol(self, self.builder.parameter(number), name)
+
+    def _function(self, function: types.FunctionType, name: str) -> Any:
+        """The same code over exchanged values."""
+        if id(function) in self._functions:
+            return self._functions[id(function)]
+        inside = f"{name}." if name else ""
+        scope = dict(function.__globals__)
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        rebuilt = types.FunctionType(function.__code__, scope, function.__name__, None, cells)
+        self._functions[id(function)] = rebuilt  # before its values: it may call itself
+        for n, cell in enumerate(function.__closure__ or ()):
+            try:
+                value = cell.cell_contents
+            except ValueError:  # not bound yet
+                continue
+            cells[n].cell_contents = self.exchanged(
+                value, inside + function.__code__.co_freevars[n]
+            )
+        for used in _names(function.__code__) & scope.keys():
+            if not isinstance(scope[used], types.ModuleType):
+                scope[used] = self.exchanged(scope[used], inside + used)
+        parameters = function.__code__.co_varnames
+        given = function.__defaults__ or ()
+        first = function.__code__.co_argcount - len(given)
+        rebuilt.__defaults__ = tuple(
+            self.exchanged(x, inside + parameters[first + n]) for n, x in enumerate(given)
+        )
+        rebuilt.__kwdefaults__ = {
+            k: self.exchanged(x, inside + k) for k, x in (function.__kwdefaults__ or {}).items()
+        }
+        return rebuilt
+
+    def _partial(self, partial: functools.partial[Any], name: str) -> Any:
+        inside = f"{name}." if name else ""
+        arguments = [self.exchanged(x, f"{inside}{n}") for n, x in enumerate(partial.args)]
+        named = {k: self.exchanged(x, inside + k) for k, x in partial.keywords.items()}
+        return functools.partial(self.exchanged(partial.func, name), *arguments, **named)
+
+    # ----- nodes -----
+
+    def lifted(self, x: Any) -> int:
+        """An operand as a node."""
+        if isinstance(x, Symbol):
+            return x.node
+        if isinstance(x, np.ndarray) and x.ndim == 0:
+            x = x[()]
+        if isinstance(x, bool | np.bool_):
+            return self.builder.constant(x, "truth")
+        if isinstance(x, int | np.integer):
+            if not -(2**31) <= x < 2**31:
+                self.refuse(f"{x} has more than the 32 bits of a whole number in a kernel")
+            return self.builder.constant(x, "whole")
+        if isinstance(x, float | np.floating):
+            return self.builder.constant(x, "real")
+        self.refuse(
+            f"{in_words(x)} beside a score or an index; wanted a number, or an array that is "
+            "indexed by whole numbers"
+        )
+
+    def operation(self, name: str, *operands: Any) -> Symbol:
+        """What one of numpy's functions gives for these operands."""
+        b = self.builder
+        nodes = [self.lifted(x) for x in operands]
+        kinds = [b.kind(n) for n in nodes]
+        widest: Kind = "real" if "real" in kinds else "whole"
+        if name in OF_REALS or name == "divide":
+            kind: Kind = "real"
+        elif name in OF_TRUTHS or name == "logical_not":
+            return Symbol(self, b.apply(name, *(self.truth(n) for n in nodes)))
+        elif name in OF_WHOLE and "real" in kinds:
+            self.refuse(
+                f"np.{name} is of whole numbers here, got {', '.join(map(in_words, operands))}"
+            )
+        else:
+            kind = widest
+        return Symbol(self, b.apply(name, *(b.cast(n, kind) for n in nodes)))
+
+    def truth(self, n: int) -> int:
+        """A node as a truth value: other numbers are true if they are not 0."""
+        kind = self.builder.kind(n)
+        if kind == "truth":
+            return n
+        return self.builder.apply("not_equal", n, self.builder.constant(0, kind))
+
+    def where(self, condition: Any, x: Any, y: Any) -> Symbol:
+        """np.where."""
+        b = self.builder
+        nodes = self.lifted(x), self.lifted(y)
+        kinds = {b.kind(n) for n in nodes}
+        kind: Kind = kinds.pop() if len(kinds) == 1 else "real" if "real" in kinds else "whole"
+        chosen = b.where(self.truth(self.lifted(condition)), *(b.cast(n, kind) for n in nodes))
+        return Symbol(self, chosen)
+
+    def traced(self, result: Any, role: Role, name: str) -> Traced:
+        """The graph, once the function has returned."""
+        if not isinstance(result, Symbol | bool | int | float | np.generic):
+            wanted = "a score" if role == "score_mod" else "a truth value, as q_idx >= kv_idx gives"
+            raise TypeError(f"{role} `{name}` returned {in_words(result)}; wanted {wanted}")
+        n = self.lifted(result)
+        if role == "mask_mod" and self.builder.kind(n) != "truth":
+            raise TypeError(
+                f"mask_mod `{name}` returned {IN_WORDS[self.builder.kind(n)]}; wanted a truth "
+                "value, as q_idx >= kv_idx gives"
+            )
+        if role == "score_mod":
+            n = self.builder.cast(n, "real")
+        graph = self.builder.finished([n])
+        return Traced(graph, tuple(self.arrays), tuple(self.numbers), tuple(self.array_names), name)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(value, "requires_grad")
+
+
+def _is_library(function: types.FunctionType) -> bool:
+    return (function.__module__ or "").split(".")[0] in LIBRARIES
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Global names that a function, and those within it, may use."""
+    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(*inner)
+
+
+__all__ = ["ARGUMENTS", "Role", "Traced", "name_of", "trace"]
