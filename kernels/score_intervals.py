@@ -318,6 +318,9 @@ def complaint(
         sizes: of "b", "h", "q" and "k".
 
     """
+    for array, name in zip(arrays, names, strict=True):
+        if array.size == 0:
+            return f"`{name}` has shape {array.shape}, and no number that could be read"
     operations = IntervalOperations(arrays, parameters)
     inputs: dict[str, Interval] = {
         name: (np.int64(0), np.int64(max(size - 1, 0))) for name, size in sizes.items()

@@ -103,6 +103,8 @@ def prefix_lm(prefix: int | Sequence[int]) -> MaskMod:
     """
     lengths = np.atleast_1d(np.asarray(prefix))
     _check_whole(lengths, "prefix", 1)
+    if lengths.size == 0 or lengths.min() < 0:
+        raise ValueError(f"prefix must be lengths of at least 0, got {prefix}")
     if lengths.size == 1:
         length = int(lengths[0])
 
@@ -304,7 +306,7 @@ def bigbird(
     at_start = min((global_blocks + 1) // 2, blocks)
     at_end = min(global_blocks // 2, blocks - at_start)
     pages = 1 if heads is None else as_size(heads, "heads", 1)
-    rng = np.random.default_rng(as_int(seed, "seed"))
+    rng = np.random.default_rng(as_size(seed, "seed"))
     places = [_bigbird_places(rng, blocks, window, at_start, at_end, count) for _ in range(pages)]
     head = np.repeat(np.arange(pages), [len(rows) for rows, _ in places])
     row, column = (np.concatenate([page[n] for page in places]) for n in (0, 1))

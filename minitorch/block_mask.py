@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import as_size, given
+from .arguments import as_int, as_size, given
 from .kernels.flash_attention.block_lists import (
     EMPTY,
     FULL,
@@ -250,6 +250,7 @@ class BlockMask:
         if len(index) > 2:
             raise IndexError(f"a BlockMask is indexed by [b] or [b, h], got {len(index)} indices")
         numbers = np.arange(self._shape[0] * self._shape[1]).reshape(self._shape[:2])
+        index = tuple(i if isinstance(i, slice) else as_int(i, "index") for i in index)
         whole = tuple(i if isinstance(i, slice) else slice(i, i + 1 or None) for i in index)
         for i, size in zip(index, self._shape, strict=False):
             if not isinstance(i, slice) and not -size <= i < size:

@@ -57,7 +57,7 @@ class Traced(NamedTuple):
     arrays: tuple[Any, ...]
     parameters: tuple[float | int, ...]
     names: tuple[str, ...]
-    name: str
+    name: str = ""
 
 
 class _Refused(Exception):
@@ -90,15 +90,14 @@ def trace(function: Callable[..., Any], role: Role) -> Traced:
     known: set[str] = set()  # parameters whose value Python needs
     while True:
         tracer = Tracer(known)
-        rebuilt = tracer.exchanged(function, "")
         try:
+            rebuilt = tracer.exchanged(function, "")
             result = rebuilt(*(Symbol(tracer, tracer.builder.input(x)) for x in INPUT_NAMES[role]))
+            return tracer.traced(result, role)._replace(name=name)
         except ValueNeeded as needed:
             known.add(needed.parameter)
-            continue
         except Exception as error:
-            raise _located(tracer.refused or error, error.__traceback__, role) from None
-        return tracer.traced(result, role, name)
+            raise _located(tracer.refused or error, error.__traceback__, role, name) from None
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -110,7 +109,12 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def _check_arguments(function: Callable[..., Any], role: Role, name: str) -> None:
     """A function of another number of arguments is told, be it the other role's."""
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:
+        raise TypeError(
+            f"{role} must be written in Python ({ARGUMENTS[role]}), got the built-in `{name}`"
+        ) from None
     if _takes(function, role):
         return
     least = sum(
@@ -130,9 +134,9 @@ def _takes(function: Callable[..., Any], role: Role) -> bool:
     return True
 
 
-def _located(error: Exception, traceback: Any, role: Role) -> TypeError:
-    """An error with the line of the user's function where it comes from."""
-    place = ""
+def _located(error: Exception, traceback: Any, role: Role, name: str) -> TypeError:
+    """An error with the line of the user's function where it comes from, or with its name."""
+    place = f"`{name}`: "
     while traceback is not None:
         code = traceback.tb_frame.f_code
         path = Path(code.co_filename)
@@ -302,21 +306,18 @@ class Tracer:
         chosen = b.where(self.truth(self.lifted(condition)), *(b.cast(n, kind) for n in nodes))
         return Symbol(self, chosen)
 
-    def traced(self, result: Any, role: Role, name: str) -> Traced:
+    def traced(self, result: Any, role: Role) -> Traced:
         """The graph, once the function has returned."""
+        wanted = "a score" if role == "score_mod" else "a truth value, as q_idx >= kv_idx gives"
         if not isinstance(result, Symbol | bool | int | float | np.generic):
-            wanted = "a score" if role == "score_mod" else "a truth value, as q_idx >= kv_idx gives"
-            raise TypeError(f"{role} `{name}` returned {in_words(result)}; wanted {wanted}")
+            self.refuse(f"it returned {in_words(result)}; wanted {wanted}")
         n = self.lifted(result)
         if role == "mask_mod" and self.builder.kind(n) != "truth":
-            raise TypeError(
-                f"mask_mod `{name}` returned {IN_WORDS[self.builder.kind(n)]}; wanted a truth "
-                "value, as q_idx >= kv_idx gives"
-            )
+            self.refuse(f"it returned {IN_WORDS[self.builder.kind(n)]}; wanted {wanted}")
         if role == "score_mod":
             n = self.builder.cast(n, "real")
         graph = self.builder.finished([n])
-        return Traced(graph, tuple(self.arrays), tuple(self.numbers), tuple(self.array_names), name)
+        return Traced(graph, tuple(self.arrays), tuple(self.numbers), tuple(self.array_names))
 
 
 def _is_array(value: Any) -> bool:
