@@ -81,8 +81,7 @@ def sizes_of(problem: AttentionProblem) -> tuple[int, int, int, int]:
     """Batches, over all leading dimensions but the last, heads, and the numbers of queries and
     keys.
     """
-    heads = problem.leading[-1] if problem.leading else 1
-    return math.prod(problem.leading[:-1]), heads, problem.seqlen_q, problem.seqlen_k
+    return problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
 
 
 def _checked_mask(

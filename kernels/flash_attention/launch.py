@@ -46,7 +46,6 @@ Nothing is allocated in device memory but small tables that are kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,13 +109,13 @@ class Heads(NamedTuple):
 
 
 def heads_of(problem: AttentionProblem) -> Heads:
-    """All leading dimensions but the last are the batch."""
-    heads = problem.leading[-1] if problem.leading else 1
+    """How a problem's heads share keys and values."""
+    heads = problem.heads
     k_group = v_group = 1
     if problem.enable_gqa:
         k_group, v_group = (heads // s[-3] for s in (problem.key_shape, problem.value_shape))
     group = k_group if k_group == v_group else 1
-    return Heads(prod(problem.leading[:-1]), heads, k_group, v_group, group)
+    return Heads(problem.batch, heads, k_group, v_group, group)
 
 
 class Inputs(NamedTuple):
@@ -151,14 +150,12 @@ class Inputs(NamedTuple):
     @property
     def arrays(self) -> tuple[Any, Any, Any, Any]:
         """What a kernel's arguments begin with: the arrays of Q, K, V and the mask."""
-        mask = self.mask or self.q
-        return self.q.array, self.k.array, self.v.array, mask.array
+        return self.q.array, self.k.array, self.v.array, self.mask_array
 
     @property
     def strides(self) -> tuple[Strides, Strides, Strides, Strides]:
         """The strides of `arrays`."""
-        of_mask = NO_STRIDES if self.mask is None else self.mask.strides
-        return self.q.strides, self.k.strides, self.v.strides, of_mask
+        return self.q.strides, self.k.strides, self.v.strides, self.mask_strides
 
 
 class Gradients(NamedTuple):

@@ -160,6 +160,16 @@ class AttentionProblem:
         return 0.0 < self.scale <= 1.0
 
     @property
+    def batch(self) -> int:
+        """The product of all leading dimensions but the last, which is that of heads."""
+        return math.prod(self.leading[:-1])
+
+    @property
+    def heads(self) -> int:
+        """Heads of queries: the last leading dimension, 1 if there is none."""
+        return self.leading[-1] if self.leading else 1
+
+    @property
     def batch_heads(self) -> int:
         """Number of independent attention matrices: the product of `leading`."""
         return math.prod(self.leading)

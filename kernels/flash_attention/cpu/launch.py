@@ -183,7 +183,7 @@ def _sizes(problem: AttentionProblem, tile_q: int, tile_k: int, block_q: int) ->
     return Sizes(
         problem.batch_heads, problem.seqlen_q, problem.seqlen_k, problem.head_dim,
         problem.value_dim, problem.lower, problem.upper, tile_q, tile_k, block_q,
-        problem.leading[-1] if problem.leading else 1,
+        problem.heads,
     )  # fmt: skip
 
 
