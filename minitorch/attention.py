@@ -52,6 +52,8 @@ def flash_attention(
     enable_gqa: bool = False,
     return_lse: bool = False,
     seed: int | None = None,
+    score_mod: ScoreMod | None = None,
+    block_mask: BlockMask | MaskMod | None = None,
 ) -> Any:
     """softmax(query @ key^T * scale + attn_mask) @ value in tiles: memory grows with N, not N^2.
 
@@ -78,6 +80,17 @@ def flash_attention(
         return_lse: also return the logsumexp of the scores, which has a gradient.
         seed: of the dropout mask (see `attention_dropout_mask`); drawn from `manual_seed`'s
             sequence if not given.
+        score_mod: a function (score, b, h, q_idx, kv_idx) -> score, of Python's operators and
+            numpy's functions on one score, scale * query . key (`minitorch.score_mods` has some).
+            It may read numbers of arrays and Tensors that it closes over; a Tensor that requires a
+            gradient gets one. It is traced once, and compiled into the kernel.
+        block_mask: a `BlockMask`, whose empty blocks are skipped, or a function
+            (b, h, q_idx, kv_idx) -> truth value, of which one is made for this call: whether the
+            query sees the key (`minitorch.attention_masks` has some). `b` is the index over all
+            leading dimensions but the last, `h` the query's head.
+
+    Scores are scaled, then go through `score_mod`; the mask is added or applied, the band and
+    `block_mask` are; then come the softmax and dropout.
 
     Returns:
         Output (..., H, Nq, Dv) in the query's dtype, or (output, logsumexp (..., H, Nq), natural
@@ -94,10 +107,14 @@ def flash_attention(
     problem = describe(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
+    variant = Variant.of(score_mod, block_mask, problem)
+    problem, given = variant.fused(with_seed(problem, seed))
     attn_mask = _native(attn_mask, query.dtype)
     tracked_mask: Any = attn_mask if hasattr(attn_mask, "requires_grad") else None
     needs_mask_grad = tracked_mask is not None and tracked_mask.requires_grad()
-    out = FlashAttention.apply(query, key, value, attn_mask, problem, needs_mask_grad, return_lse)
+    out = FlashAttention.apply(
+        query, key, value, attn_mask, problem, needs_mask_grad, return_lse, given, *variant.tensors
+    )
     return (out[..., :-1].to(query.dtype), out[..., -1]) if return_lse else out
 
 
@@ -119,20 +136,7 @@ def standard_attention(
 ) -> Any:
     """The same with the whole score matrix in memory (Vaswani et al. 2017, equation 1).
 
-    Arguments, result and errors are those of `flash_attention`, and two more, with the names and
-    meanings of PyTorch's `flex_attention`. Scores are scaled, then go through `score_mod`; the mask
-    is added or applied, the band and `block_mask` are; then comes the softmax.
-
-    Args:
-        query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, return_lse,
-            seed: see `flash_attention`.
-        score_mod: a function (score, b, h, q_idx, kv_idx) -> score, of Python's operators and
-            numpy's functions on one score (`minitorch.score_mods` has some). It may read numbers of
-            arrays and Tensors that it closes over; a Tensor that requires a gradient gets one.
-        block_mask: a `BlockMask`, or a function (b, h, q_idx, kv_idx) -> truth value: whether the
-            query sees the key (`minitorch.attention_masks` has some). `b` is the index over all
-            leading dimensions but the last, `h` the query's head.
-
+    Arguments, result and errors are those of `flash_attention`.
     """
     _check_tensors(query, key, value)
     checked_flag("return_lse", return_lse)
@@ -140,6 +144,7 @@ def standard_attention(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
     variant = Variant.of(score_mod, block_mask, problem)
+    problem = with_seed(problem, seed)
     scores = _matmul_heads(query, key.transpose(-2, -1)) * problem.scale  # (..., H, Nq, Nk)
     full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
     if scores.shape != full:  # value alone has some of the leading dimensions
@@ -178,13 +183,13 @@ def describe(
     enable_gqa: bool = False,
     seed: int | None = None,
 ) -> AttentionProblem:
-    """The validated description of a call, of which shapes and dtypes of the arrays are enough. The
-    dropout seed is drawn last: bad input draws none.
+    """The validated description of a call, of which shapes and dtypes of the arrays are enough;
+    without a dropout seed unless it was given.
     """
     if len({query.dtype, key.dtype, value.dtype}) > 1:
         names = ", ".join(x.dtype.name for x in (query, key, value))
         raise TypeError(f"query, key and value must have one dtype, got {names}: use .to(dtype)")
-    problem = AttentionProblem.of(
+    return AttentionProblem.of(
         query.shape,
         key.shape,
         value.shape,
@@ -198,6 +203,10 @@ def describe(
         seed=0 if seed is None else seed,
         fp32_precision=fp32_precision(),
     )
+
+
+def with_seed(problem: AttentionProblem, seed: int | None) -> AttentionProblem:
+    """The problem with a dropout seed, which is drawn if none was given: bad input draws none."""
     if seed is None and problem.dropout_p > 0:
         return replace(problem, seed=next_seed())
     return problem

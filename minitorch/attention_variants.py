@@ -7,7 +7,7 @@ soft-capping comes before a bias, as in Gemma 2.
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,16 @@ from .autodiff import Context
 from .block_mask import BlockMask, MaskMod, create_block_mask, numbers_of
 from .function import Function
 from .kernels.flash_attention.problem import AttentionProblem
-from .kernels.score_graph import NumpyOperations, clamped, differentiate, evaluate
+from .kernels.flash_attention.variant import (
+    NO_VARIANT,
+    Captured,
+    VariantInputs,
+    captured_gradients,
+    evaluated,
+    gradients_of_tensors,
+    wanted_gradients,
+)
+from .kernels.score_bands import band_of
 from .kernels.score_intervals import complaint
 from .score_mods import ScoreMod
 from .score_trace import Traced, trace
@@ -70,6 +79,27 @@ class Variant(NamedTuple):
                 raise ValueError(f"score_mod `{score.name}`: {wrong}")
         return Variant(score, _checked_mask(block_mask, sizes))
 
+    def fused(self, problem: AttentionProblem) -> tuple[AttentionProblem, VariantInputs]:
+        """The problem with the functions' graphs, and what these are given.
+
+        A mask that is a band, as a causal one, becomes the band of the problem. Arrays are copied:
+        what is written to them afterwards does not change the gradients.
+        """
+        if self.score is None and self.block_mask is None:
+            return problem, NO_VARIANT
+        score, mask, lists = Captured(), Captured(), None
+        if self.score is not None:
+            score = Captured(self.score.arrays, self.score.parameters).each(_kept)
+            problem = replace(problem, score_mod=self.score.graph)
+        if self.block_mask is not None:
+            function = self.block_mask.function
+            band = band_of(function.graph, function.parameters)
+            if band is not None:
+                return problem.within(*band), VariantInputs(score)
+            mask, lists = Captured(function.arrays, function.parameters), self.block_mask.tile_lists
+            problem = replace(problem, mask_mod=function.graph, is_sparse=True)
+        return problem, VariantInputs(score, mask, lists)
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Tensors that the score function closes over."""
@@ -107,18 +137,12 @@ def _checked_mask(
     return block_mask
 
 
+def _kept(captured: Any) -> Any:
+    """A Tensor as it is, of which the graph knows when it changes; a copy of an array."""
+    return captured if hasattr(captured, "requires_grad") else numbers_of(captured)
+
+
 # ----- dense -----
-
-
-def positions(shape: tuple[int, ...]) -> dict[str, Array]:
-    """b, h, q and k of each score of (..., H, Nq, Nk), that broadcast to this shape."""
-    shape = (1,) * (3 - len(shape)) + shape
-    *batches, heads, seqlen_q, seqlen_k = shape
-    b = np.arange(math.prod(batches)).reshape(*batches, 1, 1, 1)
-    return {
-        "b": b, "h": np.arange(heads)[:, None, None], "q": np.arange(seqlen_q)[:, None],
-        "k": np.arange(seqlen_k),
-    }  # fmt: skip
 
 
 def dense_mask(block_mask: BlockMask, leading: tuple[int, ...]) -> npt.NDArray[np.bool_]:
@@ -141,43 +165,24 @@ class ApplyScoreMod(Function):
     @staticmethod
     def forward(ctx: Context, scores: Tensor, traced: Any, *captured: Tensor) -> Tensor:
         """What the function gives; `captured` are the Tensors that it closes over."""
-        numbers = scores.to_numpy()
-        arrays = [numbers_of(x) for x in traced.arrays]
-        ctx.save_for_backward(numbers, arrays, traced, captured)
-        (found,) = _evaluated(traced.graph, arrays, traced.parameters, numbers)
+        numbers, given = scores.to_numpy(), Captured(traced.arrays, traced.parameters)
+        given = given.each(numbers_of)
+        ctx.save_for_backward(numbers, given, traced, captured)
+        (found,) = evaluated(traced.graph, given, numbers)
         return scores._from_numpy(np.broadcast_to(found, numbers.shape).astype(scores.dtype))
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
-        """Gradients of the scores and of the captured Tensors. What has gradient 0 passes none on,
-        whatever the derivative is there.
-        """
-        scores, arrays, traced, captured = ctx.saved_values
-        derivative = differentiate(traced.graph)
-        found = _evaluated(derivative.graph, arrays, traced.parameters, scores)
+        """Gradients of the scores and of the captured Tensors."""
+        scores, given, traced, _ = ctx.saved_values
         upstream = grad_output.to_numpy().astype(np.float64)
-
-        def times(x: Any) -> Array:
-            return np.where(upstream == 0, 0, upstream * x)
-
-        tensors = [n for n, x in enumerate(traced.arrays) if hasattr(x, "requires_grad")]
-        sums = {n: np.zeros(arrays[n].shape) for n in tensors}
-        for load in derivative.loads:
-            total, part = sums[load.captured], times(found[load.partial])
-            places = clamped([found[i] for i in load.indices], total.shape)
-            np.add.at(total, tuple(np.broadcast_to(x, part.shape) for x in places), part)
-        gradients = [
-            x._from_numpy(sums[n].astype(x.dtype)) for n, x in zip(tensors, captured, strict=True)
-        ]
-        of_scores = grad_output._from_numpy(times(found[1]).astype(grad_output.dtype))
-        return of_scores, 0.0, *gradients
+        of_scores, sums = captured_gradients(traced.graph, given, scores, upstream)
+        wanted = (traced.arrays[n] for n in wanted_gradients(traced.graph))
+        found = [x._from_numpy(g.astype(x.dtype)) for x, g in zip(wanted, sums, strict=True)]
+        gradients = gradients_of_tensors(
+            traced.graph, Captured(traced.arrays, traced.parameters), found
+        )
+        return grad_output._from_numpy(of_scores.astype(grad_output.dtype)), 0.0, *gradients
 
 
-def _evaluated(graph: Any, arrays: Any, parameters: Any, scores: Array) -> list[Any]:
-    real = scores.dtype if scores.dtype == np.float64 else np.float32
-    inputs = {**positions(scores.shape), "score": scores.astype(real)}
-    with np.errstate(all="ignore"):
-        return evaluate(graph, NumpyOperations(arrays, parameters, real), inputs)
-
-
-__all__ = ["ApplyScoreMod", "Variant", "dense_mask", "positions", "sizes_of"]
+__all__ = ["ApplyScoreMod", "Variant", "dense_mask", "sizes_of"]

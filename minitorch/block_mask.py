@@ -21,11 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import as_int, as_size, given
+from .block_states import function_of_blocks
 from .kernels.flash_attention.block_lists import (
     EMPTY,
     FULL,
     PARTIAL,
     BlockLists,
+    TileLists,
     lists_of_mask,
 )
 from .kernels.score_graph import NumpyOperations, evaluate
@@ -86,10 +88,19 @@ class BlockMask:
         """The blocks that are not empty."""
         return self._lists
 
-    @property
-    def traced(self) -> Traced | None:
-        """The function's graph and copies of what it closes over."""
-        return self._traced
+    @cached_property
+    def function(self) -> Traced:
+        """A function that alone says which scores count. Where the blocks were given by hand, it
+        reads in which state each is.
+        """
+        if self._exact and self._traced is not None:
+            return self._traced
+        return function_of_blocks(self._traced, self._states, self.BLOCK_SIZE)
+
+    @cached_property
+    def tile_lists(self) -> TileLists:
+        """The lists as kernels want them."""
+        return TileLists(self._lists, self.BLOCK_SIZE, self._shape)
 
     def numel(self) -> int:
         """The number of scores."""
@@ -113,16 +124,8 @@ class BlockMask:
         """Which scores count, of these heads (numbers b * H + h): (len(heads), Q_LEN, KV_LEN)."""
         q, k = np.arange(self._shape[2])[:, None], np.arange(self._shape[3])
         b, h = (x[:, None, None] for x in (heads // self._shape[1], heads % self._shape[1]))
-        allowed = np.ones((len(heads), *self.seq_lengths), bool)
-        if self._traced is not None:
-            allowed &= _values(self._traced, b, h, q, k)
-        if self._exact:
-            return allowed
-        states = self._lists.states()[
-            heads[:, None, None], q // self.BLOCK_SIZE[0], k // self.BLOCK_SIZE[1]
-        ]
-        found: npt.NDArray[np.bool_] = (states == FULL) | ((states == PARTIAL) & allowed)
-        return found
+        found = _values(self.function, b, h, q, k)
+        return np.broadcast_to(found, (len(heads), *self.seq_lengths))
 
     @cached_property
     def _states(self) -> Array:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from .kernels.flash_attention.variant import NO_VARIANT, VariantInputs
+
 if TYPE_CHECKING:
     from .kernels.flash_attention.problem import AttentionProblem
     from .tensor import Tensor
@@ -289,7 +291,12 @@ def adamw_step(
 
 @check
 def flash_attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, problem: AttentionProblem
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any,
+    problem: AttentionProblem,
+    variant: VariantInputs = NO_VARIANT,
 ) -> None:
     _same_shape("query", query, "the problem's query", problem.query_shape)
     _same_shape("key", key, "the problem's key", problem.key_shape)
@@ -299,6 +306,16 @@ def flash_attention_forward(
     scores = (*problem.leading, problem.query_shape[-2], problem.key_shape[-2])
     if attn_mask is not None and not broadcasts_to(tuple(attn_mask.shape), scores):
         raise ValueError(f"attn_mask must broadcast to {scores}, got {tuple(attn_mask.shape)}")
+    for name, given in (("score", variant.score), ("mask", variant.mask)):
+        graph = getattr(problem, f"{name}_mod")
+        wanted = (0, 0) if graph is None else (len(graph.captured), len(graph.parameters))
+        if (len(given.arrays), len(given.parameters)) != wanted:
+            raise ValueError(
+                f"variant.{name} must have {wanted[0]} arrays and {wanted[1]} parameters, got "
+                f"{len(given.arrays)} and {len(given.parameters)}"
+            )
+    if (variant.lists is None) == problem.is_sparse:
+        raise ValueError("variant.lists must be given if the problem is sparse, and only then")
 
 
 @check
@@ -313,8 +330,9 @@ def flash_attention_backward(
     rows: Tensor | None,
     problem: AttentionProblem,
     needs_mask_grad: bool = False,
+    variant: VariantInputs = NO_VARIANT,
 ) -> None:
-    flash_attention_forward(query, key, value, attn_mask, problem)
+    flash_attention_forward(query, key, value, attn_mask, problem, variant)
     _same_shape("out", out, "the attention's output", problem.out_shape)
     _same_shape("grad_out", grad_out, "out", out.shape)
     if rows is not None:

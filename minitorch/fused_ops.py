@@ -17,6 +17,7 @@ import numpy.typing as npt
 from .fused_checks import guard
 from .ieee import quiet
 from .kernels.flash_attention.standard import standard_attention, standard_attention_backward
+from .kernels.flash_attention.variant import NO_VARIANT, VariantInputs, wanted_gradients
 from .storage_ops import copied_to_host, host, like
 from .tensor_data import TensorData
 
@@ -46,6 +47,11 @@ def whole_numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
 def _mask_here(mask: Any) -> Any:
     """What a backend's `attention_mask` gave, as a numpy array."""
     return copied_to_host(mask) if isinstance(mask, TensorData) else mask
+
+
+def _array_here(captured: Any) -> Array:
+    """A captured array or tensor, as a numpy array."""
+    return host(captured) if hasattr(captured, "_tensor") else captured
 
 
 def _max_or_zero(x: Array, axis: int) -> Array:
@@ -316,14 +322,16 @@ class FusedOps:
         value: Tensor,
         attn_mask: Any,
         problem: AttentionProblem,
+        variant: VariantInputs = NO_VARIANT,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output (..., seqlen_q, value_dim), logsumexp (..., seqlen_q), and the rows that the
         backward pass of the same backend wants, which may be None. The mask is one of
-        `StorageOps.attention_mask`.
+        `StorageOps.attention_mask`; `variant` is for the problem's score and mask functions.
         """
         out, logsumexp, rows = cls._attention_forward(
-            problem, host(query), host(key), host(value), _mask_here(attn_mask)
-        )
+            problem, host(query), host(key), host(value), _mask_here(attn_mask),
+            variant.each(_array_here),
+        )  # fmt: skip
         return like(query, out), like(query, logsumexp), like(query, rows)
 
     @classmethod
@@ -340,10 +348,13 @@ class FusedOps:
         rows: Tensor | None,
         problem: AttentionProblem,
         needs_mask_grad: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Gradients of query, key, value, and of an additive mask if it is wanted."""
+        variant: VariantInputs = NO_VARIANT,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key, value, of an additive mask if it is wanted (else None), and of
+        each captured array that the score function's graph says wants one, in its dtype.
+        """
         assert rows is not None
-        dq, dk, dv, dmask = cls._attention_backward(
+        dq, dk, dv, dmask, *captured = cls._attention_backward(
             problem,
             host(query),
             host(key),
@@ -354,9 +365,16 @@ class FusedOps:
             host(grad_out),
             None if grad_logsumexp is None else host(grad_logsumexp),
             needs_mask_grad,
+            variant=variant.each(_array_here),
         )
         dmask_tensor = None if dmask is None else like(query, dmask)
-        return like(query, dq), like(key, dk), like(value, dv), dmask_tensor
+        owners = [variant.score.arrays[n] for n in wanted_gradients(problem.score_mod)]
+        gradients = [
+            like(owner, np.asarray(gradient, owner.dtype))
+            for owner, gradient in zip(owners, captured, strict=True)
+        ]
+        assert dq is not None and dk is not None and dv is not None
+        return like(query, dq), like(key, dk), like(value, dv), dmask_tensor, *gradients
 
 
 guard(FusedOps)

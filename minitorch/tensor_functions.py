@@ -15,6 +15,7 @@ import numpy as np
 from .arguments import check_dim
 from .autodiff import Context
 from .function import Function
+from .kernels.flash_attention.variant import NO_VARIANT, VariantInputs, gradients_of_tensors
 
 if TYPE_CHECKING:
     from .kernels.flash_attention.problem import AttentionProblem
@@ -369,15 +370,21 @@ class FlashAttention(Function):
         problem: AttentionProblem,
         needs_mask_grad: bool,
         return_lse: bool,
+        variant: VariantInputs = NO_VARIANT,
+        *captured: Tensor,
     ) -> Tensor:
         """Output (..., Nq, Dv); with `return_lse` the logsumexp is joined as one more column, and a
-        16-bit output becomes float32 for it.
+        16-bit output becomes float32 for it. `captured` are the Tensors among what the score
+        function is given.
         """
         mask = query.f.ops.attention_mask(attn_mask)
-        out, logsumexp, rows = query.f.ops.flash_attention_forward(query, key, value, mask, problem)
-        ctx.save_for_backward(
-            query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse
+        out, logsumexp, rows = query.f.ops.flash_attention_forward(
+            query, key, value, mask, problem, variant
         )
+        ctx.save_for_backward(
+            query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse, variant,
+            *captured,
+        )  # fmt: skip
         if not return_lse:
             return out
         ops = query.f.ops
@@ -387,8 +394,11 @@ class FlashAttention(Function):
 
     @staticmethod
     def backward(ctx: Context, grad_output: Tensor) -> tuple[Any, ...]:
-        """Gradients of query, key, value, and of an additive mask that wants one."""
-        query, key, value, mask, out, rows, problem, needs_mask_grad, return_lse = ctx.saved_values
+        """Gradients of query, key, value, of an additive mask that wants one, and of Tensors that
+        the score function captured.
+        """
+        query, key, value, mask, out, rows, problem, *flags = ctx.saved_values
+        needs_mask_grad, return_lse, variant = flags[:3]
         grad_logsumexp = None
         if return_lse:
             ops = grad_output.f.ops
@@ -396,7 +406,7 @@ class FlashAttention(Function):
             grad_output = ops.slice(grad_output, (..., slice(None, -1)))
             if grad_output.dtype != query.dtype:
                 grad_output = ops.cast(grad_output, query.dtype)
-        dq, dk, dv, dmask = grad_output.f.ops.flash_attention_backward(
+        dq, dk, dv, dmask, *found = grad_output.f.ops.flash_attention_backward(
             grad_output,
             grad_logsumexp,
             query,
@@ -407,8 +417,10 @@ class FlashAttention(Function):
             rows,
             problem,
             needs_mask_grad,
+            variant,
         )
-        return dq, dk, dv, 0.0 if dmask is None else dmask, 0.0, 0.0, 0.0
+        gradients = gradients_of_tensors(problem.score_mod, variant.score, found)
+        return dq, dk, dv, 0.0 if dmask is None else dmask, 0.0, 0.0, 0.0, 0.0, *gradients
 
 
 def __getattr__(name: str) -> Any:

@@ -39,8 +39,9 @@ def by_cpu(call: Call, tiles: cpu.TileSizes | None = None) -> Results:
         tiles = SMALL_TILES
     out, lse, rows, _ = cpu.forward_with_count(problem, q, k, v, mask, tiles)
     gradients = cpu.backward(
-        problem, q, k, v, mask, out, rows, do, call.grad_logsumexp, call.wants_mask, tiles
-    )
+        problem, q, k, v, mask, out, rows, do, call.grad_logsumexp, call.wants_mask,
+        tiles=tiles,
+    )  # fmt: skip
     return out, lse, *gradients
 
 

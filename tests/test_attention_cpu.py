@@ -237,4 +237,5 @@ def test_one_compiled_kernel_for_each_dtype() -> None:
 def test_16_bit_numbers_are_for_the_gpu() -> None:
     half = AttentionProblem.of((5, 4), (6, 4), (6, 4), np.float16)
     with pytest.raises(TypeError, match="on the CPU"):
-        cpu.forward(half, *(np.zeros((n, 4), np.float16) for n in (5, 6, 6)))
+        q, k, v = (np.zeros((n, 4), np.float16) for n in (5, 6, 6))
+        cpu.forward(half, q, k, v)

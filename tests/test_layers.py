@@ -35,9 +35,9 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "tensors",
-        "attention attention_masks attention_variants block_mask copies factories fast_conv "
-        "function fused_functions grad_check indexing movement_functions numpy_protocol scalar "
-        "scalar_functions score_mods score_symbols score_trace tensor tensor_functions "
+        "attention attention_masks attention_variants block_mask block_states copies factories "
+        "fast_conv function fused_functions grad_check indexing movement_functions numpy_protocol "
+        "scalar scalar_functions score_mods score_symbols score_trace tensor tensor_functions "
         "tensor_graph interop interop.arrays interop.foreign interop.torch_attention",
     ),
     (

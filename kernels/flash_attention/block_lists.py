@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from ..score_graph import Graph, evaluate
 from ..score_intervals import IntervalOperations
+from .schedule import RULES, Band
 
 Array = NDArray[Any]
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -152,6 +153,63 @@ class BlockLists:
             every = _over_ranges(every, first, last, axis) == _broadcast(last - first + 1, axis)
             every &= _broadcast(begin + want <= size, axis)
         return BlockLists.from_states(some.astype(np.uint8) + every)
+
+    def within(self, tile: tuple[int, int], band: Band) -> BlockLists:
+        """What a band leaves of lists of tiles: those with a score that counts, and full ones all
+        of whose scores do.
+        """
+        head, row, column, full = self.places
+        row0, key0 = row * tile[0], column * tile[1]
+        last = np.minimum(row0 + tile[0], band.seqlen_q) - 1
+        end = np.minimum(key0 + tile[1], band.seqlen_k)
+        seen = (row0 + band.lower < end) & (key0 < last + band.upper)
+        whole = (row0 + tile[0] - 1 + band.lower <= key0) & (key0 + tile[1] <= row0 + band.upper)
+        runs = Runs(head, row, column, np.ones_like(row), full & whole)
+        left = Runs(*(x[seen] for x in runs))
+        return BlockLists.of(left, self.heads, self.rows, self.columns)
+
+
+class TileLists:
+    """A mask's lists for tiles of any size, made when they are first asked for, and kept.
+
+    Args:
+        lists: of blocks.
+        block: their size.
+        shape: (B, H, seqlen_q, seqlen_k); 1 for B or H serves any number.
+
+    """
+
+    def __init__(
+        self, lists: BlockLists, block: tuple[int, int], shape: tuple[int, int, int, int]
+    ) -> None:
+        self.lists, self.block, self.shape = lists, block, shape
+        self.kept: dict[Any, Any] = {}  # whatever follows from the lists, by what it is
+
+    def of(self, tile: tuple[int, int], lower: int, upper: int) -> BlockLists:
+        """For each tile of queries its tiles of keys, within a band."""
+        key = tile, lower, upper
+        if key not in self.kept:
+            band = Band(lower, upper, *self.shape[2:])
+            retiled = self.lists.retiled(self.block, tile, self.shape[2:])
+            everything = RULES.is_whole(0, band.seqlen_q, 0, band.seqlen_k, band)
+            self.kept[key] = retiled if everything else retiled.within(tile, band)
+        found: BlockLists = self.kept[key]
+        return found
+
+    def transposed(self, tile: tuple[int, int], lower: int, upper: int) -> BlockLists:
+        """For each tile of keys its tiles of queries."""
+        key = "transposed", tile, lower, upper
+        if key not in self.kept:
+            self.kept[key] = self.of(tile, lower, upper).transposed()
+        found: BlockLists = self.kept[key]
+        return found
+
+    def head_steps(self) -> tuple[int, int]:
+        """How many matrices of lists lie between those of a batch and of the next, and of a head
+        and of the next; 0 where one serves all.
+        """
+        batches, heads = self.shape[:2]
+        return heads if batches > 1 else 0, 1 if heads > 1 else 0
 
 
 def _broadcast(x: Array, axis: int) -> Array:
@@ -308,4 +366,4 @@ def _bisected(ranges: _Ranges, owner: Array) -> tuple[_Ranges, Array]:
     return _Ranges(*bounds), owner
 
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "BlockLists", "Runs", "lists_of_mask"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "BlockLists", "Runs", "TileLists", "lists_of_mask"]

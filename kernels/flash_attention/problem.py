@@ -7,7 +7,7 @@ below it (the CPU's and the GPU's kernels) takes a problem and checks nothing.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ..philox import dropout_threshold
+from ..score_graph import Graph
 from .scores import is_additive
 
 Shape = tuple[int, ...]
@@ -58,6 +59,10 @@ class AttentionProblem:
     score. `mask_kind` says which, here as in all kernels: "none", "bool", or an additive mask's
     dtype by its name.
 
+    `score_mod` and `mask_mod`: graphs of a user's functions (scores.py says where they act). With
+    `is_sparse` there are lists of the tiles in which `mask_mod` lets any score count. The arrays
+    and numbers that the functions close over, and the lists, are a call's `VariantInputs`.
+
     A query that may see no key has output 0, logsumexp -inf and zero gradients. A NaN or an
     infinity in a key or value that is masked out may still reach other queries of the same tile,
     through 0 * NaN.
@@ -77,6 +82,9 @@ class AttentionProblem:
     seed: int
     enable_gqa: bool
     fp32_precision: Float32Precision = "ieee"
+    score_mod: Graph | None = None
+    mask_mod: Graph | None = None
+    is_sparse: bool = False
 
     @staticmethod
     def of(
@@ -142,6 +150,11 @@ class AttentionProblem:
     def additive_mask(self) -> bool:
         """Whether the mask is added to the scores."""
         return is_additive(self.mask_kind)
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether a score function or a mask function takes part."""
+        return self.score_mod is not None or self.mask_mod is not None
 
     @property
     def keep_scale(self) -> float:
@@ -217,6 +230,17 @@ class AttentionProblem:
         if self.right is None:
             return self.seqlen_q + self.seqlen_k
         return self.offset + self.right + 1
+
+    def within(self, lower: int | None, upper: int | None) -> AttentionProblem:
+        """The same where query i also sees no key before i + lower, or from i + upper on; None is
+        no bound.
+        """
+        left, right = self.left, self.right
+        if lower is not None:
+            left = self.offset - max(lower, self.lower)
+        if upper is not None:
+            right = min(upper, self.upper) - 1 - self.offset
+        return replace(self, left=left, right=right)
 
     def allowed_positions(self) -> NDArray[np.bool_]:
         """The band as a boolean mask (Nq, Nk), True where allowed: for tests and for teaching."""

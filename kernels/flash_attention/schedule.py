@@ -218,4 +218,4 @@ class Schedule:
         return next(n for n in reversed(tiles) if self.is_whole(query_tile, n)) - first + 1
 
 
-__all__ = ["Band", "Rules", "Schedule", "TileCounts", "rules"]
+__all__ = ["RULES", "Band", "Rules", "Schedule", "TileCounts", "rules"]

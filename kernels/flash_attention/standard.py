@@ -16,18 +16,24 @@ from numpy.typing import NDArray
 from ..philox import attention_dropout_mask
 from .problem import AttentionProblem, Shape
 from .scores import mask_numbers
+from .variant import NO_VARIANT, VariantInputs, captured_gradients, evaluated
 
 Array = NDArray[Any]
 
 
 def standard_attention(
-    problem: AttentionProblem, q: Array, k: Array, v: Array, attn_mask: Array | None = None
+    problem: AttentionProblem,
+    q: Array,
+    k: Array,
+    v: Array,
+    attn_mask: Array | None = None,
+    variant: VariantInputs = NO_VARIANT,
 ) -> tuple[Array, Array, Array]:
     """Of shapes (..., Nq, Dv), (..., Nq) and (..., Nq, 2): out; logsumexp, natural; and each row's
     maximum m and sum l of exp(score - m).
     """
     k, v = _repeat_heads(problem, k), _repeat_heads(problem, v)
-    s = _scores(problem, q, k, attn_mask)  # (..., Nq, Nk)
+    s = _masked(problem, _scores(problem, q, k, variant), attn_mask, variant)  # (..., Nq, Nk)
     m = s.max(axis=-1, keepdims=True, initial=-np.inf)
     m = np.where(np.isinf(m), 0, m)  # a row that sees no key, or has an infinite score
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -59,10 +65,13 @@ def standard_attention_backward(
     grad_out: Array,
     grad_logsumexp: Array | None = None,
     needs_mask_grad: bool = False,
-) -> tuple[Array, Array, Array, Array | None]:
-    """(dq, dk, dv, dmask) in the shapes of the inputs; dmask is None unless it is asked for."""
+    variant: VariantInputs = NO_VARIANT,
+) -> tuple[Array | None, ...]:
+    """(dq, dk, dv, dmask) in the shapes of the inputs, and the gradients of what the score function
+    captured; dmask is None unless it is asked for.
+    """
     key, value = _repeat_heads(problem, k), _repeat_heads(problem, v)
-    s = _scores(problem, q, key, attn_mask)
+    s = _masked(problem, _scores(problem, q, key, variant), attn_mask, variant)
     m, l = rows[..., :1], rows[..., 1:]
     empty = l == 0  # rows that see no key
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -73,22 +82,50 @@ def standard_attention_backward(
     if grad_logsumexp is not None:
         delta = delta - np.where(empty, 0, grad_logsumexp[..., None])
     ds = p * (z * (do @ _transpose(value)) - delta)  # (..., Nq, Nk)
+    dmask = sum_to_shape(ds, attn_mask.shape) if needs_mask_grad and attn_mask is not None else None
+    captured: list[Array] = []
+    if problem.score_mod is not None:
+        before = _products(problem, q, key)
+        ds, captured = captured_gradients(problem.score_mod, variant.score, before, ds)
     dq = problem.scale * (ds @ key)
     dk = problem.scale * (_transpose(ds) @ q)
     dv = _transpose(p * z) @ do
-    dmask = sum_to_shape(ds, attn_mask.shape) if needs_mask_grad and attn_mask is not None else None
     return (
         sum_to_shape(dq, q.shape),
         sum_to_shape(_sum_heads(problem, dk, k.shape), k.shape),
         sum_to_shape(_sum_heads(problem, dv, v.shape), v.shape),
         dmask,
+        *captured,
     )
 
 
-def _scores(problem: AttentionProblem, q: Array, k: Array, attn_mask: Array | None) -> Array:
-    """scale * Q K^T, masked: (..., Nq, Nk)."""
+def _products(problem: AttentionProblem, q: Array, k: Array) -> Array:
+    """scale * Q K^T, (..., Nq, Nk); with a score function, to which its place matters, of all
+    leading dimensions.
+    """
     s = problem.dtype.type(problem.scale) * (q @ _transpose(k))
+    if problem.has_functions:
+        s = np.broadcast_to(s, (*problem.leading, problem.seqlen_q, problem.seqlen_k))
+    return np.asarray(s)
+
+
+def _scores(problem: AttentionProblem, q: Array, k: Array, variant: VariantInputs) -> Array:
+    """What the score function makes of scale * Q K^T."""
+    s = _products(problem, q, k)
+    if problem.score_mod is not None:
+        (found,) = evaluated(problem.score_mod, variant.score, s)
+        s = np.broadcast_to(found, s.shape).astype(s.dtype)
+    return s
+
+
+def _masked(
+    problem: AttentionProblem, s: Array, attn_mask: Array | None, variant: VariantInputs
+) -> Array:
+    """The scores with the mask, and -inf where a query does not see a key."""
     allowed = problem.allowed_positions()
+    if problem.mask_mod is not None:
+        (sees,) = evaluated(problem.mask_mod, variant.mask, s)
+        allowed = allowed & sees
     if attn_mask is not None and problem.additive_mask:
         with np.errstate(over="ignore", invalid="ignore"):
             s = s + mask_numbers(attn_mask, problem.dtype)

@@ -23,6 +23,7 @@ from ..kernels.flash_attention.launch import (
 from ..kernels.flash_attention.mma import launch as mma
 from ..kernels.flash_attention.problem import AttentionProblem, Shape, mask_kind
 from ..kernels.flash_attention.simt import launch as simt
+from ..kernels.flash_attention.variant import NO_VARIANT, VariantInputs
 from ..kernels.gpu.runtime import compute_capability
 from ..operators import add
 from ..rng import device_offset
@@ -76,6 +77,8 @@ def _why_not(
 ) -> str | None:
     if backward and not hasattr(module, "backward"):
         return "it has a forward pass alone"
+    if problem.has_functions and not getattr(module, "TAKES_FUNCTIONS", False):
+        return "it has no score functions and mask functions"
     reason: str | None = module.why_not(problem, architecture)
     return reason
 
@@ -246,6 +249,7 @@ def flash_attention_forward(
     value: Tensor,
     attn_mask: Any,
     problem: AttentionProblem,
+    variant: VariantInputs = NO_VARIANT,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `FusedOps.flash_attention_forward`. The logsumexp of 16-bit tensors is float32; the
     output lies in memory in the order of the query's dimensions.
@@ -284,7 +288,8 @@ def flash_attention_backward(
     rows: Tensor | None,
     problem: AttentionProblem,
     needs_mask_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    variant: VariantInputs = NO_VARIANT,
+) -> tuple[Tensor | None, ...]:
     """See `FusedOps.flash_attention_backward`. After kernels that have no backward pass the
     forward pass is computed again: only with scores that are the same to the last bit is P of a
     row right where they are large.

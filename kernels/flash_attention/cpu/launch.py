@@ -21,6 +21,8 @@ from ...cpu.threads import run_on_threads, thread_count
 from ...philox import dropout_threshold
 from ..problem import AttentionProblem, Shape
 from ..scores import mask_numbers
+from ..standard import standard_attention, standard_attention_backward
+from ..variant import NO_VARIANT, VariantInputs
 from .backward import backward_worker, delta_worker, mask_gradient_worker
 from .forward import forward_worker
 from .tiles import ADDITIVE_MASK, BOOL_MASK, NO_MASK, Sizes, Strides
@@ -191,10 +193,15 @@ def _sizes(problem: AttentionProblem, tile_q: int, tile_k: int, block_q: int) ->
 
 
 def forward(
-    problem: AttentionProblem, q: Array, k: Array, v: Array, attn_mask: Array | None = None
+    problem: AttentionProblem,
+    q: Array,
+    k: Array,
+    v: Array,
+    attn_mask: Array | None = None,
+    variant: VariantInputs = NO_VARIANT,
 ) -> tuple[Array, Array, Array]:
     """out, logsumexp and rows of a `Result`, contiguous."""
-    return forward_with_count(problem, q, k, v, attn_mask)[:3]
+    return forward_with_count(problem, q, k, v, attn_mask, variant=variant)[:3]
 
 
 def forward_with_count(
@@ -204,6 +211,7 @@ def forward_with_count(
     v: Array,
     attn_mask: Array | None = None,
     tiles: TileSizes | None = None,
+    variant: VariantInputs = NO_VARIANT,
 ) -> Result:
     """`forward` with tile sizes of one's choice, which also counts the tiles that it computed.
 
@@ -212,6 +220,8 @@ def forward_with_count(
     """
     if problem.dtype.name not in ("float32", "float64"):
         raise TypeError(f"attention on the CPU takes float32 or float64, not {problem.dtype}.")
+    if problem.has_functions:
+        return Result(*standard_attention(problem, q, k, v, attn_mask, variant), 0)
     tiles = tiles or default_tiles(problem)
     out = np.empty(problem.out_shape, problem.dtype)
     logsumexp = np.empty(problem.logsumexp_shape, problem.dtype)
@@ -280,9 +290,11 @@ def backward(
     grad_out: Array,
     grad_logsumexp: Array | None = None,
     needs_mask_grad: bool = False,
+    variant: VariantInputs = NO_VARIANT,
     tiles: TileSizes | None = None,
-) -> tuple[Array, Array, Array, Array | None]:
-    """(dq, dk, dv, dmask) in the shapes of the inputs; dmask is None unless it is asked for.
+) -> tuple[Array | None, ...]:
+    """(dq, dk, dv, dmask) in the shapes of the inputs, and the gradients of what the score function
+    captured; dmask is None unless it is asked for.
 
     Args:
         out, rows: what `forward` gave for the same problem and inputs.
@@ -290,6 +302,11 @@ def backward(
         needs_mask_grad: also give the gradient of an additive `attn_mask`.
         tiles: of one's choice.
     """
+    if problem.has_functions:
+        return standard_attention_backward(
+            problem, q, k, v, attn_mask, out, rows, grad_out, grad_logsumexp, needs_mask_grad,
+            variant,
+        )  # fmt: skip
     dtype, heads = problem.dtype, problem.batch_heads
     tiles = tiles or default_tiles(problem)
     k_index = _head_index(problem.key_shape[:-2], problem, problem.enable_gqa)

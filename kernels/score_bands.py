@@ -1,0 +1,121 @@
+"""Mask functions that are a band: query i sees keys i + lower ... i + upper - 1, and no others.
+
+Such a function, as a causal one or a window, needs no lists of blocks and no look at single scores:
+kernels have the band in their loops. A band is found on the function's graph, as comparisons of
+q - k with a number, joined by "and"; the numbers may be parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .score_graph import Graph, Node, constant_value
+
+Band = tuple[int | None, int | None]  # lower, upper; None is no bound
+
+
+class _Line(NamedTuple):
+    """The number of_q * q + of_k * k + constant."""
+
+    of_q: int
+    of_k: int
+    constant: int
+
+    def plus(self, other: _Line, factor: int = 1) -> _Line:
+        return _Line(*(x + factor * y for x, y in zip(self, other, strict=True)))
+
+
+def band_of(graph: Graph, parameters: Sequence[Any]) -> Band | None:
+    """(lower, upper) if the function is a band, else None.
+
+    Args:
+        graph: of a mask function.
+        parameters: its numbers.
+
+    """
+    found = _Bands(graph, parameters).of(graph.outputs[0])
+    return None if found is None else found
+
+
+class _Bands:
+    """The bands that nodes of a graph are."""
+
+    def __init__(self, graph: Graph, parameters: Sequence[Any]) -> None:
+        self.graph, self.parameters = graph, parameters
+
+    def of(self, n: int) -> Band | None:
+        """Of a truth value."""
+        node = self.graph.nodes[n]
+        if node.name == "constant":
+            return (None, None) if constant_value(node) else None
+        if node.name == "logical_and":
+            first, second = (self.of(x) for x in node.operands)
+            return None if first is None or second is None else _both(first, second)
+        if node.name in ("less", "less_equal", "equal"):
+            return self._comparison(node)
+        return None
+
+    def _comparison(self, node: Node) -> Band | None:
+        a, b = node.operands
+        room = 0 if node.name == "less" else 1  # difference < room, as all are whole numbers
+        absolute = self.graph.nodes[a]
+        if absolute.name == "absolute" and node.name != "equal":
+            inside, limit = self.line(absolute.operands[0]), self.line(b)
+            if inside is None or limit is None:
+                return None
+            below = _below(inside.plus(limit, -1), room)
+            above = _below(_Line(0, 0, 0).plus(inside, -1).plus(limit, -1), room)
+        else:
+            first, second = self.line(a), self.line(b)
+            if first is None or second is None:
+                return None
+            below = _below(first.plus(second, -1), room)
+            above = below if node.name != "equal" else _below(second.plus(first, -1), room)
+        return None if below is None or above is None else _both(below, above)
+
+    def line(self, n: int) -> _Line | None:
+        """Of a whole number."""
+        node = self.graph.nodes[n]
+        if node.kind != "whole":
+            return None
+        if node.name in ("q", "k"):
+            return _Line(int(node.name == "q"), int(node.name == "k"), 0)
+        if node.name == "constant":
+            return _Line(0, 0, int(constant_value(node)))
+        if node.name == "parameter":
+            return _Line(0, 0, int(self.parameters[node.number]))
+        if node.name not in ("add", "subtract", "negative", "multiply"):
+            return None
+        lines = [self.line(x) for x in node.operands]
+        known = [x for x in lines if x is not None]
+        if len(known) < len(lines):
+            return None
+        if node.name == "negative":
+            return _Line(0, 0, 0).plus(known[0], -1)
+        if node.name == "multiply":
+            numbers = [x for x in known if x[:2] == (0, 0)]
+            other = known[1] if known[0][:2] == (0, 0) else known[0]
+            return _Line(0, 0, 0).plus(other, numbers[0].constant) if numbers else None
+        return known[0].plus(known[1], -1 if node.name == "subtract" else 1)
+
+
+def _below(line: _Line, room: int) -> Band | None:
+    """The band in which a line is less than `room`."""
+    of_q, of_k, constant = line
+    if (of_q, of_k) == (-1, 1):  # k - q < room - constant
+        return None, room - constant
+    if (of_q, of_k) == (1, -1):  # k - q > constant - room
+        return constant - room + 1, None
+    if (of_q, of_k) == (0, 0) and constant < room:
+        return None, None
+    return None
+
+
+def _both(first: Band, second: Band) -> Band:
+    lower = [x for x in (first[0], second[0]) if x is not None]
+    upper = [x for x in (first[1], second[1]) if x is not None]
+    return max(lower, default=None), min(upper, default=None)
+
+
+__all__ = ["Band", "band_of"]
