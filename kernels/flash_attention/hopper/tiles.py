@@ -14,7 +14,7 @@ from ...gpu.ptx_hopper import cp_async_bulk_tensor_4d
 from ...gpu.runtime import cuda, device_function, types
 from ..problem import AttentionProblem
 from ..schedule import RULES
-from ..scores import Masked, is_additive
+from ..scores import NO_FUNCTIONS, Functions, Masked, is_additive
 
 NAME, ARCHITECTURE = "hopper", (9, 0)  # of the kernels, and the compute capability they are for
 WARPGROUP = 128
@@ -37,6 +37,8 @@ class Kind(Masked):
             and unless the problem says `scale_in_exponent`.
         banded: some queries do not see all keys: causal masks and windows.
         vectors: rows of the output come in whole pieces of 16 bytes.
+        functions: the user's.
+        is_sparse: there are lists of the tiles that are visited.
 
     """
 
@@ -48,6 +50,8 @@ class Kind(Masked):
     scaled_first: bool = False
     banded: bool = False
     vectors: bool = True
+    functions: Functions = NO_FUNCTIONS
+    is_sparse: bool = False
 
 
 @dataclass(frozen=True)
