@@ -19,6 +19,7 @@ from ..kernels.flash_attention.launch import (
     Inputs,
     Matrices,
     Strides,
+    functions_of,
     heads_of,
 )
 from ..kernels.flash_attention.mma import launch as mma
@@ -192,7 +193,7 @@ def _inputs(
     owners: tuple[Any, ...] = ()
     has_scores = problem.seqlen_q and problem.seqlen_k
     if has_scores and problem.has_functions:
-        functions = Functions(problem.score_mod, problem.mask_mod)
+        functions = functions_of(problem)
         words, owners = _words(functions, variant, _exact(problem))
     if mask is not None and has_scores:
         full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)

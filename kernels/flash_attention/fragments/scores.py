@@ -38,6 +38,7 @@ WHOLE = types.int32
 BAND = types.UniTuple(WHOLE, 4)  # lower, upper, seqlen_q, seqlen_k
 PLACE = types.UniTuple(types.int64, 5)  # of `head_place`
 LARGEST = float(np.finfo(np.float32).max)
+NO_WORDS = (0,)  # where there are no functions
 
 
 def mask_number(name: str, number: Any) -> Any:
@@ -272,4 +273,4 @@ def exponential(kind: Masked) -> Callable[..., Any]:
     return power
 
 
-__all__ = ["exponential", "least", "mask_number", "mask_scores", "modify_scores"]
+__all__ = ["NO_WORDS", "exponential", "least", "mask_number", "mask_scores", "modify_scores"]

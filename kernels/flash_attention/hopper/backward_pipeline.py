@@ -38,6 +38,7 @@ from ...gpu.ptx_hopper import (
 )
 from ...gpu.runtime import cuda, device_function, types
 from ...gpu.shared_layout import panels_descriptor, steps_along, steps_down
+from ..schedule_cuda import entry_of, line_of
 from .tiles import ROWS, WARPGROUP, Kind, ring, row_bytes, tile_loader
 
 MAP_BYTES = 128  # of a tensor map
@@ -268,6 +269,27 @@ def item_reader(kind: Kind, blocks: Blocks) -> Any:
     return read
 
 
+@cache
+def passing_tiles(kind: Kind) -> Any:
+    """Device functions of the tiles that pass by, to which a list may lead.
+
+    `places(first, end, lists, batch, head, tile)`: [first, end) of an item's tiles for a head, of
+    which the item's `Work` says them if there are no lists. `tile_at(place, lists)`: the number of
+    a tile, and whether a list says that it is full.
+    """
+    is_sparse, whole = kind.is_sparse, types.int32
+
+    @device_function
+    def places(first, end, lists, batch, head, tile):
+        return line_of(lists, batch, head, tile) if is_sparse else (whole(first), whole(end))
+
+    @device_function
+    def tile_at(place, lists):
+        return entry_of(lists, place) if is_sparse else (whole(place), False)
+
+    return places, tile_at
+
+
 # ----- tiles -----
 
 
@@ -382,5 +404,6 @@ __all__ = [
     "memory_plan",
     "own_loader",
     "pair_loader",
+    "passing_tiles",
     "score_product",
 ]
