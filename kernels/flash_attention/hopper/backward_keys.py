@@ -70,7 +70,7 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, True), blocks.passing, types.int32
-    (places, tile_at), own = passing_tiles(kind), blocks.own
+    (step, places, row_at), own = passing_tiles(kind, passing), blocks.own
 
     @device_function
     def bring(base, maps, own_heads, counter, table, count, heads, group, rows, pitch, lists):
@@ -90,12 +90,9 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
                 # largest P, and a long sum is most accurate when these come last.
                 first, place = places(work.first, work.end, lists, b, h, key0 // whole(own))
                 while place > first:
-                    place -= whole(1)
-                    tile, _ = tile_at(place, lists)
-                    load_pair(
-                        base, turn, maps, whole(tile * passing), (h * q_heads, h * do_heads),
-                        others, of_head,
-                    )  # fmt: skip
+                    place -= whole(step)
+                    row, _ = row_at(place, lists)
+                    load_pair(base, turn, maps, row, (h * q_heads, h * do_heads), others, of_head)
                     turn += types.uint32(1)
             number += types.uint32(1)
             left, work, stage, full = take_item(base, number, counter, table, count)
@@ -133,7 +130,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
     complete_p, unit, rows_bytes = complete(tile), kind.unit_of_products, ROW_BYTES * passing
     slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
-    (places, tile_at), is_sparse = passing_tiles(kind), kind.is_sparse
+    (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
     has_score = kind.functions.score is not None
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
 
@@ -169,8 +166,8 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
             turn, number = types.uint32(0), types.uint32(0)
             left, work, own_stage = read_item(base, number)
             while left:
-                b, first_head, key0, first_place, end_place, slot = work
-                tile_of_keys = key0 // whole(own)
+                b, first_head, key0, first_tile, end_tile, slot = work
+                own_tile = key0 // whole(own)
                 key0 = whole(key0 + consumer * keys)
                 k = of_own(base + k_at + own_stage * k_bytes + consumer * (keys * 128))
                 v = of_own(base + v_at + own_stage * v_bytes + consumer * (keys * 128))
@@ -178,11 +175,10 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                 for h in range(first_head, first_head + group):
                     mask_place = head_place(b, h, mask_steps)
                     random = dropout_words(seed + offset[0], b * heads + h, threshold)
-                    first, n = places(first_place, end_place, lists, b, h, tile_of_keys)
-                    while n > first:
-                        n -= whole(1)
-                        tile_of_queries, full = tile_at(n, lists)
-                        row0 = whole(tile_of_queries * passing)
+                    first, place = places(first_tile, end_tile, lists, b, h, own_tile)
+                    while place > first:
+                        place -= whole(step)
+                        row0, full = row_at(place, lists)
                         stage, parity = place_of(turn)
                         q = of_passing(base + q_at + stage * q_bytes)
                         do = of_passing(base + do_at + stage * do_bytes)

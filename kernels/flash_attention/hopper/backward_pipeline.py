@@ -270,24 +270,33 @@ def item_reader(kind: Kind, blocks: Blocks) -> Any:
 
 
 @cache
-def passing_tiles(kind: Kind) -> Any:
-    """Device functions of the tiles that pass by, to which a list may lead.
+def passing_tiles(kind: Kind, passing: int) -> tuple[int, Any, Any]:
+    """How the tiles that pass by are gone through: by their first rows, or by places in a list.
 
-    `places(first, end, lists, batch, head, tile)`: [first, end) of an item's tiles for a head, of
-    which the item's `Work` says them if there are no lists. `tile_at(place, lists)`: the number of
-    a tile, and whether a list says that it is full.
+    Returns:
+        step: from a place to the next one.
+        places: device function `(first, end, lists, batch, head, own_tile)`: [first, end) of an
+            item's places for a head; `Work` has numbers of tiles, if there are no lists.
+        row_at: device function `(place, lists)`: the first row of the tile, and whether a list says
+            that it is full.
+
     """
     is_sparse, whole = kind.is_sparse, types.int32
 
     @device_function
-    def places(first, end, lists, batch, head, tile):
-        return line_of(lists, batch, head, tile) if is_sparse else (whole(first), whole(end))
+    def places(first, end, lists, batch, head, own_tile):
+        if is_sparse:
+            return line_of(lists, batch, head, own_tile)
+        return whole(first * passing), whole(end * passing)
 
     @device_function
-    def tile_at(place, lists):
-        return entry_of(lists, place) if is_sparse else (whole(place), False)
+    def row_at(place, lists):
+        if is_sparse:
+            tile, full = entry_of(lists, place)
+            return whole(tile * passing), full
+        return place, False
 
-    return places, tile_at
+    return 1 if is_sparse else passing, places, row_at
 
 
 # ----- tiles -----

@@ -58,7 +58,7 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, False), blocks.passing, types.int32
-    (places, tile_at), own = passing_tiles(kind), blocks.own
+    (step, places, row_at), own = passing_tiles(kind, passing), blocks.own
 
     @device_function
     def bring(base, maps, own_heads, counter, table, count, lists):
@@ -74,9 +74,9 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
             heads = whole(work.k_head), whole(work.v_head)
             others = whole(work.k_batch), whole(work.v_batch)
             while place < end:
-                tile, _ = tile_at(place, lists)
-                load_pair(base, turn, maps, whole(tile * passing), heads, others, unused)
-                place += whole(1)
+                row, _ = row_at(place, lists)
+                load_pair(base, turn, maps, row, heads, others, unused)
+                place += whole(step)
                 turn += types.uint32(1)
             number += types.uint32(1)
             left, work, stage, full = take_item(base, number, counter, table, count)
@@ -118,7 +118,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_ds = write_scores(tile)
     slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
-    (places, tile_at), is_sparse = passing_tiles(kind), kind.is_sparse
+    (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
     queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit_of_products
     scale_dq, scale_ds = of_dq.scale_rows, tile.scale_rows
 
@@ -161,9 +161,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
                 mask_place = head_place(b, h, mask_steps)
                 dq = zero_dq()
-                for n in range(first, end):
-                    tile_of_keys, full = tile_at(n, lists)
-                    key0 = whole(tile_of_keys * passing)
+                for n in range(first, end, step):
+                    key0, full = row_at(whole(n), lists)
                     stage, parity = place_of(turn)
                     k = of_passing(base + k_at + stage * k_bytes)
                     v = of_passing(base + v_at + stage * v_bytes)
