@@ -61,7 +61,7 @@ class Call(NamedTuple):
     options: dict[str, Any]
     problem: AttentionProblem
     dtype: str
-    functions: dict[str, Any] = {}
+    functions: dict[str, Any] | None = None
     variant: VariantInputs = NO_VARIANT
 
     @property

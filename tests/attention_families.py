@@ -68,7 +68,8 @@ def by_operations(call: Call) -> Results:
         numbers = mask_numbers(mask, real_dtype(call.dtype))
         mask = minitorch.tensor(numbers, backend, requires_grad=True)
         leaves.append(mask)
-    out, lse = q.attention(k, v, attn_mask=mask, return_lse=True, **call.options, **call.functions)
+    options: dict[str, Any] = call.options | (call.functions or {})
+    out, lse = q.attention(k, v, attn_mask=mask, return_lse=True, **options)
     loss = (out * minitorch.tensor(call.tensors[3], backend)).sum()
     if call.grad_logsumexp is not None:
         loss = loss + (lse * minitorch.tensor(call.grad_logsumexp, backend)).sum()
