@@ -180,7 +180,7 @@ SIMT = Family(
     longest=(20, 20) if SIMULATED else (200, 200),
     columns=st.integers(1, 12 if SIMULATED else 100),
     value_columns=st.integers(0, 12 if SIMULATED else 100),
-    layouts=LAYOUTS, examples=3 if SIMULATED else 6, lengths=LENGTHS, functions=False,
+    layouts=LAYOUTS, examples=3 if SIMULATED else 6, lengths=LENGTHS,
     head_sizes=tuple((n, n) for n in SIZES) + tuple((64, n) for n in SIZES),
     extreme=(10, 22) if SIMULATED else (150, 700),
     extreme_dtypes=(("float32", "float32"), ("float32", "float64")) if SIMULATED else (
@@ -193,7 +193,7 @@ SIMT = Family(
     repeated=(((*BATCHES, 239, 64), (*BATCHES, 128, 64)),), runs=250,
 )  # fmt: skip
 MMA = replace(
-    SIMT, name="mma", force=use_mma, dtypes=("float16", "bfloat16", "tf32x3"),
+    SIMT, name="mma", force=use_mma, functions=False, dtypes=("float16", "bfloat16", "tf32x3"),
     thorough=SLOW_IN_THE_SIMULATOR if SIMULATED else (*OF_THE_HOST, "test_every_dtype"),
     shape=(17, 20, 20, 7) if SIMULATED else (150, 339, 20, 7),
     columns=st.integers(1, 24 if SIMULATED else 256),
@@ -206,7 +206,7 @@ MMA = replace(
     repeated=(((*BATCHES, 256, 64), (*BATCHES, 256, 64)),),
 )  # fmt: skip
 HOPPER = replace(
-    SIMT, name="hopper", force=use_hopper, gradient_factor=2.0, dtypes=("bfloat16", "float16"),
+    SIMT, name="hopper", force=use_hopper, functions=False, gradient_factor=2.0, dtypes=("bfloat16", "float16"),
     shape=(20, 70, 64, 40) if SIMULATED else (150, 339, 64, 40),
     longest=(400, 400), columns=st.sampled_from([16, 64]), value_columns=st.sampled_from([16, 64]),
     examples=0 if SIMULATED else 14,
@@ -225,7 +225,7 @@ HOPPER = replace(
     ),
 )  # fmt: skip
 DECODE = replace(
-    SIMT, name="decode", compute=by_decode, force=use(decode, simt), dropout=False,
+    SIMT, name="decode", compute=by_decode, force=use(decode, simt), dropout=False, functions=False,
     thorough=SLOW_IN_THE_SIMULATOR if SIMULATED else (*OF_THE_HOST, "test_every_dtype"),
     shape=(3, 40, 7, 4) if SIMULATED else (3, 1500, 59, 64),
     longest=(decode.MOST_QUERIES, 40 if SIMULATED else 1500),

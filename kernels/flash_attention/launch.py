@@ -52,6 +52,7 @@ import numpy as np
 
 from ..gpu.runtime import Instance, precision, types
 from ..philox import dropout_threshold
+from ..score_graph import Builder, CapturedArray
 from .block_lists import TileLists
 from .problem import AttentionProblem
 from .schedule_cuda import NO_LISTS, Lists
@@ -311,6 +312,23 @@ def argument_types(
     )  # fmt: skip
 
 
+def example_functions() -> Functions:
+    """Functions of the kind that people write: a soft cap with a relative table, whose gradient is
+    wanted; and documents.
+    """
+    score = Builder([CapturedArray("real", 2, wants_gradient=True)], ["real"])
+    q, k, cap = score.input("q"), score.input("k"), score.parameter(0)
+    capped = score.apply("tanh", score.apply("divide", score.input("score"), cap))
+    distance = score.apply("minimum", score.apply("subtract", q, k), score.constant(63, "whole"))
+    distance = score.apply("maximum", distance, score.constant(0, "whole"))
+    bias = score.load(0, (score.input("h"), distance))
+    mask = Builder([CapturedArray("whole", 2)])
+    b = mask.input("b")
+    same = mask.apply("equal", *(mask.load(0, (b, mask.input(name))) for name in ("q", "k")))
+    result = score.apply("add", score.apply("multiply", cap, capped), bias)
+    return Functions(score.finished([result]), mask.finished([same]))
+
+
 def instances_of(
     family: str, kind: str, kernels: Mapping[str, Mapping[str, Any]], signatures: Mapping[str, Any]
 ) -> Iterator[Instance]:
@@ -336,6 +354,6 @@ def instances_of(
 
 __all__ = [
     "Architecture", "ArgumentTypes", "Gradients", "Heads", "Inputs", "Ints", "Matrices", "Sizes",
-    "Strides", "argument_types", "has_vectors", "heads_of", "instances_of", "named_type",
+    "Strides", "argument_types", "example_functions", "has_vectors", "heads_of", "instances_of", "named_type",
     "scalars_of", "sizes_of", "tile_lists",
 ]  # fmt: skip

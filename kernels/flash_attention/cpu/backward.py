@@ -161,9 +161,7 @@ def gradient_row(w, p, ds, length, shift, inverse, delta, factor):
 
 
 @njit
-def recompute_tile(
-    w, t, mask, functions, dropout, tile, sizes, factor, shift, inverse, delta
-):
+def recompute_tile(w, t, mask, functions, dropout, tile, sizes, factor, shift, inverse, delta):
     """From tiles q, do, kt, vt: P, with dropout, in tile s, and dS * factor in tile ds."""
     n, start, stop = tile.rows, tile.start, tile.stop
     # S = scale Q K^T and dP = dO V^T

@@ -55,9 +55,7 @@ class TileSizes(NamedTuple):
     backward_k: int = 256
 
 
-def default_tiles(
-    problem: AttentionProblem, variant: VariantInputs = NO_VARIANT
-) -> TileSizes:
+def default_tiles(problem: AttentionProblem, variant: VariantInputs = NO_VARIANT) -> TileSizes:
     """Narrower tiles of keys, the backward pass's unit of work, where there are few heads; with
     lists of blocks, tiles that divide these.
 

@@ -78,7 +78,9 @@ class Lists(NamedTuple):
     tiles of `rows` queries.
     """
 
-    offsets: Any  # int64: a list is entries[offsets[line] : offsets[line + 1]]; (0,) if there is none
+    offsets: (
+        Any  # int64: a list is entries[offsets[line] : offsets[line + 1]]; (0,) if there is none
+    )
     entries: Any  # int32
     ranks: Any  # int64, in the backward pass: the tile's place in the list of its queries
     rows: int

@@ -19,12 +19,15 @@ from ..launch import (
     Inputs,
     Matrices,
     argument_types,
+    example_functions,
     has_vectors,
     instances_of,
     scalars_of,
     sizes_of,
+    tile_lists,
 )
 from ..problem import AttentionProblem
+from ..scores import Functions
 from .backward import (
     DELTA_ROWS,
     DELTA_THREADS,
@@ -37,6 +40,7 @@ from .forward import forward_kernel, forward_memory
 from .tiles import Blocks, Kind, tile_width, vector_lanes
 
 NAME = "simt"
+TAKES_FUNCTIONS = True
 PRECISIONS = ("float32", "float64", "float16", "bfloat16")
 MOST_COLUMNS = 256  # of a query, a key or a value
 
@@ -148,7 +152,8 @@ def backward_blocks(kind: Kind, architecture: Architecture) -> tuple[Blocks, Blo
 def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
     return Kind(
         problem.dtype.name, problem.head_dim, problem.value_dim, mask_kind,
-        problem.dropout_p > 0, vectors,
+        problem.dropout_p > 0, vectors, Functions(problem.score_mod, problem.mask_mod),
+        problem.is_sparse,
     )  # fmt: skip
 
 
@@ -195,7 +200,8 @@ def forward(
         forward_kernel(kind, blocks),
         ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads, blocks.threads,
         *inputs.arrays, inputs.offset, out.array, logsumexp, rows, *inputs.strides, out.strides,
-        sizes_of(problem, heads), *scalars_of(problem),
+        sizes_of(problem, heads), *scalars_of(problem), inputs.words,
+        tile_lists(problem, inputs, (blocks.block_m, blocks.block_n)),
         shared_bytes=_forward_bytes(kind, blocks),
     )  # fmt: skip
 
@@ -232,13 +238,17 @@ def backward(
         key_value_kernel(kind, for_keys),
         ceil_div(problem.seqlen_k, for_keys.block_n) * (problem.batch_heads // heads.group),
         for_keys.threads, *read, dk.array, dv.array, *strides, dk.strides, dv.strides, sizes,
-        heads.group, *scalars, shared_bytes=_backward_bytes(kind, for_keys, True),
+        heads.group, *scalars, inputs.words,
+        tile_lists(problem, inputs, (for_keys.block_m, for_keys.block_n), transposed=True),
+        shared_bytes=_backward_bytes(kind, for_keys, True),
     )  # fmt: skip
     launch(
         query_kernel(kind, for_queries, ds is not None),
         ceil_div(problem.seqlen_q, for_queries.block_m) * problem.batch_heads,
         for_queries.threads, *read, dq.array, delta if ds is None else ds, *strides, dq.strides,
-        sizes, *scalars, shared_bytes=_backward_bytes(kind, for_queries, False),
+        sizes, *scalars, inputs.words,
+        tile_lists(problem, inputs, (for_queries.block_m, for_queries.block_n)),
+        shared_bytes=_backward_bytes(kind, for_queries, False),
     )  # fmt: skip
 
 
@@ -247,18 +257,19 @@ def backward(
 
 def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     """numba types of the kernels' arguments, by their names."""
-    of = argument_types(kind.precision, kind.mask)
+    of = argument_types(kind.precision, kind.mask, kind.functions)
     array, rows, strides, whole = of.array, of.rows, of.strides, types.int64
+    last = *of.scalars, of.words, of.lists
     return {
         "forward": (
-            *of.inputs, array, rows, rows, *[strides] * 5, of.sizes, *of.scalars,
+            *of.inputs, array, rows, rows, *[strides] * 5, of.sizes, *last,
         ),
         "key_value": (
             *of.inputs, array, *[rows] * 3, array, array, *[strides] * 7, of.sizes, whole,
-            *of.scalars,
+            *last,
         ),
         "query": (
-            *of.inputs, array, *[rows] * 3, array, rows, *[strides] * 6, of.sizes, *of.scalars,
+            *of.inputs, array, *[rows] * 3, array, rows, *[strides] * 6, of.sizes, *last,
         ),
         "delta": (array, array, *[rows] * 5, strides, strides, *[whole] * 4),
     }  # fmt: skip
@@ -280,6 +291,8 @@ def instances() -> Iterator[Instance]:
         Kind("float32", 80, 40, "bool", True, False),
         Kind("float64", 64, 64, "float64", True, False),
         Kind("bfloat16", 128, 128, "bool", False, True),
+        Kind("float32", 64, 64, "none", True, True, example_functions(), is_sparse=True),
+        Kind("float64", 64, 64, "float64", False, True, example_functions()),
     )
     for kind in kinds:
         names = ("sm_75",) if kind.precision == "bfloat16" else tuple(ARCHITECTURES)
@@ -302,6 +315,7 @@ def _kernels(kind: Kind, architecture: Architecture) -> dict[str, Any]:
 
 def _name(kind: Kind) -> str:
     flags = ", dropout" * kind.dropout + ", vectors" * kind.vectors
+    flags += ", functions" * bool(kind.functions) + ", lists" * kind.is_sparse
     return f"{kind.precision}, {kind.head_dim}, {kind.value_dim}, {kind.mask}{flags}"
 
 
