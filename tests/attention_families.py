@@ -193,7 +193,7 @@ SIMT = Family(
     repeated=(((*BATCHES, 239, 64), (*BATCHES, 128, 64)),), runs=250,
 )  # fmt: skip
 MMA = replace(
-    SIMT, name="mma", force=use_mma, functions=False, dtypes=("float16", "bfloat16", "tf32x3"),
+    SIMT, name="mma", force=use_mma, dtypes=("float16", "bfloat16", "tf32x3"),
     thorough=SLOW_IN_THE_SIMULATOR if SIMULATED else (*OF_THE_HOST, "test_every_dtype"),
     shape=(17, 20, 20, 7) if SIMULATED else (150, 339, 20, 7),
     columns=st.integers(1, 24 if SIMULATED else 256),
@@ -206,7 +206,8 @@ MMA = replace(
     repeated=(((*BATCHES, 256, 64), (*BATCHES, 256, 64)),),
 )  # fmt: skip
 HOPPER = replace(
-    SIMT, name="hopper", force=use_hopper, functions=False, gradient_factor=2.0, dtypes=("bfloat16", "float16"),
+    SIMT, name="hopper", force=use_hopper, gradient_factor=2.0, dtypes=("bfloat16", "float16"),
+    functions=False,
     shape=(20, 70, 64, 40) if SIMULATED else (150, 339, 64, 40),
     longest=(400, 400), columns=st.sampled_from([16, 64]), value_columns=st.sampled_from([16, 64]),
     examples=0 if SIMULATED else 14,
@@ -225,7 +226,7 @@ HOPPER = replace(
     ),
 )  # fmt: skip
 DECODE = replace(
-    SIMT, name="decode", compute=by_decode, force=use(decode, simt), dropout=False, functions=False,
+    SIMT, name="decode", compute=by_decode, force=use(decode, simt), dropout=False,
     thorough=SLOW_IN_THE_SIMULATOR if SIMULATED else (*OF_THE_HOST, "test_every_dtype"),
     shape=(3, 40, 7, 4) if SIMULATED else (3, 1500, 59, 64),
     longest=(decode.MOST_QUERIES, 40 if SIMULATED else 1500),

@@ -354,6 +354,6 @@ def instances_of(
 
 __all__ = [
     "Architecture", "ArgumentTypes", "Gradients", "Heads", "Inputs", "Ints", "Matrices", "Sizes",
-    "Strides", "argument_types", "example_functions", "has_vectors", "heads_of", "instances_of", "named_type",
-    "scalars_of", "sizes_of", "tile_lists",
+    "Strides", "argument_types", "example_functions", "has_vectors", "heads_of", "instances_of",
+    "named_type", "scalars_of", "sizes_of", "tile_lists",
 ]  # fmt: skip

@@ -91,6 +91,6 @@ def walk(is_sparse: bool, block_m: int, block_n: int, transposed: bool = False) 
 
 
 __all__ = [
-    "NO_LISTS", "Lists", "Walk", "end_key", "entry_of", "first_key", "is_whole", "key_tiles", "line_of",
-    "query_tiles", "tile_start", "walk",
+    "NO_LISTS", "Lists", "Walk", "end_key", "entry_of", "first_key", "is_whole", "key_tiles",
+    "line_of", "query_tiles", "tile_start", "walk",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from ..gpu.traced import traced
 from ..score_graph import Graph
 from . import scores
 from .score_values import Evaluation, word_count, words_type
-from .scores import NO_FUNCTIONS, Functions, Tools, Where, is_additive, nearest, unit_of
+from .scores import NO_FUNCTIONS, Functions, Tools, Where, is_additive, nearest
 from .variant import derivative_of
 
 keys_of, counts = device_function(scores.keys_of), device_function(scores.counts)
@@ -77,7 +77,7 @@ def graph_function(
 
     @traced(types.Tuple(kinds), real, *[whole] * 4, words_type(functions))
     def run(score, batch, head, query, key, words):
-        evaluation = Evaluation(graph, words[first:], real, approximate=False)
+        evaluation = Evaluation(graph, words[first:] or words, real, approximate=False)
         found = evaluation.at(score, Where(batch, head, query, key))
         return tuple(evaluation.number(found[n]) for n in outputs)
 
@@ -106,9 +106,11 @@ def slope_function(functions: Functions, precision_name: str) -> Any:
 
 
 @cache
-def masked_score(mask: str, precision_name: str, functions: Functions = NO_FUNCTIONS) -> Any:
+def masked_score(
+    mask: str, precision_name: str, functions: Functions = NO_FUNCTIONS, unit: float = 1.0
+) -> Any:
     """Device function: `scores.masked_score` for a kind of mask, inputs of a dtype, and functions,
-    with which a place is `Asked`.
+    with which a place is `Asked`; what a score function gives is multiplied by `unit`.
     """
     real = precision(precision_name).real
     nothing, score_mod, mask_mod = real(NEGATIVE_INFINITY), None, None
@@ -120,8 +122,8 @@ def masked_score(mask: str, precision_name: str, functions: Functions = NO_FUNCT
 
     if functions.score is not None:
         modified = graph_function(functions.score, (0,), functions, precision_name)
-        unit = real(unit_of(is_additive(mask)))
-        score_mod = device_function(lambda score, asked: modified(score, asked)[0] * unit)
+        factor = real(unit)
+        score_mod = device_function(lambda score, asked: modified(score, asked)[0] * factor)
     if functions.mask is not None:
         sees = graph_function(functions.mask, (0,), functions, precision_name)
         any_score = real(0.0)

@@ -149,7 +149,7 @@ def backward_blocks(kind: Kind, architecture: Architecture) -> tuple[Blocks, Blo
 # ----- launches -----
 
 
-def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
+def kind_of(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
     return Kind(
         problem.dtype.name, problem.head_dim, problem.value_dim, mask_kind,
         problem.dropout_p > 0, vectors, Functions(problem.score_mod, problem.mask_mod),
@@ -157,7 +157,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
     )  # fmt: skip
 
 
-def _has_vectors(problem: AttentionProblem, inputs: Inputs, *more: Matrices) -> bool:
+def has_whole_vectors(problem: AttentionProblem, inputs: Inputs, *more: Matrices) -> bool:
     columns = problem.head_dim, problem.value_dim
     return has_vectors(problem, columns, inputs.q, inputs.k, inputs.v, *more)
 
@@ -166,7 +166,7 @@ def block_sizes(
     problem: AttentionProblem, architecture: Architecture, backward: bool = False
 ) -> dict[str, tuple[int, int]]:
     """Queries and keys of a tile, by what a kernel computes; for rows that come in vectors."""
-    kind = _kind(problem, problem.mask_kind, vectors=True)
+    kind = kind_of(problem, problem.mask_kind, vectors=True)
     found = {"output": forward_blocks(kind, architecture)}
     if backward:
         for_keys, for_queries = backward_blocks(kind, architecture)
@@ -179,7 +179,7 @@ def _forward_bytes(kind: Kind, blocks: Blocks) -> int:
     return forward_memory(kind, blocks).size * _itemsize(kind)
 
 
-def _backward_bytes(kind: Kind, blocks: Blocks, needs_p: bool) -> int:
+def backward_bytes(kind: Kind, blocks: Blocks, needs_p: bool) -> int:
     return backward_memory(kind, blocks, needs_p).size * _itemsize(kind)
 
 
@@ -194,7 +194,7 @@ def forward(
     blocks: Blocks | None = None,
 ) -> None:
     """Write the output, the logsumexp and what the backward pass wants: see launch.py."""
-    kind = _kind(problem, inputs.mask_kind, _has_vectors(problem, inputs))
+    kind = kind_of(problem, inputs.mask_kind, has_whole_vectors(problem, inputs))
     blocks = blocks or forward_blocks(kind, architecture)
     launch(
         forward_kernel(kind, blocks),
@@ -203,6 +203,26 @@ def forward(
         sizes_of(problem, heads), *scalars_of(problem), inputs.words,
         tile_lists(problem, inputs, (blocks.block_m, blocks.block_n)),
         shared_bytes=_forward_bytes(kind, blocks),
+    )  # fmt: skip
+
+
+def launch_delta(
+    problem: AttentionProblem,
+    heads: Heads,
+    out: Matrices,
+    rows: Any,
+    grad_out: Matrices,
+    grad_logsumexp: Any,
+    workspace: tuple[Any, Any, Any],
+) -> None:
+    """Write delta, shift and inverse of each row."""
+    count = problem.batch_heads * problem.seqlen_q
+    launch(
+        delta_kernel(problem.dtype.name, grad_logsumexp is not None),
+        ceil_div(count, DELTA_ROWS), DELTA_THREADS,
+        out.array, grad_out.array, rows, rows if grad_logsumexp is None else grad_logsumexp,
+        *workspace, out.strides, grad_out.strides, heads.heads, problem.seqlen_q,
+        problem.value_dim, count,
     )  # fmt: skip
 
 
@@ -219,18 +239,11 @@ def backward(
     blocks: tuple[Blocks, Blocks] | None = None,
 ) -> None:
     """Write the gradients of queries, keys and values: see launch.py."""
-    kind = _kind(problem, inputs.mask_kind, _has_vectors(problem, inputs, grad_out))
+    kind = kind_of(problem, inputs.mask_kind, has_whole_vectors(problem, inputs, grad_out))
     for_keys, for_queries = blocks or backward_blocks(kind, architecture)
     sizes, scalars = sizes_of(problem, heads), scalars_of(problem)
+    launch_delta(problem, heads, out, rows, grad_out, grad_logsumexp, gradients.workspace)
     delta, shift, inverse = gradients.workspace
-    count = problem.batch_heads * problem.seqlen_q
-    launch(
-        delta_kernel(problem.dtype.name, grad_logsumexp is not None),
-        ceil_div(count, DELTA_ROWS), DELTA_THREADS,
-        out.array, grad_out.array, rows,
-        rows if grad_logsumexp is None else grad_logsumexp, delta, shift, inverse,
-        out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, count,
-    )  # fmt: skip
     read = (*inputs.arrays, inputs.offset, grad_out.array, shift, inverse, delta)
     strides = (*inputs.strides, grad_out.strides)
     dq, dk, dv, ds = gradients[:4]
@@ -240,7 +253,7 @@ def backward(
         for_keys.threads, *read, dk.array, dv.array, *strides, dk.strides, dv.strides, sizes,
         heads.group, *scalars, inputs.words,
         tile_lists(problem, inputs, (for_keys.block_m, for_keys.block_n), transposed=True),
-        shared_bytes=_backward_bytes(kind, for_keys, True),
+        shared_bytes=backward_bytes(kind, for_keys, True),
     )  # fmt: skip
     launch(
         query_kernel(kind, for_queries, ds is not None),
@@ -248,7 +261,7 @@ def backward(
         for_queries.threads, *read, dq.array, delta if ds is None else ds, *strides, dq.strides,
         sizes, *scalars, inputs.words,
         tile_lists(problem, inputs, (for_queries.block_m, for_queries.block_n)),
-        shared_bytes=_backward_bytes(kind, for_queries, False),
+        shared_bytes=backward_bytes(kind, for_queries, False),
     )  # fmt: skip
 
 

@@ -186,8 +186,9 @@ def place_asker(kind: Kind) -> Any:
 @cache
 def score_reader(kind: Kind) -> Any:
     """Device function `(score, row, column, scores)`: a score as the rule leaves it."""
-    masked = masked_score(kind.mask, kind.precision, kind.functions)
+    masked = masked_score(kind.mask, kind.precision, kind.functions, kind.unit_of_results)
     has_mask, asked_at = kind.mask != "none", place_asker(kind)
+    has_functions = bool(kind.functions)  # what they make of no query may be NaN
 
     @device_function
     def score_of(score, row, column, scores):
@@ -195,6 +196,8 @@ def score_reader(kind: Kind) -> Any:
         _, _, start, row_step, column_step = scores.place
         first, end = keys_of(row, lower, upper)
         sees = counts(column < seqlen_k, column, first, end)
+        if has_functions:
+            sees = sees & (row < seqlen_q)
         where = asked_at(row, column, scores)
         if not has_mask:
             return masked(score, sees, 0, where)
