@@ -176,7 +176,8 @@ def instances() -> Iterator[Instance]:
         (DecodeKind("float16", 128, 128, "bool", True, 8, 4), False),
         (DecodeKind("float32", 59, 59, "float32", True, 1, 4), False),
         (DecodeKind("float64", 256, 256, "none", True, 2, 2), True),
-        (DecodeKind("float16", 64, 64, "none", False, 8, 4, example_functions()), False),
+        (DecodeKind("float16", 64, 64, "none", False, 8, 1, example_functions()), False),
+        (DecodeKind("float16", 64, 64, "bool", False, 8, 2, example_functions()), True),
     ):
         of = argument_types(kind.precision, kind.mask, kind.functions)
         yield Instance(

@@ -68,6 +68,7 @@ class CapturedSums(NamedTuple):
         units: of each array, float64.
         sums: of all arrays one after another, zero at first, int64.
         starts: where each array's begin.
+        owner: of the memory, kept until the launch.
 
     """
 
@@ -75,6 +76,7 @@ class CapturedSums(NamedTuple):
     units: Any
     sums: Any
     starts: Ints
+    owner: Any = None
 
 
 # ----- what a score adds -----
