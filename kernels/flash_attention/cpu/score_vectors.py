@@ -20,8 +20,14 @@ from ...score_graph import Graph, Kind
 
 I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
-TANH_FLOAT32 = (
-    -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1,
+# Of float32: x times one polynomial of x**2 over another, up to where it is 1 (Eigen, `ptanh`).
+TANH_END = 7.90531110763549805
+TANH_ABOVE_FLOAT32 = (
+    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-8,
+    1.48572235717979e-5, 6.37261928875436e-4, 4.89352455891786e-3,
+)  # fmt: skip
+TANH_BELOW_FLOAT32 = (
+    1.19825839466702e-6, 1.18534705686654e-4, 2.26843463243900e-3, 4.89352518554385e-3,
 )  # fmt: skip
 TANH_ABOVE = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3)
 TANH_BELOW = (
@@ -446,16 +452,19 @@ class VectorOperations:
         return self.where(self.less(x, zero), self.number(x, float("nan")), log)
 
     def tanh(self, x: Any) -> Any:
-        """A polynomial, or a quotient of two, near 0 (Cephes, Moshier 1992, tanh.c), and else
-        1 - 2 / (e**2x + 1).
+        """Of float64 a quotient of polynomials near 0 (Cephes, Moshier 1992, tanh.c), and else
+        1 - 2 / (e**2x + 1); of float32 one quotient.
         """
-        b = self.b
+        b, end = self.b, self.number(x, TANH_END)
+        if not self._double(x):
+            x = self.where(self.less(end, x), end, x)
+            x = self.where(self.less(x, self.negative(end)), self.negative(end), x)
+            square = b.fmul(x, x)
+            above = b.fmul(x, self._polynomial(square, TANH_ABOVE_FLOAT32))
+            return b.fdiv(above, self._polynomial(square, TANH_BELOW_FLOAT32))
         square, size = b.fmul(x, x), self.absolute(x)
-        if self._double(x):
-            above = self._polynomial(square, TANH_ABOVE)
-            near = b.fdiv(above, self._polynomial(square, TANH_BELOW))
-        else:
-            near = self._polynomial(square, TANH_FLOAT32)
+        above = self._polynomial(square, TANH_ABOVE)
+        near = b.fdiv(above, self._polynomial(square, TANH_BELOW))
         near = b.fadd(x, b.fmul(b.fmul(x, square), near))
         power = vector_math._exp(b, b.fmul(size, self.number(x, -2.0)), TARGET)
         one = self.number(x, 1.0)
