@@ -157,7 +157,8 @@ def reference_with_functions(call: Call) -> tuple[Array, ...]:
     """What `Results` are, in float64."""
     problem = replace(call.problem, dtype=np.dtype(np.float64), fp32_precision="ieee")
     q, k, v, do = (_exact(x) for x in call.tensors)
-    mask, variant = call.mask, call.variant.each(lambda x: _exact(x) if _is_real(x) else x)
+    mask: Any = call.mask
+    variant = call.variant.each(lambda x: _exact(x) if _is_real(x) else x)
     if call.wants_mask:
         mask = mask.astype(real_dtype(call.dtype)).astype(np.float64)
     out, lse, rows = standard_attention(problem, q, k, v, mask, variant)

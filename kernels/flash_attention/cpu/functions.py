@@ -50,38 +50,42 @@ class PreparedFunctions(NamedTuple):
     kept: tuple[list[Array], list[Array]]
 
 
+NO_WORDS = words_of((), ())
+NO_FUNCTIONS = PreparedFunctions(tuple(Functions(0, 0, 0, NO_WORDS, NO_WORDS)), [0], [], ([], []))
+
+
 def prepared_functions(
     problem: AttentionProblem, variant: VariantInputs, bounds: Bounds | None = None
 ) -> PreparedFunctions:
     """The functions of a forward pass, or of a backward pass with its bounds."""
+    if not problem.has_functions:
+        return NO_FUNCTIONS
     dtype, score = problem.dtype, problem.score_mod
     arrays = [captured_array(x, dtype) for x in variant.score.arrays]
-    starts, of_arrays, addresses = [0], [1.0] * len(arrays), [0, 0, 0]
-    wanted = wanted_gradients(score)
+    wanted, starts, of_arrays = wanted_gradients(score), [0], [1.0] * len(arrays)
     for n, array in enumerate(arrays):
         starts.append(starts[-1] + (array.size if n in wanted else 0))
+    of_score = of_gradient = 0
     if score is not None:
-        addresses[0] = score_row(score, dtype).address
+        of_score = score_row(score, dtype).address
     if score is not None and bounds is not None:
         derivative = derivative_of(score)
-        addresses[1] = gradient_row(derivative, dtype).address
+        of_gradient = gradient_row(derivative, dtype).address
         if wanted:
-            given = Captured(variant.score.arrays, variant.score.parameters)
-            of_arrays = units(problem, derivative, given, *bounds)
-    score_words = words_of(arrays, variant.score.parameters, starts, of_arrays)
-    mask_words, mask_arrays, address = _mask_function(problem.mask_mod, variant.mask, dtype)
-    addresses[2] = address
-    arguments = tuple(Functions(*addresses, score_words, mask_words))
+            of_arrays = units(problem, derivative, variant.score, *bounds)
+    words = words_of(arrays, variant.score.parameters, starts, of_arrays)
+    of_mask, mask_words, mask_arrays = _mask_function(problem.mask_mod, variant.mask, dtype)
+    arguments = tuple(Functions(of_score, of_gradient, of_mask, words, mask_words))
     return PreparedFunctions(arguments, starts, of_arrays, (arrays, mask_arrays))
 
 
 def _mask_function(
     graph: Graph | None, given: Captured, dtype: np.dtype[Any]
-) -> tuple[Array, list[Array], int]:
-    """Words, arrays and the address of a mask function."""
+) -> tuple[int, Array, list[Array]]:
+    """The address of a mask function, its words and arrays."""
     arrays = [captured_array(x, dtype) for x in given.arrays]
     address = 0 if graph is None else score_row(graph, dtype).address
-    return words_of(arrays, given.parameters), arrays, address
+    return address, words_of(arrays, given.parameters), arrays
 
 
 def captured_sums(
@@ -126,9 +130,9 @@ def lists_of_queries(
     problem: AttentionProblem, lists: TileLists | None, tile_q: int, tile_k: int
 ) -> tuple[Any, ...]:
     """`Lists` of a forward pass, as a plain tuple."""
-    rows = list_rows(lists, tile_q)
     if lists is None:
-        return tuple(Lists(NOTHING, NO_ENTRIES, NOTHING, rows, 0, 0, 0))
+        return NOTHING, NO_ENTRIES, NOTHING, tile_q, 0, 0, 0
+    rows = list_rows(lists, tile_q)
     found = lists.of((rows, tile_k), problem.lower, problem.upper)
     return _arguments(lists, found, NOTHING, rows)
 
