@@ -259,7 +259,7 @@ def captured_kernel(kind: Kind, blocks: Blocks, measures: bool) -> Any:
                         part = ds * partials[n]
                         if measures:
                             sizes_of_own[n] += abs(part)
-                        else:
+                        elif units[array_of[n]] > 0.0:
                             to = starts[array_of[n]] + found[n]
                             if to != place[n]:
                                 if run[n] != 0:
