@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -129,6 +130,14 @@ def test_marking_full_blocks_partial_changes_no_bit(name: str, options: str) -> 
     call = function_call(MAKES[name], nq=200, nk=200, **OPTIONS[options])
     wanted = bits(by_cpu(call, SMALL_TILES))
     assert bits(by_cpu(full_marked_partial(call), SMALL_TILES)) == wanted
+
+
+@pytest.mark.parametrize("options", ["causal", "all"])
+def test_a_mask_function_without_lists(options: str) -> None:
+    call = function_call(functions.blocks, nq=100, nk=100, **OPTIONS[options])
+    problem, variant = replace(call.problem, is_sparse=False), call.variant._replace(lists=None)
+    found = by_cpu(call._replace(problem=problem, variant=variant), SMALL_TILES)
+    assert bits(found) == bits(by_cpu(call, SMALL_TILES))
 
 
 def test_a_mask_function_and_a_score_function_that_hide_the_same() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import minitorch
 from minitorch import attention_masks
-from minitorch.kernels.score_bands import band_of
+from minitorch.kernels.score_bands import band_of, of_difference
 from minitorch.score_trace import trace
 
 N = 12
@@ -88,3 +88,23 @@ def test_a_band_and_the_arguments_own_both_hold() -> None:
         ours = q.flash_attention(k, v, block_mask=window, **options).to_numpy()
         dense = q.attention(k, v, block_mask=window, **options).to_numpy()
         np.testing.assert_allclose(ours, dense, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("index", "same"),
+    [
+        (lambda q, k: q - k + 30, True),
+        (lambda q, k: np.clip(5 - (k - q), 0, 9), True),
+        (lambda q, k: (q + 3 - k) // 2 + 20, True),
+        (lambda q, k: abs(q - k), True),
+        (lambda q, k: np.where(q > k, 1, 0), False),  # a comparison of two, not of their difference
+        (lambda q, k: q, False),
+        (lambda q, k: (q + k) // 2, False),
+        (lambda q, k: q // 2 - k // 2 + 30, False),
+    ],
+)
+def test_what_is_the_same_along_diagonals(index: Any, same: bool) -> None:
+    table = np.arange(64.0)
+    graph = trace(lambda s, b, h, q, k: s + table[index(q, k)], "score_mod").graph
+    (load,) = (n for n, node in enumerate(graph.nodes) if node.name == "load")
+    assert of_difference(graph)[load] is same

@@ -10,10 +10,11 @@ that interval arithmetic finds for any score at any position.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 
-from ..score_graph import Derivative, evaluate
+from ..score_graph import Builder, Derivative, Graph, evaluate
 from ..score_intervals import Interval, IntervalOperations
 from .problem import AttentionProblem
 from .variant import Captured
@@ -53,7 +54,7 @@ def units(
 def _largest_partials(
     problem: AttentionProblem, derivative: Derivative, given: Captured, largest_score: float
 ) -> list[float]:
-    """Of each captured array the sum, over all loads from it, of a bound of |d result / d load|."""
+    """For each captured array a bound of |d result / d load|, summed over all loads from it."""
     sizes = {
         "b": problem.batch, "h": problem.heads, "q": problem.seqlen_q, "k": problem.seqlen_k,
     }  # fmt: skip
@@ -63,12 +64,21 @@ def _largest_partials(
     inputs["score"] = np.float64(-largest_score), np.float64(largest_score)
     operations = IntervalOperations(given.arrays, given.parameters)
     with np.errstate(all="ignore"):
-        outputs = evaluate(derivative.graph, operations, inputs)
+        outputs = evaluate(_partials(derivative), operations, inputs)
     found = [0.0] * len(given.arrays)
-    for load in derivative.loads:
-        ends = [float(np.abs(np.asarray(end)).max()) for end in outputs[load.partial]]
+    for load, partial in zip(derivative.loads, outputs, strict=True):
+        ends = [float(np.abs(np.asarray(end)).max()) for end in partial]
         found[load.captured] += max(ends) if not any(map(math.isnan, ends)) else math.inf
     return found
+
+
+@cache
+def _partials(derivative: Derivative) -> Graph:
+    """What is derived by each load, without the function's own result: large arrays that only that
+    one reads are not looked through.
+    """
+    outputs = [derivative.graph.outputs[load.partial] for load in derivative.loads]
+    return Builder.of(derivative.graph).finished(outputs)
 
 
 __all__ = ["BITS", "units"]

@@ -315,7 +315,8 @@ def _captured_sums(
     results = [contiguous_data(DeviceArray.empty(prod(x.shape), x.dtype), x.shape) for x in arrays]
     for array in (largest, sums, *map(device_storage, results)):
         array.fill(0)
-    return CapturedSums(largest.array, units.array, sums.array, starts), results
+    owner = largest, units, sums
+    return CapturedSums(largest.array, units.array, sums.array, starts, owner), results
 
 
 # ----- the operations: by the first kernels in `FLASH_ATTENTION` that compute them -----

@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...cpu.compiler import njit
-from ...cpu.simd import block_rows, cache_key, exp2
+from ...cpu.simd import block_rows, cache_key, exp2, lanes, load, store
 from ...cpu.threads import fetch_add
 from ..scores import LOG2_E
 from .tiles import (
@@ -193,6 +193,8 @@ def write_rows(w, o_tile, ld_v, m, l, first_row, rows, value_dim, out, logsumexp
     go m and l.
     """
     one, zero = w.dtype.type(1), w.dtype.type(0)
+    n = lanes(w)
+    whole = value_dim // n * n
     for r in range(rows):
         row, line = first_row + r, o_tile + r * ld_v
         rows_of[2 * row], rows_of[2 * row + 1] = w[m + r], w[l + r]
@@ -205,5 +207,7 @@ def write_rows(w, o_tile, ld_v, m, l, first_row, rows, value_dim, out, logsumexp
             # sum.
             inverse = one / w[l + r]
             logsumexp[row] = w[m + r] + np.log(w[l + r])
-            for c in range(value_dim):
+            for c in range(0, whole, n):
+                store(out, row * value_dim + c, load(w, line + c) * inverse)
+            for c in range(whole, value_dim):
                 out[row * value_dim + c] = w[line + c] * inverse

@@ -27,8 +27,16 @@ from numpy.typing import NDArray
 from ...cpu import plain, simd
 from ...cpu.compiler import COMPILES, intrinsic
 from ...cpu.vector_target import TARGET
-from ...score_graph import Derivative, Graph, NumpyOperations, clamped, evaluate, node_value
-from .score_vectors import ADDRESS, I32, I64, SIZES, TABLE, UNIT, VectorOperations
+from ...score_graph import (
+    Derivative,
+    Graph,
+    Load,
+    NumpyOperations,
+    clamped,
+    evaluate,
+    node_value,
+)
+from .score_vectors import ADDRESS, I32, I64, SIZES, TABLE, UNIT, VectorOperations, steps_of
 
 Array = NDArray[Any]
 POSITIONS = ("b", "h", "q")
@@ -134,13 +142,22 @@ class _Row:
         self.operations = VectorOperations(self.b, graph, self.given["words"], self.real)
         self.inputs = {n: self.b.trunc(self.given[n], I32) for n in POSITIONS}
         # Before the loop: what is the same for the whole row.
-        self.varies = graph.depends_on("score", "k")
+        self.varies, self.steps = graph.depends_on("score", "k"), steps_of(graph)
         self.known: dict[int, Any] = {}
         for n, varies in enumerate(self.varies):
             if not varies:
                 self.known[n] = self._value(n, self.known)
 
+    def step(self, indices: Sequence[int]) -> int:
+        """1 or -1 where numbers that are loaded for neighbouring keys are neighbours, or else 0."""
+        *outer, inner = (self.steps[n] for n in indices)
+        return inner if inner in (1, -1) and not any(x != 0 for x in outer) else 0
+
     def _value(self, n: int, values: dict[int, Any]) -> Any:
+        node = self.graph.nodes[n]
+        if node.name == "load":
+            given = [values[x] for x in node.operands]
+            return self.operations.load(node.number, given, self.step(node.operands))
         return node_value(self.graph, n, values, self.operations, self.inputs)
 
     def values(self, scores: Any, step: Any) -> dict[int, Any]:
@@ -242,8 +259,7 @@ def gradient_row(derivative: Derivative, dtype: np.dtype[Any]) -> RowFunction:
             if n in sums:
                 b.store(b.fadd(b.load(sums[n]), part), sums[n])
             else:
-                places = ops.vector(ops.place(load.captured, [outputs[i] for i in load.indices]))
-                _add_each(row, load.captured, places, part)
+                _add_each(row, load, outputs, part)
     for n, total in sums.items():
         load = derivative.loads[n]
         at = ops.place(load.captured, [row.known[graph.outputs[i]] for i in load.indices])
@@ -251,8 +267,29 @@ def gradient_row(derivative: Derivative, dtype: np.dtype[Any]) -> RowFunction:
     return row.finished()
 
 
-def _add_each(row: _Row, captured: int, places: Any, parts: Any) -> None:
-    """Add the lanes of a vector to the table, one after another."""
+def _add_each(row: _Row, load: Load, outputs: Sequence[Any], parts: Any) -> None:
+    """Add the lanes of a vector to the table: neighbours at once, others one after another."""
+    b, ops = row.b, row.operations
+    captured, indices = load.captured, [outputs[i] for i in load.indices]
+    step = row.step([row.graph.outputs[i] for i in load.indices])
+    parts = ops.vector(parts)
+    if not step:
+        return _add_scattered(row, captured, indices, parts)
+    first, inside = ops.first_of_neighbours(captured, indices, step)
+    with b.if_else(inside) as (yes, no):
+        with yes:
+            if step < 0:
+                parts_here = simd.shuffle(b, parts, parts, range(ops.lanes - 1, -1, -1))
+            else:
+                parts_here = parts
+            _add(row, captured, first, parts_here)
+        with no:
+            _add_scattered(row, captured, indices, parts)
+    return None
+
+
+def _add_scattered(row: _Row, captured: int, indices: Sequence[Any], parts: Any) -> None:
+    places = row.operations.vector(row.operations.place(captured, indices))
     for lane in range(row.operations.lanes):
         number = ir.Constant(I32, lane)
         place, part = (row.b.extract_element(x, number) for x in (places, parts))
@@ -260,13 +297,17 @@ def _add_each(row: _Row, captured: int, places: Any, parts: Any) -> None:
 
 
 def _add(row: _Row, captured: int, place: Any, part: Any) -> None:
-    """Add a number, in units of the array, to the table."""
+    """Add a number, in units of the array, to the table; or a vector, from the place on."""
     b, first = row.b, row.operations.first_word[captured]
-    unit = b.bitcast(row.operations.word(first + UNIT), ir.DoubleType())
-    wide = part if part.type == ir.DoubleType() else b.fpext(part, ir.DoubleType())
-    whole = b.fptosi(b.fmul(wide, unit), I64)
+    unit: Any = b.bitcast(row.operations.word(first + UNIT), ir.DoubleType())
     at = b.gep(row.given["table"], [b.add(row.operations.word(first + TABLE), place)])
-    b.store(b.add(b.load(at), whole), at)
+    double, whole = ir.DoubleType(), I64
+    if isinstance(part.type, ir.VectorType):
+        double, whole = (ir.VectorType(x, row.operations.lanes) for x in (double, whole))
+        unit, at = row.operations.vector(unit), b.bitcast(at, whole.as_pointer())
+    wide = part if part.type == double else b.fpext(part, double)
+    total = b.add(b.load(at, align=8), b.fptosi(b.fmul(wide, unit), whole))
+    b.store(total, at, align=8)
 
 
 # ----- calls from kernels -----

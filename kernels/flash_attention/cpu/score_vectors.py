@@ -20,13 +20,37 @@ from ...score_graph import Graph, Kind
 
 I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
-TANH_FLOAT32 = (
-    -5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1,
+# Of float32: x times one polynomial of x**2 over another, up to where it is 1 (Eigen, `ptanh`).
+TANH_END = 7.90531110763549805
+TANH_ABOVE_FLOAT32 = (
+    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-8,
+    1.48572235717979e-5, 6.37261928875436e-4, 4.89352455891786e-3,
+)  # fmt: skip
+TANH_BELOW_FLOAT32 = (
+    1.19825839466702e-6, 1.18534705686654e-4, 2.26843463243900e-3, 4.89352518554385e-3,
 )  # fmt: skip
 TANH_ABOVE = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3)
 TANH_BELOW = (
     1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3,
 )  # fmt: skip
+
+
+def steps_of(graph: Graph) -> list[int | None]:
+    """By how much each node grows from a key to the next: a whole number that is known, or None."""
+    found: list[int | None] = []
+    for node, varies in zip(graph.nodes, graph.depends_on("score", "k"), strict=True):
+        steps = [found[n] for n in node.operands]
+        step: int | None = None
+        if not varies:
+            step = 0
+        elif node.name == "k":
+            step = 1
+        elif None not in steps and node.name in ("add", "subtract") and node.kind == "whole":
+            step = (steps[0] or 0) + (steps[1] or 0) * (1 if node.name == "add" else -1)
+        elif None not in steps and node.name == "negative" and node.kind == "whole":
+            step = -(steps[0] or 0)
+        found.append(step)
+    return found
 
 
 ADDRESS, TABLE, UNIT, SIZES = range(4)  # words of a captured array, see `score_rows.words_of`
@@ -99,65 +123,130 @@ class VectorOperations:
         double = self.b.bitcast(word, ir.DoubleType())
         return double if self.real == ir.DoubleType() else self.b.fptrunc(double, self.real)
 
-    def load(self, captured: int, indices: Sequence[Any]) -> Any:
-        """A number of a captured array, or as many as there are lanes; indices are clamped."""
+    def load(self, captured: int, indices: Sequence[Any], step: int = 0) -> Any:
+        """A number of a captured array, or as many as there are lanes; indices are clamped. With a
+        step, 1 or -1, the numbers of neighbouring keys are neighbours (see `steps_of`).
+        """
         b, kind = self.b, self.graph.captured[captured].kind
         element = {"real": self.real, "whole": I32, "truth": I8}[kind]
-        base, place = self.word(self.first_word[captured] + ADDRESS), self.place(captured, indices)
-        if isinstance(place.type, ir.VectorType):
-            found = self._gather(base, place, element)
+        base = b.inttoptr(self.word(self.first_word[captured] + ADDRESS), element.as_pointer())
+        if step:
+            found = self._beside(base, captured, indices, step, element)
         else:
-            found = b.load(b.gep(b.inttoptr(base, element.as_pointer()), [place]))
+            row, place = self._row_and_place(captured, indices)
+            pointer = b.gep(base, [row])
+            if isinstance(place.type, ir.VectorType):
+                found = self._anywhere(pointer, place, element)
+            else:
+                found = b.load(b.gep(pointer, [place]))
         return b.icmp_unsigned("!=", found, self.number(found, 0)) if kind == "truth" else found
 
     def place(self, captured: int, indices: Sequence[Any]) -> Any:
         """Where in a captured array an element lies, int64."""
-        b, at = self.b, self.first_word[captured] + SIZES
-        place: Any = ir.Constant(I64, 0)
-        for n, index in enumerate(indices):
-            size = self.word(at + n)
-            inside = self._clamped(index, b.sub(size, ir.Constant(I64, 1)))
-            place, size, inside = self.alike(place, size, inside)
-            place = b.add(b.mul(place, size), inside)
-        return place
+        row, place = self._row_and_place(captured, indices)
+        return self.b.add(*self.alike(row, self._wide(place)))
 
-    def _clamped(self, index: Any, last: Any) -> Any:
-        """An index as int64, within 0 ... last."""
+    def _row_and_place(self, captured: int, indices: Sequence[Any]) -> tuple[Any, Any]:
+        """Two parts of an element's place: of its row, int64, and in it, int32; if the row is not
+        the same for all lanes, 0 and all of it, int64.
+        """
         b = self.b
-        wide: ir.Type = I64
-        if isinstance(index.type, ir.VectorType):
-            wide = ir.VectorType(I64, self.lanes)
-        x, last = self.alike(b.sext(index, wide), last)
+        row: Any = ir.Constant(I64, 0)
+        *outer, inner = indices
+        for n, index in enumerate(outer):
+            row, inside, size = self.alike(
+                row, self._wide(self._clamped(captured, n, index)), self.word_of_size(captured, n)
+            )
+            row = b.add(b.mul(row, size), inside)
+        row, size = self.alike(row, self.word_of_size(captured, len(outer)))
+        row, place = b.mul(row, size), self._clamped(captured, len(outer), inner)
+        if isinstance(row.type, ir.VectorType):
+            return ir.Constant(I64, 0), b.add(*self.alike(row, self._wide(place)))
+        return row, place
+
+    def word_of_size(self, captured: int, axis: int) -> Any:
+        """Of a captured array, int64."""
+        return self.word(self.first_word[captured] + SIZES + axis)
+
+    def _wide(self, x: Any) -> Any:
+        """A whole number, or a vector of them, as int64."""
+        vector = isinstance(x.type, ir.VectorType)
+        return self.b.sext(x, ir.VectorType(I64, self.lanes) if vector else I64)
+
+    def _clamped(self, captured: int, axis: int, index: Any) -> Any:
+        """An index within 0 ... size - 1."""
+        b = self.b
+        size = b.trunc(self.word_of_size(captured, axis), I32)
+        x, last = self.alike(index, b.sub(size, ir.Constant(I32, 1)))
         x = b.select(b.icmp_signed(">", x, last), last, x)
         return b.select(b.icmp_signed("<", x, self.number(x, 0)), self.number(x, 0), x)
 
-    def _gather(self, base: Any, place: Any, element: ir.Type) -> Any:
-        """Elements at the places of a vector; neighbours in one load."""
+    def _lane(self, x: Any, lane: int) -> Any:
+        return self.b.extract_element(x, ir.Constant(I32, lane))
+
+    def _neighbours(self, pointer: Any, element: ir.Type, turned: bool) -> Any:
+        """A vector from memory, its lanes in reverse if it is turned."""
         b, n = self.b, self.lanes
         size = {I8: 1, I32: 4, ir.FloatType(): 4, ir.DoubleType(): 8}[element]
-        values = ir.VectorType(element, n)
-        first, last = (b.extract_element(place, ir.Constant(I32, lane)) for lane in (0, n - 1))
-        steps = ir.Constant(ir.VectorType(I64, n), list(range(n)))
-        up = self._all(b.icmp_signed("==", place, b.add(self.vector(first), steps)))
-        down = self._all(b.icmp_signed("==", place, b.sub(self.vector(first), steps)))
-        pointer = b.inttoptr(base, element.as_pointer())
-        result = cgutils.alloca_once(b, values)
-        with b.if_else(up) as (yes, no):
+        values = ir.VectorType(element, n).as_pointer()
+        found = b.load(b.bitcast(pointer, values), align=size)
+        return simd.shuffle(b, found, found, range(n - 1, -1, -1)) if turned else found
+
+    def _scattered(self, pointer: Any, place: Any, element: ir.Type) -> Any:
+        """Elements one by one."""
+        b = self.b
+        found: Any = ir.Constant(ir.VectorType(element, self.lanes), ir.Undefined)
+        for lane in range(self.lanes):
+            at = b.gep(pointer, [self._wide(self._lane(place, lane))])
+            found = b.insert_element(found, b.load(at), ir.Constant(I32, lane))
+        return found
+
+    def first_of_neighbours(self, captured: int, indices: Sequence[Any], step: int) -> Any:
+        """Where the first element of a vector of neighbours lies, int64, and whether all are within
+        their row.
+        """
+        b, axis = self.b, len(indices) - 1
+        ends = self._lane(indices[-1], 0), self._lane(indices[-1], self.lanes - 1)
+        low, high = ends if step > 0 else ends[::-1]
+        row, _ = self._row_and_place(captured, [*indices[:-1], ir.Constant(I32, 0)])
+        inside = b.and_(
+            b.icmp_signed(">=", low, ir.Constant(I32, 0)),
+            b.icmp_signed("<", self._wide(high), self.word_of_size(captured, axis)),
+        )
+        return b.add(row, self._wide(low)), inside
+
+    def _beside(
+        self, base: Any, captured: int, indices: Sequence[Any], step: int, element: ir.Type
+    ) -> Any:
+        """Neighbours in one load; at the ends of a row one by one, clamped."""
+        b = self.b
+        first, inside = self.first_of_neighbours(captured, indices, step)
+        result = cgutils.alloca_once(b, ir.VectorType(element, self.lanes))
+        with b.if_else(inside) as (yes, no):
             with yes:
-                start = b.bitcast(b.gep(pointer, [first]), values.as_pointer())
-                b.store(b.load(start, align=size), result)
-            with no, b.if_else(down) as (reverse, scattered):
-                with reverse:
-                    start = b.bitcast(b.gep(pointer, [last]), values.as_pointer())
-                    turned = b.load(start, align=size)
-                    b.store(simd.shuffle(b, turned, turned, range(n - 1, -1, -1)), result)
+                b.store(self._neighbours(b.gep(base, [first]), element, step < 0), result)
+            with no:
+                row, place = self._row_and_place(captured, indices)
+                b.store(self._scattered(b.gep(base, [row]), place, element), result)
+        return b.load(result)
+
+    def _anywhere(self, pointer: Any, place: Any, element: ir.Type) -> Any:
+        """Elements at the places of a vector; one that all share, or neighbours, in one load."""
+        b, n = self.b, self.lanes
+        first = self._lane(place, 0)
+        steps = ir.Constant(place.type, list(range(n)))
+        same = self._all(b.icmp_signed("==", place, self.vector(first)))
+        up = self._all(b.icmp_signed("==", place, b.add(self.vector(first), steps)))
+        at = b.gep(pointer, [self._wide(first)])
+        result = cgutils.alloca_once(b, ir.VectorType(element, n))
+        with b.if_else(same) as (yes, no):
+            with yes:
+                b.store(self.vector(b.load(at)), result)
+            with no, b.if_else(up) as (neighbours, scattered):
+                with neighbours:
+                    b.store(self._neighbours(at, element, False), result)
                 with scattered:
-                    found: Any = ir.Constant(values, ir.Undefined)
-                    for lane in range(n):
-                        number = ir.Constant(I32, lane)
-                        at = b.gep(pointer, [b.extract_element(place, number)])
-                        found = b.insert_element(found, b.load(at), number)
-                    b.store(found, result)
+                    b.store(self._scattered(pointer, place, element), result)
         return b.load(result)
 
     def _all(self, truths: Any) -> Any:
@@ -363,16 +452,19 @@ class VectorOperations:
         return self.where(self.less(x, zero), self.number(x, float("nan")), log)
 
     def tanh(self, x: Any) -> Any:
-        """A polynomial, or a quotient of two, near 0 (Cephes, Moshier 1992, tanh.c), and else
-        1 - 2 / (e**2x + 1).
+        """Of float64 a quotient of polynomials near 0 (Cephes, Moshier 1992, tanh.c), and else
+        1 - 2 / (e**2x + 1); of float32 one quotient.
         """
-        b = self.b
+        b, end = self.b, self.number(x, TANH_END)
+        if not self._double(x):
+            x = self.where(self.less(end, x), end, x)
+            x = self.where(self.less(x, self.negative(end)), self.negative(end), x)
+            square = b.fmul(x, x)
+            above = b.fmul(x, self._polynomial(square, TANH_ABOVE_FLOAT32))
+            return b.fdiv(above, self._polynomial(square, TANH_BELOW_FLOAT32))
         square, size = b.fmul(x, x), self.absolute(x)
-        if self._double(x):
-            above = self._polynomial(square, TANH_ABOVE)
-            near = b.fdiv(above, self._polynomial(square, TANH_BELOW))
-        else:
-            near = self._polynomial(square, TANH_FLOAT32)
+        above = self._polynomial(square, TANH_ABOVE)
+        near = b.fdiv(above, self._polynomial(square, TANH_BELOW))
         near = b.fadd(x, b.fmul(b.fmul(x, square), near))
         power = vector_math._exp(b, b.fmul(size, self.number(x, -2.0)), TARGET)
         one = self.number(x, 1.0)

@@ -68,6 +68,7 @@ TAKES_FUNCTIONS = True
 MOST_QUERIES = 8
 MOST_COLUMNS = 256
 MOST_ROWS = 4  # of a block: more are in other blocks, which read the same keys
+MOST_ROWS_WITH_FUNCTIONS = 2  # whose code is there for each row and key
 MOST_NUMBERS = 64  # of 32 bits, that a thread keeps of queries and outputs
 KEYS_OF_A_SPLIT = 16 if SIMULATED else 256  # at least
 BLOCKS = 64 if SIMULATED else 512  # about as many as the largest GPU runs at once
@@ -112,7 +113,8 @@ def kind_of(problem: AttentionProblem, heads: Heads, mask: str, vectors: bool) -
     functions = functions_of(problem)
     one = DecodeKind(problem.dtype.name, *sizes, mask, banded, at_once, 1, functions)
     each = sum(one.pieces(size) for size in sizes) * at_once * (numbers.real.bitwidth // 32)
-    most = min(MOST_ROWS, MOST_NUMBERS // max(each, 1))
+    most_rows = MOST_ROWS_WITH_FUNCTIONS if functions else MOST_ROWS
+    most = min(most_rows, MOST_NUMBERS // max(each, 1))
     rows = 1
     while rows * 2 <= most and rows < heads.group * problem.seqlen_q:
         rows *= 2
@@ -176,7 +178,8 @@ def instances() -> Iterator[Instance]:
         (DecodeKind("float16", 128, 128, "bool", True, 8, 4), False),
         (DecodeKind("float32", 59, 59, "float32", True, 1, 4), False),
         (DecodeKind("float64", 256, 256, "none", True, 2, 2), True),
-        (DecodeKind("float16", 64, 64, "none", False, 8, 4, example_functions()), False),
+        (DecodeKind("float16", 64, 64, "none", False, 8, 1, example_functions()), False),
+        (DecodeKind("float16", 64, 64, "bool", False, 8, 2, example_functions()), True),
     ):
         of = argument_types(kind.precision, kind.mask, kind.functions)
         yield Instance(

@@ -31,6 +31,7 @@ from ...gpu.runtime import (
 )
 from ...gpu.traced import traced
 from ...gpu.traced_math import as_kind, constant, whole
+from ...score_bands import of_difference
 from ..fixed_point import BITS
 from ..launch import (
     Architecture,
@@ -68,6 +69,7 @@ class CapturedSums(NamedTuple):
         units: of each array, float64.
         sums: of all arrays one after another, zero at first, int64.
         starts: where each array's begin.
+        owner: of the memory, kept until the launch.
 
     """
 
@@ -75,6 +77,7 @@ class CapturedSums(NamedTuple):
     units: Any
     sums: Any
     starts: Ints
+    owner: Any = None
 
 
 # ----- what a score adds -----
@@ -129,13 +132,51 @@ def _array_of_loads(kind: Kind) -> tuple[int, ...]:
     return tuple(wanted.index(x.captured) for x in derivative_of(kind.functions.score).loads)
 
 
-def _key_by_key(kind: Kind) -> bool:
-    """Whether places are the same along queries and not along keys."""
+def _order(kind: Kind) -> str:
+    """In which order scores follow each other to the same places most often: by "rows", "keys" or
+    "diagonals".
+    """
     assert kind.functions.score is not None
     derivative = derivative_of(kind.functions.score)
-    of_query, of_key = (derivative.graph.depends_on(name, "score") for name in ("q", "k"))
-    outputs = [derivative.graph.outputs[n] for load in derivative.loads for n in load.indices]
-    return any(of_key[n] for n in outputs) and not any(of_query[n] for n in outputs)
+    graph, loads = derivative.graph, derivative.loads
+    outputs = {graph.outputs[n] for load in loads for n in load.indices}
+    varies = {name: graph.depends_on(name, "score") for name in ("q", "k")}
+    of_query, of_key = (any(varies[name][n] for n in outputs) for name in ("q", "k"))
+    same = of_difference(graph)
+    if of_query and of_key and all(same[n] for n in outputs):
+        return "diagonals"
+    return "keys" if of_key and not of_query else "rows"
+
+
+@cache
+def score_walk(blocks: Blocks, order: str) -> Any:
+    """How many scores of a tile a thread takes; and a device function `(number)`, their rows and
+    columns in the tile, of which the column may lie outside.
+
+    By rows or by keys a thread takes its own scores, which no other has written; by diagonals it
+    takes whole ones, in which threads beside each other read numbers beside each other.
+    """
+    rows, keys, threads_m, threads_n = blocks.rows, blocks.keys, blocks.threads_m, blocks.threads_n
+    block_m, block_n, threads, place_of = (
+        blocks.block_m, blocks.block_n, blocks.threads, own_place(blocks.threads_n),
+    )  # fmt: skip
+    diagonals, by_keys = order == "diagonals", order == "keys"
+    count = rows * keys
+    if diagonals:
+        count = ceil_div(block_m + block_n - 1, threads) * block_m
+
+    @device_function
+    def score_at(number):
+        if diagonals:
+            row = number % block_m
+            diagonal = number // block_m * threads + cuda.threadIdx.x - (block_n - 1)
+            return types.int64(row), types.int64(row - diagonal)
+        my_row, my_key = place_of()
+        i = number % rows if by_keys else number // keys
+        j = number // rows if by_keys else number % keys
+        return my_row + i * threads_m, my_key + j * threads_n
+
+    return count, score_at
 
 
 # ----- kernels -----
@@ -146,9 +187,10 @@ def captured_kernel(kind: Kind, blocks: Blocks, measures: bool) -> Any:
     """A block goes through block_m queries' scores, and measures, or adds, what they add."""
     real = precision(kind.precision).real
     plan, block_m, block_n = backward_memory(kind, blocks, True), blocks.block_m, blocks.block_n
-    rows, keys, threads_n, threads_m = blocks.rows, blocks.keys, blocks.threads_n, blocks.threads_m
+    rows, keys, threads_n = blocks.rows, blocks.keys, blocks.threads_n
     q_tile, do_tile, k_tile, v_tile, p_tile, ds_tile = plan[:6]
-    p_step, count, place_of = plan.p_step, rows * keys, own_place(threads_n)
+    p_step, place_of, order = plan.p_step, own_place(threads_n), _order(kind)
+    (count, score_at), crosses_threads = score_walk(blocks, order), order == "diagonals"
     load_queries = tile_pair(kind, blocks, plan, block_m)
     load_keys = tile_pair(kind, blocks, plan, block_n)
     load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
@@ -157,7 +199,7 @@ def captured_kernel(kind: Kind, blocks: Blocks, measures: bool) -> Any:
     places, tile_at = walk(kind.is_sparse, block_m, block_n)
     asked_at, loads_of, array_of = place_asker(kind), load_function(kind), _array_of_loads(kind)
     _, row_sum = row_reductions(real.name, threads_n)
-    loads, key_by_key, infinity = len(array_of), _key_by_key(kind), float("inf")
+    loads, infinity = len(array_of), float("inf")
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_captured(
@@ -170,7 +212,7 @@ def captured_kernel(kind: Kind, blocks: Blocks, measures: bool) -> Any:
         sums = cuda.local.array((rows, keys), real)
         sizes_of_own = cuda.local.array(loads, real)
         run, place = cuda.local.array(loads, types.int64), cuda.local.array(loads, types.int64)
-        my_row, my_key = place_of()
+        _, my_key = place_of()
         tiles = (seqlen_q + block_m - 1) // block_m
         batch_head = types.int64(cuda.blockIdx.x // tiles)
         tile = tiles - 1 - cuda.blockIdx.x % tiles
@@ -204,18 +246,20 @@ def captured_kernel(kind: Kind, blocks: Blocks, measures: bool) -> Any:
                 make_keep(memory, row0, key0, batch_head, dropout_of)
             cuda.syncthreads()
             to_ds(memory, sums, row0, key0, full, of_head, dropout_of[2])
-            for own in range(count):
-                r = my_row + (own % rows if key_by_key else own // keys) * threads_m
-                c = my_key + (own // rows if key_by_key else own % keys) * threads_n
-                ds = memory[p_tile + r * p_step + c]
-                if row0 + r < seqlen_q and key0 + c < seqlen_k and ds != real(0.0):
+            if crosses_threads:
+                cuda.syncthreads()
+            for n_score in range(count):
+                r, c = score_at(n_score)
+                inside = c >= 0 and c < block_n and row0 + r < seqlen_q and key0 + c < seqlen_k
+                ds = memory[p_tile + r * p_step + c] if inside else real(0.0)
+                if ds != real(0.0):
                     score = memory[ds_tile + r * p_step + c]
                     partials, found = loads_of(score, asked_at(row0 + r, key0 + c, of_head))
                     for n in range(loads):
                         part = ds * partials[n]
                         if measures:
                             sizes_of_own[n] += abs(part)
-                        else:
+                        elif units[array_of[n]] > 0.0:
                             to = starts[array_of[n]] + found[n]
                             if to != place[n]:
                                 if run[n] != 0:
