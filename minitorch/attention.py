@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from .arguments import check_tensor, type_name
 from .attention_variants import ApplyScoreMod, Variant, dense_mask
-from .block_mask import BlockMask, MaskMod
+from .block_mask import BlockMask
 from .cuda.precision import fp32_precision
 from .fused_functions import LogSumExp, Softmax
 from .kernels.flash_attention.problem import (
@@ -28,6 +28,7 @@ from .kernels.flash_attention.problem import (
 )
 from .kernels.flash_attention.scores import mask_numbers
 from .kernels.philox import attention_dropout_mask as philox_mask
+from .mask_functions import MaskMod
 from .rng import next_seed
 from .score_mods import ScoreMod
 from .tensor_data import TensorData

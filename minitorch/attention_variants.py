@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from .arguments import type_name
 from .autodiff import Context
-from .block_mask import BlockMask, MaskMod, create_block_mask, numbers_of
+from .block_mask import BlockMask, block_mask_of_call
+from .captured_arrays import numbers_of
 from .function import Function
 from .kernels.flash_attention.problem import AttentionProblem
 from .kernels.flash_attention.variant import (
@@ -28,9 +29,9 @@ from .kernels.flash_attention.variant import (
     wanted_gradients,
 )
 from .kernels.score_bands import band_of
-from .kernels.score_intervals import complaint
+from .mask_functions import MaskMod
 from .score_mods import ScoreMod
-from .score_trace import Traced, trace
+from .score_trace import Traced, check, trace
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -72,11 +73,7 @@ class Variant(NamedTuple):
         sizes = sizes_of(problem)
         score = None if score_mod is None else trace(score_mod, "score_mod")
         if score is not None:
-            arrays = [numbers_of(x) for x in score.arrays]
-            names = dict(zip(("b", "h", "q", "k"), sizes, strict=True))
-            wrong = complaint(score.graph, arrays, score.parameters, score.names, names)
-            if wrong:
-                raise ValueError(f"score_mod `{score.name}`: {wrong}")
+            check(score, "score_mod", sizes)
         return Variant(score, _checked_mask(block_mask, sizes))
 
     def fused(self, problem: AttentionProblem) -> tuple[AttentionProblem, VariantInputs]:
@@ -120,7 +117,7 @@ def _checked_mask(
     if block_mask is None or not sizes[2] * sizes[3]:
         return None
     if callable(block_mask):
-        return create_block_mask(block_mask, *sizes)
+        return block_mask_of_call(block_mask, sizes)
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"block_mask must be a BlockMask or a function (b, h, q_idx, kv_idx), got "

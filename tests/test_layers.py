@@ -35,10 +35,11 @@ LAYERS: list[tuple[str, str]] = [
     ),
     (
         "tensors",
-        "attention attention_masks attention_variants block_mask block_states copies factories "
-        "fast_conv function fused_functions grad_check indexing movement_functions numpy_protocol "
-        "scalar scalar_functions score_mods score_symbols score_trace tensor tensor_functions "
-        "tensor_graph interop interop.arrays interop.foreign interop.torch_attention",
+        "attention attention_masks attention_variants block_mask block_states captured_arrays "
+        "copies factories fast_conv function fused_functions grad_check indexing mask_functions "
+        "movement_functions numpy_protocol scalar scalar_functions score_mods score_symbols "
+        "score_trace tensor tensor_functions tensor_graph interop interop.arrays interop.foreign "
+        "interop.torch_attention",
     ),
     (
         "networks",
