@@ -390,7 +390,7 @@ def complaint_of_shapes(
 
     """
     dtypes = {"real": np.float64, "whole": np.int32, "truth": np.bool_}
-    arrays = [
+    arrays: list[Array] = [
         np.broadcast_to(np.zeros((), dtypes[array.kind]), shape)
         for array, shape in zip(graph.captured, shapes, strict=True)
     ]

@@ -98,10 +98,19 @@ class Variant(NamedTuple):
         return problem, VariantInputs(score, mask, lists)
 
     @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What the score function closes over."""
+        return () if self.score is None else self.score.arrays
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of these, as the function knows them."""
+        return () if self.score is None else self.score.names
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors that the score function closes over."""
-        arrays = () if self.score is None else self.score.arrays
-        return tuple(x for x in arrays if hasattr(x, "requires_grad"))
+        """Tensors among them."""
+        return tuple(x for x in self.arrays if hasattr(x, "requires_grad"))
 
 
 def sizes_of(problem: AttentionProblem) -> tuple[int, int, int, int]:

@@ -10,6 +10,7 @@ import pytest
 
 import minitorch
 from minitorch import attention_masks, score_symbols
+from minitorch.kernels.flash_attention.block_lists import lists_of_mask
 from minitorch.score_trace import trace
 
 STRETCH = 3.0
@@ -23,11 +24,14 @@ def test_a_function_that_was_seen_is_not_run_again_and_its_values_are_read_anew(
     def mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, shift: float = 1.0) -> Any:
         return cap * np.tanh(score / cap) ** power + table[h] + shift + STRETCH
 
-    sums = []
+    sums: list[Any] = []
     original: Any = score_symbols.Symbol.__add__
-    monkeypatch.setattr(
-        score_symbols.Symbol, "__add__", lambda x, y: sums.append(y) or original(x, y)
-    )
+
+    def add(x: Any, y: Any) -> Any:
+        sums.append(y)
+        return original(x, y)
+
+    monkeypatch.setattr(score_symbols.Symbol, "__add__", add)
     first = trace(mod, "score_mod")
     assert len(sums) >= 3
     sums.clear()
@@ -76,7 +80,7 @@ def test_what_decides_the_graph_has_a_part_in_what_is_remembered(change: str) ->
 
 @pytest.mark.parametrize("holder", [types.SimpleNamespace, types.ModuleType])
 def test_a_function_that_reads_attributes_is_run_in_each_call(holder: Any) -> None:
-    settings = holder("settings") if holder is types.ModuleType else holder()
+    settings: Any = holder("settings") if holder is types.ModuleType else holder()
     for factor in (2.0, 3.0):
         settings.factor = factor
 
@@ -103,11 +107,13 @@ def test_a_parameter_is_read_by_its_value_of_now() -> None:
 def test_blocks_of_a_mask_function_are_made_once_and_anew_when_an_array_changes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made = []
-    original = minitorch.block_mask.lists_of_mask
-    monkeypatch.setattr(
-        minitorch.block_mask, "lists_of_mask", lambda *x: made.append(x) or original(*x)
-    )
+    made: list[Any] = []
+
+    def noted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return lists_of_mask(*arguments)
+
+    monkeypatch.setattr(minitorch.block_mask, "lists_of_mask", noted)
     q = minitorch.rand((2, 2, 8, 4), minitorch.TensorBackend(minitorch.FastOps))
     ids = np.array([0, 0, 0, 1, 1, 1, 2, 2])
 
