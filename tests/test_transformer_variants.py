@@ -91,7 +91,7 @@ class Biased(minitorch.Module):
     def __init__(self, n_embd: int, n_head: int, reach: int, flash: bool) -> None:
         super().__init__()
         self.bias: Any = minitorch.Parameter(minitorch.zeros((n_head, reach + 1), FAST))
-        bias = self.bias
+        bias: Any = self.bias
 
         def mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
             return score + bias[h, np.clip(q_idx - kv_idx, 0, reach)]
