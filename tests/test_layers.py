@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, str]] = [
         "engine and backends",
         "autodiff cuda_kernel_ops cuda_ops fast_fused fast_ops fused_checks fused_ops storage_ops "
         "tensor_ops cuda cuda.attention cuda.cublas cuda.cublas_lt cuda.elementwise "
-        "cuda.explanation cuda.graph cuda.matmul cuda.storage "
+        "cuda.graph cuda.matmul cuda.storage "
         "cuda.transfer cuda.views",
     ),
     (
@@ -39,7 +39,7 @@ LAYERS: list[tuple[str, str]] = [
         "copies factories fast_conv function fused_functions grad_check indexing mask_functions "
         "movement_functions numpy_protocol scalar scalar_functions score_mods score_symbols "
         "score_trace tensor tensor_functions tensor_graph interop interop.arrays interop.foreign "
-        "interop.torch_attention",
+        "interop.torch_attention cuda.explanation",
     ),
     (
         "networks",

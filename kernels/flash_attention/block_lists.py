@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ..score_graph import Graph, evaluate
 from ..score_intervals import IntervalOperations
-from .schedule import RULES, Band
+from .schedule import RULES, Band, TileCounts
 
 Array = NDArray[Any]
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -104,6 +104,12 @@ class BlockLists:
         head, row, column, full = self.places
         found[head, row, column] = PARTIAL + full
         return found
+
+    def counts(self) -> TileCounts:
+        """How many blocks of all heads are visited, whole, partial and skipped."""
+        visited, whole = len(self.entries), int(np.count_nonzero(self.entries & 1))
+        every = self.heads * self.rows * self.columns
+        return TileCounts(visited, whole, visited - whole, every - visited)
 
     def transposed(self) -> BlockLists:
         """For each column of blocks its rows."""
