@@ -92,6 +92,12 @@ class BlockLists:
         full = states[head, row, column] == FULL
         return BlockLists.of(Runs(head, row, column, np.ones_like(row), full), *states.shape)
 
+    def counts(self) -> TileCounts:
+        """How many blocks of all heads are visited, whole, partial and skipped."""
+        visited, whole = len(self.entries), int(np.count_nonzero(self.entries & 1))
+        every = self.heads * self.rows * self.columns
+        return TileCounts(visited, whole, visited - whole, every - visited)
+
     @property
     def places(self) -> tuple[Array, Array, Array, Array]:
         """Head, row, column and whether it is full, of each block."""
@@ -104,12 +110,6 @@ class BlockLists:
         head, row, column, full = self.places
         found[head, row, column] = PARTIAL + full
         return found
-
-    def counts(self) -> TileCounts:
-        """How many blocks of all heads are visited, whole, partial and skipped."""
-        visited, whole = len(self.entries), int(np.count_nonzero(self.entries & 1))
-        every = self.heads * self.rows * self.columns
-        return TileCounts(visited, whole, visited - whole, every - visited)
 
     def transposed(self) -> BlockLists:
         """For each column of blocks its rows."""
