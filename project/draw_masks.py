@@ -1,7 +1,7 @@
 """Draw what a bigbird mask is made of: global blocks, a window, random blocks, and all three.
 
-    python project/draw_masks.py              # the pictures in README.md
-    python project/draw_masks.py --length 4096 --block-size 64 --out pictures
+python project/draw_masks.py              # the pictures in README.md
+python project/draw_masks.py --length 4096 --block-size 64 --out pictures
 """
 
 from __future__ import annotations
