@@ -37,6 +37,7 @@ from tests.attention_calls import (
     reference,
     shapes_of,
 )
+from tests.attention_functions import FUNCTION_FEATURES, PAIR, reference_with_functions
 
 # Arguments of a small call; `leading` are those of query and of key and value, and a mask's shape
 # has "q" and "k" for the lengths.
@@ -131,11 +132,33 @@ class Rules:
             pytest.skip("there is no dropout")
         shapes = shapes_of(self.family, *arguments.pop("leading", ((1, 1), (1, 1))))
         dtype = self.family.dtypes[0]
+        self.name_mask(arguments, shapes, dtype)
+        check(self.family, shapes, dtype, **arguments)
+
+    def name_mask(self, arguments: dict[str, Any], shapes: Any, dtype: str) -> None:
+        """A mask in the place of what FEATURES say of it."""
         if "mask" in arguments:
             kind, *sizes = arguments["mask"]
             lengths = {"q": shapes[0][-2], "k": shapes[1][-2]}
             arguments["mask"] = make_mask(kind, tuple(lengths.get(n, n) for n in sizes), dtype)
-        check(self.family, shapes, dtype, **arguments)
+
+    @pytest.mark.parametrize("name", FUNCTION_FEATURES)
+    def test_functions(self, name: str) -> None:
+        """Score functions, mask functions, lists and gradients of captured tensors."""
+        make, arguments = FUNCTION_FEATURES[name]
+        arguments = dict(arguments)
+        if not self.family.functions:
+            pytest.skip("there are no functions")
+        if "dropout_p" in arguments and not self.family.dropout:
+            pytest.skip("there is no dropout")
+        shapes = shapes_of(self.family, *arguments.pop("leading", PAIR))
+        dtype = self.family.dtypes[0]
+        self.name_mask(arguments, shapes, dtype)
+        arrays = [random(*shape, seed=n) for n, shape in enumerate(shapes)]
+        functions = make(shapes[0][-2], shapes[1][-2])
+        call = call_of(self.family, arrays, dtype, functions=functions, **arguments)
+        results = self.family.compute(call)
+        compare(self.family, call, results, wanted=reference_with_functions(call))
 
     @pytest.mark.parametrize("is_causal", [False, True])
     def test_every_dtype(self, dtype: str, is_causal: bool) -> None:

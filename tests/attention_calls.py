@@ -16,15 +16,18 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from minitorch.attention_variants import Variant
 from minitorch.dtypes import BFLOAT16
 from minitorch.kernels.flash_attention.problem import AttentionProblem
 from minitorch.kernels.flash_attention.scores import mask_numbers
+from minitorch.kernels.flash_attention.variant import NO_VARIANT, VariantInputs
 from minitorch.kernels.philox import attention_dropout_mask
 from tests import references
 
 Array = Any
 Shape = tuple[int, ...]
-# Out, logsumexp, gradients of query, key, value and mask; None for one that there is not.
+# Out, logsumexp, gradients of query, key, value and mask, and then those of captured tensors; None
+# for one that there is not.
 Results = tuple[Any, ...]
 NAMES = ("out", "logsumexp", "dq", "dk", "dv", "dmask")
 PLAIN = ("plain",) * 4
@@ -47,6 +50,8 @@ class Call(NamedTuple):
         mask: numpy array or None.
         options: the other arguments of `AttentionProblem.of`.
         dtype: a name in `TOLERANCE`.
+        functions: `score_mod` and `block_mask`, as attention takes them.
+        variant: what the problem's functions are given: arrays of numpy, and tensors.
 
     """
 
@@ -56,6 +61,8 @@ class Call(NamedTuple):
     options: dict[str, Any]
     problem: AttentionProblem
     dtype: str
+    functions: dict[str, Any] | None = None
+    variant: VariantInputs = NO_VARIANT
 
     @property
     def wants_mask(self) -> bool:
@@ -80,6 +87,7 @@ class Family:
         examples: that hypothesis draws for each dtype and kind of mask; 0 for no such test.
         derandomize: whether these are the same in every run: each may be a kernel to compile.
         dropout: whether there is any.
+        functions: whether there are score functions and block masks.
         lengths: Nq and Nk of larger calls.
         head_sizes: D and Dv of larger calls.
         extreme: Nq and Nk of calls with large numbers.
@@ -112,6 +120,7 @@ class Family:
     runs: int
     derandomize: bool = True
     dropout: bool = True
+    functions: bool = True
     large_scores: tuple[dict[str, Any], ...] = ({},)
     gradient_factor: float = 1.0
     thorough: tuple[str, ...] = ()
@@ -217,9 +226,11 @@ def make_mask(kind: str, shape: Shape, dtype: str, seed: int = 0, layout: str = 
 
 def call_of(
     family: Family, arrays: list[Array], dtype: str, layouts: Any = PLAIN, mask: Array = None,
-    dl: float = 1.0, **options: Any,
+    dl: float = 1.0, functions: dict[str, Any] | None = None, **options: Any,
 ) -> Call:  # fmt: skip
-    """A call of query, key and value; `dl` is the size of the logsumexp's gradient, 0 for none."""
+    """A call of query, key and value; `dl` is the size of the logsumexp's gradient, 0 for none;
+    `functions` are `score_mod` and `block_mask`.
+    """
     if dtype.startswith("tf32"):
         options["fp32_precision"] = dtype
     tensors = [family.place(x, dtype, layout) for x, layout in zip(arrays, layouts, strict=False)]
@@ -232,7 +243,11 @@ def call_of(
     grad_lse = None
     if dl:
         grad_lse = (dl * random(*problem.logsumexp_shape, seed=6)).astype(real_dtype(dtype))
-    return Call(tensors, grad_lse, mask, options, problem, dtype)
+    if not functions:
+        return Call(tensors, grad_lse, mask, options, problem, dtype)
+    asked = functions.get("score_mod"), functions.get("block_mask")
+    problem, variant = Variant.of(*asked, problem).fused(problem)
+    return Call(tensors, grad_lse, mask, options, problem, dtype, functions, variant)
 
 
 def reference(call: Call) -> references.AttentionReference:
@@ -257,18 +272,24 @@ def reference(call: Call) -> references.AttentionReference:
 
 def compare(
     family: Family, call: Call, results: Results, names: tuple[str, ...] = NAMES,
-    tolerance: float | None = None,
+    tolerance: float | None = None, wanted: Results = (),
 ) -> None:  # fmt: skip
-    """The named results have the shapes, dtypes and numbers of attention in float64."""
-    want, problem = reference(call), call.problem
-    wanted: Results = (
-        want.out, want.logsumexp, want.grad_query, want.grad_key, want.grad_value, want.grad_mask,
-    )  # fmt: skip
-    for name, got, right in zip(NAMES, results, wanted, strict=True):
-        if got is None or name not in names:
+    """The named results have the shapes, dtypes and numbers of attention in float64, or of
+    `wanted`.
+    """
+    problem = call.problem
+    if not wanted:
+        want = reference(call)
+        wanted = (
+            want.out, want.logsumexp, want.grad_query, want.grad_key, want.grad_value,
+            want.grad_mask,
+        )  # fmt: skip
+    captured = tuple(f"gradient {n} of what is captured" for n in range(len(wanted) - len(NAMES)))
+    for name, got, right in zip(NAMES + captured, results, wanted, strict=True):
+        if got is None or name not in names + captured:
             continue
         assert got.shape == right.shape, name
-        if name != "dmask":  # whose dtype is the mask's or that of the scores
+        if name not in ("dmask", *captured):  # whose dtypes are their own, or that of the scores
             real = name == "logsumexp"
             assert got.dtype == (real_dtype(call.dtype) if real else problem.dtype), name
         bound = tolerance or family.tolerance(name, call.dtype)
@@ -277,7 +298,7 @@ def compare(
             relative = min(bound, 1e-5)
         else:
             bound *= max(1.0, np.abs(right[np.isfinite(right)]).max(initial=0))
-        if name == "dmask" and right.size:  # of whose terms the rounding errors add up
+        if name in ("dmask", *captured) and right.size:  # of whose terms the rounding errors add up
             scores = problem.batch_heads * problem.seqlen_q * problem.seqlen_k
             bound *= max(1.0, (scores / right.size) ** 0.5 / 4)
         np.testing.assert_allclose(

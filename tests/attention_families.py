@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 import minitorch
+from minitorch.block_mask import numbers_of
 from minitorch.cuda import attention as cuda_attention
 from minitorch.kernels.flash_attention.cpu import launch as cpu
 from minitorch.kernels.flash_attention.decode import launch as decode
@@ -37,10 +38,11 @@ def by_cpu(call: Call, tiles: cpu.TileSizes | None = None) -> Results:
     problem, mask, (q, k, v, do) = call.problem, call.mask, call.tensors
     if tiles is None and max(problem.seqlen_q, problem.seqlen_k) <= 80:
         tiles = SMALL_TILES
-    out, lse, rows, _ = cpu.forward_with_count(problem, q, k, v, mask, tiles)
+    variant = call.variant.each(numbers_of)
+    out, lse, rows, _ = cpu.forward_with_count(problem, q, k, v, mask, tiles, variant)
     gradients = cpu.backward(
-        problem, q, k, v, mask, out, rows, do, call.grad_logsumexp, call.wants_mask,
-        tiles=tiles,
+        problem, q, k, v, mask, out, rows, do, call.grad_logsumexp, call.wants_mask, variant,
+        tiles,
     )  # fmt: skip
     return out, lse, *gradients
 
@@ -48,9 +50,10 @@ def by_cpu(call: Call, tiles: cpu.TileSizes | None = None) -> Results:
 def by_standard(call: Call) -> Results:
     """Standard attention in numpy, which backends without fused operations compute."""
     problem, mask, (q, k, v, do) = call.problem, call.mask, call.tensors
-    out, lse, rows = standard_attention(problem, q, k, v, mask)
+    variant = call.variant.each(numbers_of)
+    out, lse, rows = standard_attention(problem, q, k, v, mask, variant)
     gradients = standard_attention_backward(
-        problem, q, k, v, mask, out, rows, do, call.grad_logsumexp, call.wants_mask
+        problem, q, k, v, mask, out, rows, do, call.grad_logsumexp, call.wants_mask, variant
     )
     return out, lse, *gradients
 
@@ -65,13 +68,18 @@ def by_operations(call: Call) -> Results:
         numbers = mask_numbers(mask, real_dtype(call.dtype))
         mask = minitorch.tensor(numbers, backend, requires_grad=True)
         leaves.append(mask)
-    out, lse = q.attention(k, v, attn_mask=mask, return_lse=True, **call.options)
+    options: dict[str, Any] = call.options | (call.functions or {})
+    out, lse = q.attention(k, v, attn_mask=mask, return_lse=True, **options)
     loss = (out * minitorch.tensor(call.tensors[3], backend)).sum()
     if call.grad_logsumexp is not None:
         loss = loss + (lse * minitorch.tensor(call.grad_logsumexp, backend)).sum()
+    captured = [x for x in call.variant.score.arrays if hasattr(x, "requires_grad")]
+    for x in captured:
+        x.grad = None
     loss.backward()
     results = [x.to_numpy() for x in (out, lse, *(x.grad for x in leaves))]
-    return *results, *[None] * (6 - len(results))
+    results += [None] * (6 - len(results))
+    return *results, *(x.grad.to_numpy() for x in captured)
 
 
 CPU = Family(
@@ -172,7 +180,7 @@ SIMT = Family(
     longest=(20, 20) if SIMULATED else (200, 200),
     columns=st.integers(1, 12 if SIMULATED else 100),
     value_columns=st.integers(0, 12 if SIMULATED else 100),
-    layouts=LAYOUTS, examples=3 if SIMULATED else 6, lengths=LENGTHS,
+    layouts=LAYOUTS, examples=3 if SIMULATED else 6, lengths=LENGTHS, functions=False,
     head_sizes=tuple((n, n) for n in SIZES) + tuple((64, n) for n in SIZES),
     extreme=(10, 22) if SIMULATED else (150, 700),
     extreme_dtypes=(("float32", "float32"), ("float32", "float64")) if SIMULATED else (

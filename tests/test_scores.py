@@ -100,7 +100,8 @@ def test_a_tile_on_the_cpu(dtype: str) -> None:
     bias = random.normal(size=bools.size).astype(dtype)
     width, row0, key0 = 64, 2, 3
     rows, keys = SEQLEN_Q - row0, SEQLEN_K - key0
-    columns = np.arange(key0, SEQLEN_K)
+    columns, words = np.arange(key0, SEQLEN_K), np.zeros(1, np.int64)
+    no_functions = cpu.Functions(0, 0, 0, words, words)
     steps = {"none": (0, 0), "whole": (SEQLEN_K, 1), "a row": (0, 1), "a column": (1, 0)}
     for (lower, upper), kind, (row, column) in product(BANDS, range(3), steps.values()):
         sizes = cpu.Sizes(4, SEQLEN_Q, SEQLEN_K, 8, 8, lower, upper, 16, 16, 16, 2)
@@ -118,7 +119,8 @@ def test_a_tile_on_the_cpu(dtype: str) -> None:
                 if not allowed(row0 + r, int(key), lower, upper):
                     expected[r, n] = -np.inf
         flat = w.reshape(-1)
-        cpu.mask_scores(flat, 0, width, mask, 2, row0, rows, key0, keys, 0, 16, sizes)
+        tile = cpu.Tile(2, row0, rows, key0, keys, 0, 16, True, False)
+        cpu.finish_scores(flat, 0, width, mask, no_functions, tile, sizes)
         np.testing.assert_array_equal(w[:, :keys], expected)
         assert (w[:, keys:16] == -np.inf).all()  # past the end of the keys
         assert (w[:, 16:] != -np.inf).all()

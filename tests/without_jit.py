@@ -95,6 +95,25 @@ def fused(results: Results) -> None:
     }
 
 
+def attention_functions(results: Results) -> None:
+    """A score function whose table gets a gradient, another block mask for each head, dropout."""
+    table, bias = results.leaf(2, 7), results.leaf(37, 40)
+    q, k, v = results.leaf(2, 37, 9), results.leaf(2, 40, 9), results.leaf(2, 40, 11)
+    flags = np.random.default_rng(2).random(40) < 0.7
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        near = table[h, np.clip(q_idx - kv_idx, -3, 3) + 3]
+        return np.tanh(s) * near + near
+
+    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (abs(q_idx - kv_idx) < 9 + 3 * h) & flags[kv_idx]
+
+    out = q.flash_attention(
+        k, v, score_mod=score, block_mask=mask, attn_mask=bias, dropout_p=0.2, seed=4
+    )
+    results.keep("attention functions", out, q, k, v, table, bias)
+
+
 def attention(results: Results) -> None:
     """Both passes, with every kind of mask, and dropout."""
     bias = results.leaf(37, 40)
@@ -123,7 +142,7 @@ def results() -> dict[str, npt.NDArray[Any]]:
     arrays: dict[str, npt.NDArray[Any]] = {}
     for dtype in ("float32", "float64"):
         of_dtype = Results(dtype)
-        for part in (elementwise, fused, attention, not_finite):
+        for part in (elementwise, fused, attention, attention_functions, not_finite):
             part(of_dtype)
         arrays |= of_dtype.arrays
     return arrays

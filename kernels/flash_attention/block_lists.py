@@ -111,6 +111,13 @@ class BlockLists:
         found[head, row, column] = PARTIAL + full
         return found
 
+    def without_empty(self, column: int) -> BlockLists:
+        """The same with an entry of a column, not full, in each list that has none."""
+        lengths = np.diff(self.offsets)
+        entries = np.insert(self.entries, self.offsets[:-1][lengths == 0], column << 1)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(lengths, 1))])
+        return replace(self, offsets=offsets, entries=entries)
+
     def transposed(self) -> BlockLists:
         """For each column of blocks its rows."""
         head, row, column, full = self.places

@@ -45,14 +45,21 @@ Nothing is allocated in device memory but small tables that are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..gpu.runtime import Instance, precision, types
 from ..philox import dropout_threshold
+from ..score_graph import Graph
+from .block_lists import TileLists
 from .problem import AttentionProblem
+from .schedule_cuda import NO_LISTS, Lists
+from .score_values import words_type
+from .scores import NO_FUNCTIONS, Functions
 
 Architecture = tuple[int, int]
 Ints = tuple[int, ...]
@@ -127,6 +134,11 @@ class Inputs(NamedTuple):
         mask_kind: its kind, in the words of `AttentionProblem.mask_kind`; "none" too where there is
             no score that it could be for.
         offset: uint64 array of one element, which is added to the problem's seed.
+        functions: the user's; none where there is no score.
+        words: what these are given (see score_values.py).
+        lists: the tiles that are visited, None if the band says it.
+        on_device: function `(name, array)`: the address of a copy that is kept with the lists.
+        owners: of the memory that `words` points to, kept until the launch.
 
     """
 
@@ -136,6 +148,11 @@ class Inputs(NamedTuple):
     mask: Matrices | None
     mask_kind: str
     offset: Any
+    functions: Functions = NO_FUNCTIONS
+    words: Ints = (0,)
+    lists: TileLists | None = None
+    on_device: Callable[[Any, Any], int] | None = None
+    owners: tuple[Any, ...] = ()
 
     @property
     def mask_array(self) -> Any:
@@ -156,6 +173,55 @@ class Inputs(NamedTuple):
     def strides(self) -> tuple[Strides, Strides, Strides, Strides]:
         """The strides of `arrays`."""
         return self.q.strides, self.k.strides, self.v.strides, self.mask_strides
+
+
+def functions_of(problem: AttentionProblem) -> Functions:
+    """The user's functions, for which kernels are compiled. Which gradients are wanted is none of
+    their business.
+    """
+    return Functions(*(_without_gradients(x) for x in (problem.score_mod, problem.mask_mod)))
+
+
+@cache
+def _without_gradients(graph: Graph | None) -> Graph | None:
+    if graph is None:
+        return None
+    return replace(graph, captured=tuple(x._replace(wants_gradient=False) for x in graph.captured))
+
+
+def tile_lists(
+    problem: AttentionProblem,
+    inputs: Inputs,
+    tile: tuple[int, int],
+    transposed: bool = False,
+    empty: int | None = None,
+) -> Lists:
+    """The lists for tiles of (block_m, block_n), in device memory: of each tile of queries its
+    tiles of keys, or `transposed`. One entry more than there are can be read.
+
+    Args:
+        problem, inputs: of the call.
+        tile: its size.
+        transposed: see above.
+        empty: number of a tile that is put into lists which are empty.
+
+    """
+    if inputs.lists is None or inputs.on_device is None:
+        return NO_LISTS
+    lists, place = inputs.lists, inputs.on_device
+    key = tile, problem.lower, problem.upper
+    name = (transposed, empty, *key)
+    if name not in lists.kept:
+        found = (lists.transposed if transposed else lists.of)(*key)
+        found = found if empty is None else found.without_empty(empty)
+        batch, head = lists.head_steps()
+        lists.kept[name] = Lists(
+            place(("offsets", *name), found.offsets.astype(np.uint32)),
+            place(("entries", *name), np.append(found.entries, np.int32(0))),
+            batch * found.rows, head * found.rows,
+        )  # fmt: skip
+    kept: Lists = lists.kept[name]
+    return kept
 
 
 class Gradients(NamedTuple):
@@ -241,6 +307,8 @@ class ArgumentTypes(NamedTuple):
         rows: numbers of rows, in the arithmetic's type.
         mask: the mask's array.
         word: the seed's offset.
+        words: what the functions are given.
+        lists: `Lists`.
         strides: of one of the matrices.
         sizes: `Sizes`.
         scalars: of `scalars_of`.
@@ -251,6 +319,8 @@ class ArgumentTypes(NamedTuple):
     rows: Any
     mask: Any
     word: Any
+    words: Any
+    lists: Any
     strides: Any
     sizes: Any
     scalars: tuple[Any, Any, Any, Any]
@@ -261,8 +331,10 @@ class ArgumentTypes(NamedTuple):
         return (self.array, self.array, self.array, self.mask, self.word)
 
 
-def argument_types(precision_name: str, mask_kind: str) -> ArgumentTypes:
-    """The types for inputs of a dtype, and a mask of a kind."""
+def argument_types(
+    precision_name: str, mask_kind: str, functions: Functions = NO_FUNCTIONS
+) -> ArgumentTypes:
+    """The types for inputs of a dtype, a mask of a kind, and a user's functions."""
     numbers = precision(precision_name)
     array, mask = numbers.array, numbers.array  # which stands there if there is no mask
     if mask_kind != "none":
@@ -270,7 +342,7 @@ def argument_types(precision_name: str, mask_kind: str) -> ArgumentTypes:
         mask = types.Array(types.uint8, 1, "C") if is_bool else precision(mask_kind).array
     return ArgumentTypes(
         array, types.Array(numbers.real, 1, "C"), mask, types.Array(types.uint64, 1, "C"),
-        named_type(Strides), named_type(Sizes),
+        words_type(functions), named_type(Lists), named_type(Strides), named_type(Sizes),
         (types.float64, types.uint64, types.int64, types.float64),
     )  # fmt: skip
 
@@ -300,6 +372,6 @@ def instances_of(
 
 __all__ = [
     "Architecture", "ArgumentTypes", "Gradients", "Heads", "Inputs", "Ints", "Matrices", "Sizes",
-    "Strides", "argument_types", "has_vectors", "heads_of", "instances_of", "named_type",
-    "scalars_of", "sizes_of",
+    "Strides", "argument_types", "functions_of", "has_vectors", "heads_of", "instances_of",
+    "named_type", "scalars_of", "sizes_of", "tile_lists",
 ]  # fmt: skip

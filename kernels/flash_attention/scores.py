@@ -1,8 +1,10 @@
 """Which scores count, and what is added to them: one rule, of which every family makes its code.
 
     S = scale Q K^T
+    S = score_mod(S)      a user's function, if there is one
     S = S + mask          if the mask is additive
-    S = -inf              where the band, the end of the keys or a bool mask hides a key
+    S = -inf              where the band, the end of the keys, a bool mask or a user's mask function
+                          hides a key
 
 The band: query i sees keys i + lower ... i + upper - 1; so key j is seen by queries j + 1 - upper
 ... j - lower. Keys end at seqlen_k, and queries at seqlen_q.
@@ -22,20 +24,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..score_graph import Graph
 
 LOG2_E = math.log2(math.e)
 
 
 class Masked:
     """What a kernel's kind says of its scores; `mask` is "none", "bool", or an additive mask's
-    dtype.
+    dtype, `functions` are the user's.
     """
 
     mask: str
+    functions: Functions
 
     @property
     def additive(self) -> bool:
@@ -46,6 +52,36 @@ class Masked:
     def unit(self) -> float:
         """Factor of scores on a GPU: see `unit_of`."""
         return unit_of(self.additive)
+
+    @property
+    def unit_of_products(self) -> float:
+        """Factor of scale Q K^T: a score function wants it as it is."""
+        return self.unit if self.functions.score is None else 1.0
+
+    @property
+    def unit_of_results(self) -> float:
+        """Factor of what a score function gives."""
+        return 1.0 if self.functions.score is None else self.unit
+
+
+@dataclass(frozen=True)
+class Functions:
+    """A user's functions, for which a kernel is compiled.
+
+    Args:
+        score: graph of the score function, or None.
+        mask: of the mask function.
+
+    """
+
+    score: Graph | None = None
+    mask: Graph | None = None
+
+    def __bool__(self) -> bool:
+        return self != NO_FUNCTIONS
+
+
+NO_FUNCTIONS = Functions()
 
 
 def is_additive(mask: str) -> bool:
@@ -101,12 +137,16 @@ class Tools(NamedTuple):
         select: function `(condition, yes, no)`.
         add: function `(score, number)`: the score plus the mask's number.
         nothing: -inf in the scores' type.
+        score_mod: `(score, where)`: what the user's score function makes of a score.
+        mask_mod: `(where)`: whether the user's mask function counts it.
 
     """
 
     select: Callable[[Any, Any, Any], Any]
     add: Callable[[Any, Any], Any]
     nothing: Any = -math.inf
+    score_mod: Callable[[Any, Where], Any] | None = None
+    mask_mod: Callable[[Where], Any] | None = None
 
 
 def masked_score(mask: str, tools: Tools) -> Callable[[Any, Any, Any, Where], Any]:
@@ -115,12 +155,15 @@ def masked_score(mask: str, tools: Tools) -> Callable[[Any, Any, Any, Where], An
     Its arguments are the score, whether it `counts`, the mask's number (anything if there is none),
     and where the score is. `mask` is as in `Masked`.
     """
-    select, add, nothing = tools
+    select, add, nothing, score_mod, mask_mod = tools
     is_bool, additive = mask == "bool", is_additive(mask)
+    has_score, has_mask = score_mod is not None, mask_mod is not None
 
     def masked(score, sees, number, where):
-        # A user's functions of a score, and of what a query sees, belong here, and nowhere else:
-        # score = score_function(score, *where), sees = sees & mask_function(*where).
+        if has_score:
+            score = score_mod(score, where)
+        if has_mask:
+            sees = sees & mask_mod(where)
         if is_bool:
             sees = sees & (number != 0)
         if additive:
@@ -151,6 +194,8 @@ def mask_numbers(attn_mask: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 __all__ = [
     "LOG2_E",
+    "NO_FUNCTIONS",
+    "Functions",
     "Masked",
     "Tools",
     "Where",

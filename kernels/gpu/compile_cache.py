@@ -122,7 +122,8 @@ class _Description:
             self.text(["builtin", str(value.__module__), value.__qualname__])
         elif _is_record(value):
             self.add(type(value))
-            self._add_all([getattr(value, f.name) for f in dataclasses.fields(value)])
+            fields = (f for f in dataclasses.fields(value) if f.compare)  # no hash, of each process
+            self._add_all([getattr(value, f.name) for f in fields])
         elif isinstance(value, (tuple, list)):
             self.text(list(getattr(value, "_fields", ())))
             self._add_all(value)

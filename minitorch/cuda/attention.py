@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..kernels.copy_cuda import copy_into
+from ..kernels.flash_attention.block_lists import TileLists
 from ..kernels.flash_attention.decode import launch as decode
 from ..kernels.flash_attention.hopper import launch as hopper
 from ..kernels.flash_attention.launch import (
@@ -18,19 +19,22 @@ from ..kernels.flash_attention.launch import (
     Inputs,
     Matrices,
     Strides,
+    functions_of,
     heads_of,
 )
 from ..kernels.flash_attention.mma import launch as mma
 from ..kernels.flash_attention.problem import AttentionProblem, Shape, mask_kind
+from ..kernels.flash_attention.score_values import stored_dtype, words_of
+from ..kernels.flash_attention.scores import NO_FUNCTIONS, Functions
 from ..kernels.flash_attention.simt import launch as simt
-from ..kernels.flash_attention.variant import NO_VARIANT, VariantInputs
+from ..kernels.flash_attention.variant import NO_VARIANT, Captured, VariantInputs
 from ..kernels.gpu.runtime import compute_capability
 from ..operators import add
 from ..rng import device_offset
 from ..tensor_data import TensorData, strides_from_shape
 from .device_array import DeviceArray
 from .elementwise import fold
-from .storage import contiguous, copied
+from .storage import contiguous, copied, in_dtype
 from .views import contiguous_data, device_storage, view_of
 
 if TYPE_CHECKING:
@@ -179,11 +183,19 @@ def _inputs(
     key: Tensor,
     value: Tensor,
     mask: TensorData | None,
+    variant: VariantInputs,
     alignment: int,
 ) -> Inputs:
     heads = heads_of(problem)
     masks, kind = None, "none"
-    if mask is not None and problem.seqlen_q and problem.seqlen_k:
+    functions = NO_FUNCTIONS
+    words: tuple[int, ...] = (0,)
+    owners: tuple[Any, ...] = ()
+    has_scores = problem.seqlen_q and problem.seqlen_k
+    if has_scores and problem.has_functions:
+        functions = functions_of(problem)
+        words, owners = _words(functions, variant, _exact(problem))
+    if mask is not None and has_scores:
         full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
         masks, kind = _matrices(mask.broadcast_to(full), problem.leading), mask_kind(mask.dtype)
     return Inputs(
@@ -193,7 +205,51 @@ def _inputs(
         masks,
         kind,
         device_offset().array,
+        functions,
+        words,
+        variant.lists if has_scores else None,
+        _keeper(variant.lists),
+        owners,
     )
+
+
+def _words(
+    functions: Functions, variant: VariantInputs, real: np.dtype[Any]
+) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """What the functions are given, and the arrays in device memory that it points to."""
+    both = []
+    for graph, given in ((functions.score, variant.score), (functions.mask, variant.mask)):
+        kinds = () if graph is None else graph.captured
+        arrays = (
+            _on_device(x, stored_dtype(y.kind, real))
+            for x, y in zip(given.arrays, kinds, strict=True)
+        )
+        both.append(Captured(tuple(arrays), given.parameters))
+    words = words_of(functions, both, real, lambda x: device_storage(x).pointer)
+    return words, (*both[0].arrays, *both[1].arrays)
+
+
+def _on_device(captured: Any, dtype: np.dtype[Any]) -> TensorData:
+    """A captured array, contiguous in device memory."""
+    if hasattr(captured, "_tensor"):
+        return contiguous(in_dtype(captured._tensor, dtype))
+    array = np.ascontiguousarray(captured, dtype)
+    return contiguous_data(DeviceArray.from_host(array.reshape(-1)), array.shape)
+
+
+def _keeper(lists: TileLists | None) -> Any:
+    """The function `Inputs.on_device`."""
+    if lists is None:
+        return None
+    kept = lists.kept
+
+    def on_device(name: Any, array: Any) -> int:
+        key = "on device", name
+        if kept.get(key) is None:
+            kept[key] = DeviceArray.from_host(array)
+        return int(kept[key].pointer)
+
+    return on_device
 
 
 def _like_layout(shape: Shape, dtype: np.dtype[Any], like: TensorData) -> TensorData:
@@ -262,7 +318,7 @@ def flash_attention_forward(
     exact, both_passes = _exact(problem), hasattr(module, "backward")
     logsumexp = DeviceArray.empty(count, exact)
     rows = DeviceArray.empty(2 * count, exact) if both_passes else None
-    inputs = _inputs(problem, query, key, value, attn_mask, alignment)
+    inputs = _inputs(problem, query, key, value, attn_mask, variant, alignment)
     module.forward(
         problem, heads_of(problem), inputs, _matrices(out, problem.leading), logsumexp.array,
         *([] if rows is None else [rows.array]), architecture,
@@ -313,7 +369,7 @@ def flash_attention_backward(
     grad_rows = None
     if grad_logsumexp is not None:
         grad_rows = device_storage(copied(grad_logsumexp._tensor))
-    inputs = _inputs(problem, query, key, value, attn_mask, alignment)
+    inputs = _inputs(problem, query, key, value, attn_mask, variant, alignment)
     result, numbers = out._tensor, None if rows is None else device_storage(rows._tensor)
     if numbers is None:
         result = _like_layout(problem.out_shape, problem.dtype, query._tensor)

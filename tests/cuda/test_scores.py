@@ -77,7 +77,7 @@ def fragment_kernel(mask: str, tile: RegisterTile, keys_are_rows: bool, begins: 
         band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
         scores = masked(
             load(x, row, column), i32(query + row0), i32(key + key0), band, mask,
-            head_place(batch, head, steps), types.float32(scale),
+            head_place(batch, head, steps), types.float32(scale), (types.int64(0),),
         )  # fmt: skip
         put(out, place, row, column, scores)
 

@@ -25,25 +25,30 @@ from ..scores import LOG2_E
 from .tiles import (
     FILES,
     Dropout,
+    Functions,
+    Lists,
     Mask,
     Sizes,
     Strides,
     dropout_tile,
     fill,
+    finish_scores,
     key_tiles,
     leading_dimension,
+    list_line,
     load_tile,
     load_tile_transposed,
-    mask_scores,
     matrix_product,
     new_workspace,
+    next_tile,
     round_up,
     row_exp_sum,
     row_max,
     row_scale,
     tile_multiply,
     tile_start,
-    visible_columns,
+    visible_tile,
+    visited,
 )
 
 FORWARD_KEY = cache_key(*FILES)
@@ -53,14 +58,16 @@ FORWARD_KEY = cache_key(*FILES)
 def forward_worker(
     q_data, k_data, v_data, bools, bias, out, logsumexp, rows_of,  # flat arrays
     q_offset, k_offset, v_offset, mask_offset,  # (batch_heads,)
-    strides, mask_kind, sizes, scale, dropout_threshold, seed, keep_scale,
-    next_task, tile_count, key=FORWARD_KEY,
+    strides, mask_kind, sizes, scale, dropout_threshold, seed, keep_scale, functions, lists,
+    order, next_task, tile_count, key=FORWARD_KEY,
 ):  # fmt: skip
     """Take tasks (a head, a block of its queries) until none is left; tile_count: tiles computed.
 
-    The longest tasks (under a causal mask those of the last rows) come first.
+    The longest tasks come first: with lists they are in this `order`, numbers head * blocks +
+    block; without, under a causal mask, those of the last rows are the longest.
     """
     sizes, strides = Sizes(*sizes), Strides(*strides)
+    functions, lists = Functions(*functions), Lists(*lists)
     mask = Mask(mask_kind, bools, bias, mask_offset, strides.mask_row, strides.mask_column)
     dropout = Dropout(dropout_threshold, np.uint64(seed), keep_scale)
     head_dim, value_dim = sizes.head_dim, sizes.value_dim
@@ -81,12 +88,15 @@ def forward_worker(
     l = m + sizes.block_q  # (block_q,)
 
     blocks = (sizes.seqlen_q + sizes.block_q - 1) // sizes.block_q
+    cursor = np.empty(sizes.block_q // lists.rows, np.int64)  # in each list of the block
     while True:
         task = fetch_add(next_task, 0, 1)
         if task >= blocks * sizes.batch_heads:
             return
         i = task % sizes.batch_heads
         row0 = (blocks - 1 - task // sizes.batch_heads) * sizes.block_q
+        if len(order) > 0:
+            i, row0 = order[task] // blocks, order[task] % blocks * sizes.block_q
         rows = min(sizes.block_q, sizes.seqlen_q - row0)
         padded_rows = round_up(rows, block_rows())
         load_tile(
@@ -97,8 +107,13 @@ def forward_worker(
         fill(w, o_tile, o_tile + padded_rows * ld_v, 0.0)
         fill(w, m, m + rows, -np.inf)
         fill(w, l, l + rows, 0.0)
-        first, end = key_tiles(row0, sizes, sizes.block_q, tile_k)
-        for number in range(first, end):
+        number, end = key_tiles(row0, sizes, sizes.block_q, tile_k)
+        line, count = list_line(lists, i, row0 // lists.rows, sizes), 0
+        if len(lists.offsets) > 0:
+            count = (rows + lists.rows - 1) // lists.rows
+            cursor[:count] = lists.offsets[line : line + count]
+        number = next_tile(lists, cursor, line, count, number - 1, end)
+        while number < end:
             key0 = tile_start(number, tile_k)
             keys = min(tile_k, sizes.seqlen_k - key0)
             load_tile_transposed(
@@ -111,9 +126,15 @@ def forward_worker(
                 v_data, v_offset[i] + key0 * strides.v_row, strides.v_row, strides.v_column,
                 keys, value_dim,
             )  # fmt: skip
+            visits, full = True, False
             for r0 in range(0, rows, tile_q):
+                if r0 % lists.rows == 0:
+                    visits, full = visited(lists, cursor, line, r0 // lists.rows, number)
+                if not visits:
+                    continue
                 row, n = row0 + r0, min(tile_q, rows - r0)
-                start, stop, masked = visible_columns(w, mask, i, row, n, key0, keys, sizes)
+                tile = visible_tile(w, mask, functions, i, row, n, key0, keys, full, sizes)
+                start, stop = tile.start, tile.stop
                 if start >= stop:
                     continue  # wholly masked: skipped, not computed
                 fetch_add(tile_count, 0, 1)
@@ -122,8 +143,8 @@ def forward_worker(
                     w, q_tile + r0 * ld_q, ld_q, 1, kt_tile + start, ld_s, s_tile + start, ld_s,
                     n, stop - start, depth, False,
                 )  # fmt: skip
-                if masked:
-                    mask_scores(w, s_tile, ld_s, mask, i, row, n, key0, keys, start, stop, sizes)
+                if tile.masked or functions.score != 0:
+                    finish_scores(w, s_tile, ld_s, mask, functions, tile, sizes)
                 # m, l, P, and O = diag(exp(m - m_new)) O
                 for r in range(n):
                     softmax_row(
@@ -132,13 +153,14 @@ def forward_worker(
                         o_tile + (r0 + r) * ld_v, o_tile + (r0 + r + 1) * ld_v,
                     )  # fmt: skip
                 if dropout.threshold > 0:  # after l: the softmax is over all keys
-                    dropout_tile(w, z_tile, ld_s, dropout, i, row, n, key0, start, stop)
+                    dropout_tile(w, z_tile, ld_s, dropout, tile)
                     tile_multiply(w, s_tile, z_tile, ld_s, n, start, stop)
                 # O += P V
                 matrix_product(
                     w, s_tile + start, ld_s, 1, v_tile + start * ld_v, ld_v,
                     o_tile + r0 * ld_v, ld_v, n, value_dim, stop - start, True,
                 )  # fmt: skip
+            number = next_tile(lists, cursor, line, count, number, end)
         write_rows(
             w, o_tile, ld_v, m, l, i * sizes.seqlen_q + row0, rows, value_dim, out, logsumexp,
             rows_of,

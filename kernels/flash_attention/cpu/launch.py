@@ -21,10 +21,20 @@ from ...cpu.threads import run_on_threads, thread_count
 from ...philox import dropout_threshold
 from ..problem import AttentionProblem, Shape
 from ..scores import mask_numbers
-from ..standard import standard_attention, standard_attention_backward
-from ..variant import NO_VARIANT, VariantInputs
+from ..variant import NO_VARIANT, VariantInputs, wanted_gradients
 from .backward import backward_worker, delta_worker, mask_gradient_worker
 from .forward import forward_worker
+from .functions import (
+    Bounds,
+    PreparedFunctions,
+    captured_sums,
+    list_keys,
+    list_rows,
+    lists_of_keys,
+    lists_of_queries,
+    longest_first,
+    prepared_functions,
+)
 from .tiles import ADDITIVE_MASK, BOOL_MASK, NO_MASK, Sizes, Strides
 
 Array = NDArray[Any]
@@ -45,12 +55,16 @@ class TileSizes(NamedTuple):
     backward_k: int = 256
 
 
-def default_tiles(problem: AttentionProblem) -> TileSizes:
-    """Narrower tiles of keys, the backward pass's unit of work, where there are few heads.
+def default_tiles(problem: AttentionProblem, variant: VariantInputs = NO_VARIANT) -> TileSizes:
+    """Narrower tiles of keys, the backward pass's unit of work, where there are few heads; with
+    lists of blocks, tiles that divide these.
 
     The shape alone decides, not the number of threads, so that results do not depend on it.
     """
     wide = TileSizes()
+    if variant.lists is not None:
+        keys = list_keys(variant.lists)
+        return wide._replace(forward_k=keys, backward_k=keys)
     tasks = problem.batch_heads * math.ceil(problem.seqlen_k / wide.backward_k)
     return wide if tasks >= 16 else wide._replace(backward_k=128 if tasks >= 8 else 64)
 
@@ -150,7 +164,8 @@ def _mask_stack(attn_mask: Array | None, problem: AttentionProblem) -> tuple[Arr
 
 
 def _block_q(problem: AttentionProblem, tile_q: int, threads: int) -> int:
-    """Queries of a task: many, to use a packed tile of keys often; not so many that threads idle.
+    """Queries of a task, in whole tiles (of a list, too): many, to use a packed tile of keys often;
+    not so many that threads idle.
 
     Rows are independent of each other, so this changes no result.
     """
@@ -220,9 +235,7 @@ def forward_with_count(
     """
     if problem.dtype.name not in ("float32", "float64"):
         raise TypeError(f"attention on the CPU takes float32 or float64, not {problem.dtype}.")
-    if problem.has_functions:
-        return Result(*standard_attention(problem, q, k, v, attn_mask, variant), 0)
-    tiles = tiles or default_tiles(problem)
+    tiles = tiles or default_tiles(problem, variant)
     out = np.empty(problem.out_shape, problem.dtype)
     logsumexp = np.empty(problem.logsumexp_shape, problem.dtype)
     rows = np.empty((*problem.logsumexp_shape, 2), problem.dtype)
@@ -230,7 +243,9 @@ def forward_with_count(
     v_stack = _stack(v, problem, problem.enable_gqa)
     bools, bias, mask = _mask_stack(attn_mask, problem)
     threads = _threads(problem)
-    block_q = _block_q(problem, tiles.forward_q, threads)
+    sizes = tiles.forward_q, tiles.forward_k
+    block_q = _block_q(problem, list_rows(variant.lists, tiles.forward_q), threads)
+    functions = prepared_functions(problem, variant)
     tasks = problem.batch_heads * math.ceil(problem.seqlen_q / block_q)
     tile_count = np.zeros(1, np.int64)
     if tasks:
@@ -240,8 +255,10 @@ def forward_with_count(
             out.reshape(-1), logsumexp.reshape(-1), rows.reshape(-1),
             q_stack.offset, k_stack.offset, v_stack.offset, mask.offset,
             _strides(q_stack, k_stack, v_stack, mask), _mask_number(problem),
-            tuple(_sizes(problem, tiles.forward_q, tiles.forward_k, block_q)),
+            tuple(_sizes(problem, *sizes, block_q)),
             problem.dtype.type(problem.scale), *_dropout_arguments(problem),
+            functions.arguments, lists_of_queries(problem, variant.lists, *sizes),
+            longest_first(problem, variant.lists, *sizes, block_q),
             np.zeros(1, np.int64), tile_count,
         )  # fmt: skip
     return Result(out, logsumexp, rows, int(tile_count[0]))
@@ -302,13 +319,8 @@ def backward(
         needs_mask_grad: also give the gradient of an additive `attn_mask`.
         tiles: of one's choice.
     """
-    if problem.has_functions:
-        return standard_attention_backward(
-            problem, q, k, v, attn_mask, out, rows, grad_out, grad_logsumexp, needs_mask_grad,
-            variant,
-        )  # fmt: skip
     dtype, heads = problem.dtype, problem.batch_heads
-    tiles = tiles or default_tiles(problem)
+    tiles = tiles or default_tiles(problem, variant)
     k_index = _head_index(problem.key_shape[:-2], problem, problem.enable_gqa)
     v_index = _head_index(problem.value_shape[:-2], problem, problem.enable_gqa)
     # Keys and values that are shared in the same way are the common case: dK and dV are summed in
@@ -321,24 +333,30 @@ def backward(
     dk = np.zeros((slot_count, problem.seqlen_k, problem.head_dim), dtype)
     dv = np.zeros((slot_count, problem.seqlen_k, problem.value_dim), dtype)
     dmask = np.zeros(attn_mask.shape, dtype) if needs_mask_grad and attn_mask is not None else None
+    wanted = wanted_gradients(problem.score_mod)
+    captured = [np.zeros(variant.score.arrays[n].shape) for n in wanted]
     if dq.shape[1] and dk.shape[1] and heads:
         common = _common_arguments(
-            problem, q, k, v, attn_mask, out, rows, grad_out, grad_logsumexp, tiles
+            problem, q, k, v, attn_mask, out, rows, grad_out, grad_logsumexp, tiles, variant
         )
         query_tiles = math.ceil(problem.seqlen_q / tiles.backward_q)
         tasks = slot_count * math.ceil(problem.seqlen_k / tiles.backward_k)
+        threads = min(_threads(problem), tasks)
+        tables = np.zeros((threads, common.functions.starts[-1]), np.int64)
         run_on_threads(
-            min(_threads(problem), tasks), backward_worker, *common.matrices,
+            threads, backward_worker, *common.matrices,
             dq.reshape(-1), dk.reshape(-1), dv.reshape(-1), *common.settings,
             slots.start, slots.heads, np.zeros(heads * query_tiles, np.int64),
-            np.zeros(1, np.int64),
+            tables, np.zeros(1, np.int64), np.zeros(1, np.int64),
         )  # fmt: skip
+        if wanted:
+            captured = captured_sums(problem, variant, common.functions, tables)
         if dmask is not None:
             _mask_gradient(problem, dmask, common)
     dq = _sum_over_heads(dq, _head_index(problem.query_shape[:-2], problem), problem.query_shape)
     dk = _sum_over_heads(dk, k_index[slot_head], problem.key_shape)
     dv = _sum_over_heads(dv, v_index[slot_head], problem.value_shape)
-    return dq, dk, dv, dmask
+    return dq, dk, dv, dmask, *captured
 
 
 class _Common(NamedTuple):
@@ -346,6 +364,7 @@ class _Common(NamedTuple):
 
     matrices: tuple[Any, ...]
     settings: tuple[Any, ...]
+    functions: PreparedFunctions
 
 
 def _common_arguments(
@@ -359,6 +378,7 @@ def _common_arguments(
     grad_out: Array,
     grad_logsumexp: Array | None,
     tiles: TileSizes,
+    variant: VariantInputs,
 ) -> _Common:
     """Prepare the inputs; compute delta, and what makes P of a score."""
     dtype = problem.dtype
@@ -380,14 +400,37 @@ def _common_arguments(
         grad_stack.row, grad_stack.column, rows, grad_lse, problem.seqlen_q, problem.value_dim,
         delta, shift, inverse, np.zeros(1, np.int64),
     )  # fmt: skip
+    bounds = _bounds(problem, q, k, v, grad_out, delta)
+    functions = prepared_functions(problem, variant, bounds)
+    sizes = tiles.backward_q, tiles.backward_k
     settings = (
         q_stack.offset, k_stack.offset, v_stack.offset, mask.offset, grad_stack.offset,
         _strides(q_stack, k_stack, v_stack, mask, grad_stack), _mask_number(problem),
-        tuple(_sizes(problem, tiles.backward_q, tiles.backward_k, 0)),
-        dtype.type(problem.scale), *_dropout_arguments(problem), shift, inverse, delta,
+        tuple(_sizes(problem, *sizes, 0)), dtype.type(problem.scale),
+        *_dropout_arguments(problem), functions.arguments,
+        lists_of_keys(problem, variant.lists, *sizes), shift, inverse, delta,
     )  # fmt: skip
     matrices = (q_stack.data, k_stack.data, v_stack.data, bools, bias, grad_stack.data)
-    return _Common(matrices, settings)
+    return _Common(matrices, settings, functions)
+
+
+def _bounds(
+    problem: AttentionProblem, q: Array, k: Array, v: Array, grad_out: Array, delta: Array
+) -> Bounds:
+    """Of scores, and of the sum of the absolute values of their gradients P (Z dP - delta)."""
+    if not wanted_gradients(problem.score_mod):
+        return Bounds(0.0, 0.0)
+    (largest_q, _), (largest_k, _), (largest_v, _) = (_norms(x) for x in (q, k, v))
+    _, of_rows = _norms(np.broadcast_to(grad_out, problem.out_shape))
+    of_dp = problem.keep_scale * largest_v * of_rows
+    of_delta = float(np.abs(delta).sum(dtype=np.float64))
+    return Bounds(abs(problem.scale) * largest_q * largest_k, of_dp + of_delta)
+
+
+def _norms(x: Array) -> tuple[float, float]:
+    """Of the rows: the largest, and their sum."""
+    norms = np.sqrt(np.einsum("...d,...d->...", x, x, dtype=np.float64))
+    return float(norms.max(initial=0.0)), float(norms.sum())
 
 
 def _mask_gradient(problem: AttentionProblem, dmask: Array, common: _Common) -> None:

@@ -2,7 +2,7 @@
 
 Kernels call it by the address, once for each row of a tile, and are compiled once for all
 functions: a new function costs its own compilation, some hundredths of a second, and none of
-theirs. (The CPU's attention does not call it yet; `Tensor.attention` evaluates graphs in numpy.)
+theirs.
 
 Two kinds of row functions are made of a graph: `score_row` for what a score or a mask function
 gives, and `gradient_row` for what its derivative adds to the backward pass. Gradients of captured
@@ -90,13 +90,13 @@ def captured_array(array: Array, dtype: np.dtype[Any]) -> Array:
 
     """
     if array.dtype.kind == "b":
-        return np.ascontiguousarray(array).view(np.uint8)
+        return np.asarray(array, order="C").view(np.uint8)
     if array.dtype.kind in "iu":
-        whole = np.ascontiguousarray(array, np.int32)
+        whole = np.asarray(array, np.int32, order="C")
         if array.dtype.itemsize >= 4 and not np.array_equal(whole, array):
             raise ValueError("a captured array has whole numbers of more than 32 bits")
         return whole
-    return np.ascontiguousarray(array, dtype)
+    return np.asarray(array, dtype, order="C")
 
 
 # ----- machine code -----
@@ -292,14 +292,14 @@ _plain_functions: list[Callable[..., None]] = []
 
 
 def _plain_function(function: Callable[..., None]) -> RowFunction:
-    """Where nothing is compiled the address is a number in a list."""
+    """Where nothing is compiled the address is a number, from 1, in a list."""
     _plain_functions.append(function)
-    return RowFunction(len(_plain_functions) - 1, function)
+    return RowFunction(len(_plain_functions), function)
 
 
 def _plain_call(address: Any, *given: Any) -> None:
     with np.errstate(all="ignore"):
-        _plain_functions[int(address)](*given)
+        _plain_functions[int(address) - 1](*given)
 
 
 @intrinsic(_plain_call)

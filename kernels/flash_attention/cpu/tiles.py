@@ -36,11 +36,13 @@ from ...cpu.simd_matrix import matrix_product_block, transpose_block
 from ...philox import LOW_WORD, WORD_BITS, philox4x32_cpu
 from .. import schedule, scores
 from ..scores import LOG2_E, Tools, Where
+from . import score_rows
+from .score_rows import call_score_row
 
 # Kernels that the disk keeps are compiled anew when one of these changes: see `cache_key`.
 FILES = (
     __file__, schedule.__file__, scores.__file__, philox.__file__, simd_matrix.__file__,
-    threads.__file__,
+    threads.__file__, score_rows.__file__,
 )  # fmt: skip
 
 NO_MASK, BOOL_MASK, ADDITIVE_MASK = 0, 1, 2  # Mask.kind, a number as numba wants one
@@ -57,6 +59,36 @@ class Mask(NamedTuple):
     column: int
 
 
+class Functions(NamedTuple):
+    """A user's functions of a score: addresses of row functions (score_rows.py), 0 for none, and
+    what they are given.
+    """
+
+    score: int
+    gradient: int  # what the score function's derivative adds to the backward pass
+    mask: int
+    score_words: Any
+    mask_words: Any
+
+
+class Lists(NamedTuple):
+    """Lists of the tiles that are visited, as in block_lists.py; without any the band says it.
+
+    For each `rows` queries their tiles of keys, and in the backward pass for each tile of keys the
+    tiles of `rows` queries.
+    """
+
+    offsets: (
+        Any  # int64: a list is entries[offsets[line] : offsets[line + 1]]; (0,) if there is none
+    )
+    entries: Any  # int32
+    ranks: Any  # int64, in the backward pass: the tile's place in the list of its queries
+    rows: int
+    lines: int  # lists of a head
+    batch_step: int  # heads between the lists of a batch and of the next, 0 if they share them
+    head_step: int
+
+
 class Sizes(NamedTuple):
     """Shape of the problem and of its tiles; a `band` of schedule.py, too."""
 
@@ -71,6 +103,22 @@ class Sizes(NamedTuple):
     tile_k: int
     block_q: int
     heads: int  # head batch_head is the head batch_head % heads of its batch
+
+
+class Tile(NamedTuple):
+    """Which scores are computed: queries row0 ... row0 + rows - 1 and, of the tile of keys that
+    begins at key0 and has so many, columns start ... stop - 1; none if stop is not larger.
+    """
+
+    batch_head: int
+    row0: int
+    rows: int
+    key0: int
+    keys: int
+    start: int
+    stop: int
+    masked: bool  # whether a score may be hidden
+    full: bool  # whether the mask function hides none
 
 
 class Strides(NamedTuple):
@@ -153,18 +201,76 @@ def tile_columns(w, row0, rows, key0, sizes):
 
 
 @njit
-def visible_columns(w, mask, i, row0, rows, key0, keys, sizes):
-    """(start, stop, masked): the columns to compute, and whether an entry is masked."""
+def visible_tile(w, mask, functions, i, row0, rows, key0, keys, full, sizes):
+    """The `Tile` of what head i's queries may see of some keys."""
     start, stop = tile_columns(w, row0, rows, key0, sizes)
     if start >= stop:
-        return 0, 0, False
+        return Tile(i, row0, rows, key0, keys, 0, 0, False, full)
     masked = not is_whole(row0, rows, key0 + start, stop - start, sizes)
+    if functions.mask != 0:
+        masked = masked or not full
     if mask.kind != NO_MASK:
         some, every = mask_allows(mask, i, row0, rows, key0, start, min(stop, keys))
         if not some:
-            return 0, 0, False
+            return Tile(i, row0, rows, key0, keys, 0, 0, False, full)
         masked = masked or not every
-    return start, stop, masked
+    return Tile(i, row0, rows, key0, keys, start, stop, masked, full)
+
+
+@njit
+def list_line(lists, i, line, sizes):
+    """Where in `offsets` one of head i's lists is."""
+    head = i // sizes.heads * lists.batch_step + i % sizes.heads * lists.head_step
+    return head * lists.lines + line
+
+
+@njit
+def next_tile(lists, cursor, line, count, number, end):
+    """The next tile of keys after `number` that is visited, or `end`: of a range, or the first one
+    in what is left of `count` lists.
+    """
+    if len(lists.offsets) == 0:
+        return number + 1
+    nearest = end
+    for n in range(count):
+        if cursor[n] < lists.offsets[line + n + 1]:
+            nearest = min(nearest, np.int64(lists.entries[cursor[n]] >> 1))
+    return nearest
+
+
+@njit
+def visited(lists, cursor, line, n, number):
+    """Whether list n has the tile of keys, and it is full; its cursor goes on."""
+    if len(lists.offsets) == 0:
+        return True, False
+    place = cursor[n]
+    if place == lists.offsets[line + n + 1] or lists.entries[place] >> 1 != number:
+        return False, False
+    cursor[n] = place + 1
+    return True, lists.entries[place] & 1 == 1
+
+
+@njit
+def query_places(lists, i, key_tile, sizes):
+    """Places [first, end) of what a tile of keys visits: numbers of tiles of queries, or places in
+    a list of theirs.
+    """
+    if len(lists.offsets) == 0:
+        return query_tiles(key_tile * sizes.tile_k, sizes, sizes.tile_q, sizes.tile_k)
+    line = list_line(lists, i, key_tile, sizes)
+    return lists.offsets[line], lists.offsets[line + 1]
+
+
+@njit
+def queries_at(lists, place, sizes):
+    """Numbers [first, end) of the tiles of queries at a place, and whether they are full."""
+    if len(lists.offsets) == 0:
+        return place, place + 1, False
+    entry = np.int64(lists.entries[place])
+    tiles = lists.rows // sizes.tile_q
+    count = (sizes.seqlen_q + sizes.tile_q - 1) // sizes.tile_q
+    first = (entry >> 1) * tiles
+    return first, min(first + tiles, count), entry & 1 == 1
 
 
 @njit
@@ -215,21 +321,37 @@ def mask_row(w, line, mask, source, where, start, stop):
 
 
 @njit
-def mask_scores(w, s, ld, mask, i, row0, rows, key0, keys, start, stop, sizes):
-    """Scores as the rule leaves them, row by row: the mask, the band, the end of the keys."""
+def finish_scores(w, s, ld, mask, functions, tile, sizes):
+    """Scores as the rule leaves them, row by row: the score function, the mask, the band, the end
+    of the keys, the mask function.
+    """
     minus_infinity = w.dtype.type(-np.inf)
-    for r in range(rows):
-        line, row = s + r * ld, row0 + r
+    start, stop, length = tile.start, tile.stop, tile.stop - tile.start
+    batch, head = tile.batch_head // sizes.heads, tile.batch_head % sizes.heads
+    for r in range(tile.rows):
+        line, row = s + r * ld, tile.row0 + r
+        if functions.score != 0:
+            call_score_row(
+                functions.score, w, functions.score_words, line + start, length, batch, head, row,
+                tile.key0 + start,
+            )  # fmt: skip
+        if not tile.masked:
+            continue
         if mask.kind != NO_MASK:
-            source = mask.offset[i] + row * mask.row + key0 * mask.column
-            where = Where(i // sizes.heads, i % sizes.heads, row, key0)
-            mask_row(w, line, mask, source, where, start, min(stop, keys))
-        first = min(first_key(row, sizes) - key0, stop)
-        end = max(end_key(row, sizes) - key0, start)
+            source = mask.offset[tile.batch_head] + row * mask.row + tile.key0 * mask.column
+            where = Where(batch, head, row, tile.key0)
+            mask_row(w, line, mask, source, where, start, min(stop, tile.keys))
+        first = min(first_key(row, sizes) - tile.key0, stop)
+        end = max(end_key(row, sizes) - tile.key0, start)
         for j in range(line + start, line + first):
             w[j] = minus_infinity
         for j in range(line + end, line + stop):
             w[j] = minus_infinity
+        if functions.mask != 0 and not tile.full:
+            call_score_row(
+                functions.mask, w, functions.mask_words, line + start, length, batch, head, row,
+                tile.key0 + start,
+            )  # fmt: skip
 
 
 # --------------------------------------------------------------------------- tiles in and out
@@ -329,13 +451,14 @@ def tile_multiply(w, x, y, ld, rows, start, stop):
 
 
 @njit
-def dropout_tile(w, z, ld, dropout, batch_head, row0, rows, key0, start, stop):
+def dropout_tile(w, z, ld, dropout, tile):
     """Z[r, j] = keep_scale where the weight of (row0 + r, key0 + j) is kept, else 0.
 
     One call of the generator serves rows r and r + 8 of 16, and of 16 columns four; a step of the
     inner loop takes a vector of calls. Tiles begin at multiples of 16 and have memory for whole
     blocks of 16 x 16 and for whole steps, so some more of Z may be written than is asked for.
     """
+    rows, key0, start, stop = tile.rows, tile.key0, tile.start, tile.stop
     keep_scale, zero = w.dtype.type(dropout.keep_scale), w.dtype.type(0)
     threshold = np.uint64(dropout.threshold)
     k0, k1 = dropout.seed & LOW_WORD, dropout.seed >> WORD_BITS
@@ -346,8 +469,8 @@ def dropout_tile(w, z, ld, dropout, batch_head, row0, rows, key0, start, stop):
             for call in range(first_call, end_call, word_lanes()):
                 column = count_from(np.uint64(key0 // 4 + call)) & LOW_WORD
                 nothing = column & np.uint64(0)
-                row = nothing + (np.uint64((row0 + block) // 2 + r - block) & LOW_WORD)
-                head = nothing + (np.uint64(batch_head) & LOW_WORD)
+                row = nothing + (np.uint64((tile.row0 + block) // 2 + r - block) & LOW_WORD)
+                head = nothing + (np.uint64(tile.batch_head) & LOW_WORD)
                 x0, x1, x2, x3 = philox4x32_cpu(column, row, head, nothing, k0, k1)
                 place = z + r * ld + call // 4 * 16 + call % 4 * 2
                 store_thresholds(w, place, x0, x2, threshold, keep_scale, zero)

@@ -26,7 +26,7 @@ from ...gpu.runtime import (
     types,
 )
 from ...gpu.vectors import vector_access
-from ..scores import LOG2_E, Masked, Where
+from ..scores import LOG2_E, NO_FUNCTIONS, Functions, Masked, Where
 from ..scores_cuda import counts, head_place, keys_of, masked_score
 from ..softmax import exp2_function, reciprocal_of
 
@@ -49,6 +49,8 @@ class DecodeKind(Masked):
         banded: whether some query sees only part of the keys that any of them sees.
         vectors: elements that are read at once; 1 if rows do not lie at multiples of 16 bytes.
         rows: queries (of all heads that share keys) of a block: 1, 2 or 4.
+        functions: the user's.
+        is_sparse: there are lists of the tiles that are visited.
 
     """
 
@@ -59,6 +61,8 @@ class DecodeKind(Masked):
     banded: bool
     vectors: int
     rows: int
+    functions: Functions = NO_FUNCTIONS
+    is_sparse: bool = False
 
     @property
     def lanes(self) -> int:

@@ -25,7 +25,7 @@ from ...gpu.ptx import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, precision, types
 from ...gpu.traced import float_of, i32, traced, word_of
-from ..scores import Masked
+from ..scores import NO_FUNCTIONS, Functions, Masked
 
 PIECE = 16  # bytes that one instruction copies; a row of an 8 x 8 matrix
 DEPTH = 32  # bytes of a row that one step of a product takes
@@ -45,6 +45,8 @@ class Kind(Masked):
         scaled_first: scores are scaled before the softmax, not within it: with an additive mask,
             and unless the problem says `scale_in_exponent`.
         turing: no cp.async, and products of half the depth, as on compute capability 7.5.
+        functions: the user's.
+        is_sparse: there are lists of the tiles that are visited.
 
     """
 
@@ -55,6 +57,8 @@ class Kind(Masked):
     dropout: bool
     scaled_first: bool
     turing: bool
+    functions: Functions = NO_FUNCTIONS
+    is_sparse: bool = False
 
     @property
     def precision(self) -> str:

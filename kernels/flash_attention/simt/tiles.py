@@ -20,7 +20,7 @@ from ...gpu.runtime import (
     types,
 )
 from ...gpu.vectors import vector_access
-from ..scores import LOG2_E, Masked, Where
+from ..scores import LOG2_E, NO_FUNCTIONS, Functions, Masked, Where
 from ..scores_cuda import counts, keys_of, masked_score
 from ..softmax import exp2_function
 from .registers import (
@@ -42,6 +42,8 @@ class Kind(Masked):
         mask: "none", "bool", or the name of the additive mask's dtype.
         dropout: whether weights are dropped.
         vectors: whether all rows that are loaded begin at multiples of 16 bytes, and have as many.
+        functions: the user's.
+        is_sparse: there are lists of the tiles that are visited.
 
     """
 
@@ -51,6 +53,8 @@ class Kind(Masked):
     mask: str
     dropout: bool
     vectors: bool
+    functions: Functions = NO_FUNCTIONS
+    is_sparse: bool = False
 
 
 @dataclass(frozen=True)
