@@ -69,6 +69,7 @@ class Traced(NamedTuple):
         parameters: numbers, likewise.
         names: of the arrays, as the function knows them.
         name: of the function.
+        place: where it is, for messages.
 
     """
 
@@ -77,6 +78,7 @@ class Traced(NamedTuple):
     parameters: tuple[float | int, ...]
     names: tuple[str, ...]
     name: str = ""
+    place: str = ""
 
 
 class _Refused(Exception):
@@ -108,7 +110,7 @@ def trace(function: Callable[..., Any], role: Role) -> Traced:
         raise TypeError(
             f"{role} must be a function ({ARGUMENTS[role]}), got {type(function).__name__}"
         )
-    name, code = name_of(function), getattr(_innermost(function), "__code__", None)
+    code = getattr(_innermost(function), "__code__", None)
     known = set(_values_needed.get(code, ()))
     while True:
         tracer = Tracer(known)
@@ -117,14 +119,15 @@ def trace(function: Callable[..., Any], role: Role) -> Traced:
             key = None if tracer.changes else (role, *tracer.key)
             graph = _graphs.get(key)
             if graph is None:
-                _check_arguments(function, role, name)
+                _check_arguments(function, role)
                 inputs = (Symbol(tracer, tracer.builder.input(x)) for x in INPUT_NAMES[role])
                 graph = tracer.graph(rebuilt(*inputs), role)
             if key is not None:
                 _remember(key, graph)
             return Traced(
-                graph, tuple(tracer.arrays), tuple(tracer.numbers), tuple(tracer.array_names), name
-            )
+                graph, tuple(tracer.arrays), tuple(tracer.numbers), tuple(tracer.array_names),
+                name_of(function), place_of(function),
+            )  # fmt: skip
         except ValueNeeded as needed:
             known.add(needed.parameter)
             if code is not None:
@@ -132,7 +135,7 @@ def trace(function: Callable[..., Any], role: Role) -> Traced:
         except _WrongArguments as error:
             raise TypeError(str(error)) from None
         except Exception as error:
-            raise _located(tracer.refused or error, error.__traceback__, role, name) from None
+            raise _located(tracer.refused or error, error.__traceback__, role, function) from None
 
 
 def _remember(key: Any, graph: Graph) -> None:
@@ -162,7 +165,7 @@ def check(traced: Traced, role: Role, sizes: Sequence[int]) -> None:
             traced.graph, shapes, traced.parameters, traced.names, tuple(sizes)
         )
     if wrong:
-        raise ValueError(f"{role} `{traced.name}`: {wrong}")
+        raise ValueError(f"{role}: {traced.place}{wrong}")
 
 
 def _innermost(function: Any) -> Any:
@@ -177,13 +180,14 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(inner, "__qualname__", type(inner).__name__).replace("<locals>.", "")
 
 
-def _check_arguments(function: Callable[..., Any], role: Role, name: str) -> None:
+def _check_arguments(function: Callable[..., Any], role: Role) -> None:
     """A function of another number of arguments is told, be it the other role's."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
         raise _WrongArguments(
-            f"{role} must be written in Python ({ARGUMENTS[role]}), got the built-in `{name}`"
+            f"{role} must be written in Python ({ARGUMENTS[role]}), got the built-in "
+            f"`{name_of(function)}`"
         ) from None
     if _takes(function, role):
         return
@@ -194,8 +198,15 @@ def _check_arguments(function: Callable[..., Any], role: Role, name: str) -> Non
     other: Role = "mask_mod" if role == "score_mod" else "score_mod"
     hint = f"; one like this is a {other}" if _takes(function, other) else ""
     raise _WrongArguments(
-        f"{role} `{name}` takes {least} arguments, wanted ({ARGUMENTS[role]}){hint}"
+        f"{role}: {place_of(function)}it takes {least} arguments, wanted ({ARGUMENTS[role]}){hint}"
     )
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """Where a function is, for messages: file, line and name."""
+    code = getattr(_innermost(function), "__code__", None)
+    where = "" if code is None else f"{code.co_filename}:{code.co_firstlineno}, in "
+    return f"{where}`{name_of(function)}`: "
 
 
 def _takes(function: Callable[..., Any], role: Role) -> bool:
@@ -206,9 +217,11 @@ def _takes(function: Callable[..., Any], role: Role) -> bool:
     return True
 
 
-def _located(error: Exception, traceback: Any, role: Role, name: str) -> TypeError:
-    """An error with the line of the user's function where it comes from, or with its name."""
-    place = f"`{name}`: "
+def _located(
+    error: Exception, traceback: Any, role: Role, function: Callable[..., Any]
+) -> TypeError:
+    """An error with the line of the user's function where it comes from, or where that begins."""
+    place = place_of(function)
     while traceback is not None:
         code = traceback.tb_frame.f_code
         path = Path(code.co_filename)

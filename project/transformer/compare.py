@@ -126,11 +126,11 @@ def comparison_page(options: RunOptions, results: dict[str, Measurement]) -> str
     steps, model = options.training.steps, options.model
     size = max(steps // STAGES, 1)
     stages = [(first, min(first + size, steps)) for first in range(0, steps, size)]
-    rows = [f"| attention | {' | '.join(f'{a + 1} to {b}' for a, b in stages)} | ms a step |"]
-    rows.append("|---|" + "---|" * (len(stages) + 1))
+    rows = [f"| attention | {' | '.join(f'{a + 1} to {b}' for a, b in stages)} |"]
+    rows.append("|---|" + "---|" * len(stages))
     for kind, result in results.items():
         means = (f"{statistics.fmean(result.losses[a:b]):.3f}" for a, b in stages)
-        rows.append(f"| {kind} | {' | '.join(means)} | {result.seconds * 1000:.0f} |")
+        rows.append(f"| {kind} | {' | '.join(means)} |")
     usual = RunOptions().replaced(COMPARE_DEFAULTS).flat()
     given = [f"{flag(n)} {v}" for n, v in options.flat().items() if v != usual[n]]
     command = ["compare --kinds", *results, *given, "--record ..."]
