@@ -26,7 +26,7 @@ from ..kernels.flash_attention.problem import AttentionProblem, checked_flag
 from ..kernels.flash_attention.variant import VariantInputs, wanted_gradients
 from ..tensor import Tensor
 from . import foreign
-from .arrays import import_array
+from .arrays import default_backend, import_array
 
 _BOOL = np.dtype(np.bool_)
 _drawing = threading.Lock()
@@ -401,8 +401,11 @@ def _our_captured(x: Any) -> Any:
         x = x.float()
     if x.is_floating_point():
         return foreign.imported(x, "score_mod's tensor")
+    if not x.is_cuda:
+        return x.numpy()
+    x = x.to(torch.uint8 if x.dtype == torch.bool else torch.int32)  # as kernels store them
     data = import_array(x, (np.dtype(dtype_name(x)),), "score_mod's tensor")
-    return data if data.on_device else data.array
+    return Tensor(data, backend=default_backend(data.on_device))
 
 
 # ----- torch.func.vmap -----
