@@ -25,7 +25,6 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
-from . import score_symbols
 from .captured_arrays import (
     has_32_bits,
     is_array,
@@ -50,7 +49,8 @@ from .score_symbols import IN_WORDS, Captured, Symbol, ValueNeeded, in_words
 Role = Literal["score_mod", "mask_mod"]
 ARGUMENTS = {"score_mod": "score, b, h, q_idx, kv_idx", "mask_mod": "b, h, q_idx, kv_idx"}
 INPUT_NAMES = {"score_mod": ("score", "b", "h", "q", "k"), "mask_mod": ("b", "h", "q", "k")}
-OWN_FILES = (Path(__file__), Path(score_symbols.__file__))
+OWN_FOLDER = Path(__file__).parent  # whose files are no user's, but those with functions of a score
+WITH_FUNCTIONS = ("score_mods.py", "attention_masks.py", "mask_functions.py")
 LIBRARIES = ("numpy", "math", "builtins", "functools", "operator", "cmath", "torch")
 UNCHANGING = (bool, int, float, complex, str, bytes, type(None), type(...))
 LIBRARY_TYPES = (types.FunctionType, types.BuiltinFunctionType, type, np.ufunc)
@@ -225,11 +225,12 @@ def _located(
     while traceback is not None:
         code = traceback.tb_frame.f_code
         path = Path(code.co_filename)
-        if path not in OWN_FILES and "numpy" not in path.parts:
+        own = OWN_FOLDER in path.parents and path.name not in WITH_FUNCTIONS
+        if not own and "numpy" not in path.parts:
             place = f"{code.co_filename}:{traceback.tb_lineno}, in `{code.co_name}`: "
         traceback = traceback.tb_next
-    own = "" if isinstance(error, _Refused) else f"{type(error).__name__}: "
-    return TypeError(f"{role}: {place}{own}{error}")
+    kind = "" if isinstance(error, _Refused) else f"{type(error).__name__}: "
+    return TypeError(f"{role}: {place}{kind}{error}")
 
 
 # ----- what a function closes over -----
@@ -449,7 +450,7 @@ def _is_library(value: Any) -> bool:
         return value.__name__.split(".")[0] in LIBRARIES
     if not isinstance(value, LIBRARY_TYPES):
         return False
-    return (getattr(value, "__module__", "numpy") or "builtins").split(".")[0] in LIBRARIES
+    return (getattr(value, "__module__", "numpy") or "").split(".")[0] in LIBRARIES
 
 
 @functools.cache

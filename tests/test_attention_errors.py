@@ -27,6 +27,8 @@ TABLE = np.zeros((HEADS, N), np.float32)
 WIDE = np.full(N, 2**40)
 HOLDER = type("Holder", (), {"table": TABLE})()
 
+BOX = type("Box", (), {"t": minitorch.zeros((HEADS, N))})()
+
 Function = Callable[..., Any]
 SCORES: dict[str, tuple[Function, str]] = {
     "if": (lambda s, b, h, q, k: s if s > 0 else 0, "`if`, `and`, .* write np.where"),
@@ -41,6 +43,7 @@ SCORES: dict[str, tuple[Function, str]] = {
     "slice": (lambda s, b, h, q, k: s + TABLE[h, :], "indexed by a slice"),
     "whole array": (lambda s, b, h, q, k: s + TABLE, "reads numbers of it, as in TABLE"),
     "method": (lambda s, b, h, q, k: s + TABLE.sum(), "compute it outside of the function"),
+    "tensor by an attribute": (lambda s, b, h, q, k: s + BOX.t[h, q], "table = self.table"),
     "attribute": (lambda s, b, h, q, k: s + HOLDER.table[h, q], "table = self.table"),
     "method of a score": (lambda s, b, h, q, k: s.clip(0, 1), "numpy's functions take it"),
     "nothing": (lambda s, b, h, q, k: None, "it returned NoneType None; wanted a score"),
