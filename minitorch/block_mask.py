@@ -430,6 +430,20 @@ def create_block_mask(
             a captured array leaves it.
 
     """
+    mask = _of_function(mask_mod, B, H, Q_LEN, KV_LEN, BLOCK_SIZE)
+    _ = mask.lists  # made here, where one expects it
+    return mask
+
+
+def _of_function(
+    mask_mod: MaskMod,
+    B: int | None,
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
+    BLOCK_SIZE: int | BlockSize = 128,
+) -> BlockMask:
+    """`create_block_mask`, but that the lists are made when they are asked for."""
     block = _block_size(BLOCK_SIZE)
     shape = (
         1 if B is None else as_size(B, "B", 1), 1 if H is None else as_size(H, "H", 1),
@@ -445,8 +459,10 @@ def create_block_mask(
 
 
 def block_mask_of_call(mask_mod: MaskMod, shape: tuple[int, int, int, int]) -> BlockMask:
-    """The BlockMask of a function that is given to attention: a recent one, if it is the same."""
-    made = create_block_mask(mask_mod, *shape)
+    """The BlockMask of a function that is given to attention: a recent one, if it is the same. The
+    lists of one that is a band are never made.
+    """
+    made = _of_function(mask_mod, *shape)
     depends = (any(made.function.graph.depends_on(index)) for index in "bh")
     leading = tuple(n if d else 1 for n, d in zip(shape[:2], depends, strict=True))
     made._shape = (leading[0], leading[1], *shape[2:])

@@ -358,6 +358,7 @@ class Tracer:
             )
         for used in _names(function.__code__):
             if used in scope:
+                self.key.append(used)
                 scope[used] = self.exchanged(scope[used], inside + used)
         parameters = function.__code__.co_varnames
         first = function.__code__.co_argcount - len(given)
