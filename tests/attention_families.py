@@ -180,7 +180,7 @@ SIMT = Family(
     longest=(20, 20) if SIMULATED else (200, 200),
     columns=st.integers(1, 12 if SIMULATED else 100),
     value_columns=st.integers(0, 12 if SIMULATED else 100),
-    layouts=LAYOUTS, examples=3 if SIMULATED else 6, lengths=LENGTHS, functions=False,
+    layouts=LAYOUTS, examples=3 if SIMULATED else 6, lengths=LENGTHS,
     head_sizes=tuple((n, n) for n in SIZES) + tuple((64, n) for n in SIZES),
     extreme=(10, 22) if SIMULATED else (150, 700),
     extreme_dtypes=(("float32", "float32"), ("float32", "float64")) if SIMULATED else (
@@ -207,6 +207,7 @@ MMA = replace(
 )  # fmt: skip
 HOPPER = replace(
     SIMT, name="hopper", force=use_hopper, gradient_factor=2.0, dtypes=("bfloat16", "float16"),
+    functions=False,
     shape=(20, 70, 64, 40) if SIMULATED else (150, 339, 64, 40),
     longest=(400, 400), columns=st.sampled_from([16, 64]), value_columns=st.sampled_from([16, 64]),
     examples=0 if SIMULATED else 14,

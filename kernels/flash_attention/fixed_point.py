@@ -53,7 +53,7 @@ def units(
 def _largest_partials(
     problem: AttentionProblem, derivative: Derivative, given: Captured, largest_score: float
 ) -> list[float]:
-    """For each captured array a bound of |d result / d load|, summed over all loads from it."""
+    """Of each captured array the sum, over all loads from it, of a bound of |d result / d load|."""
     sizes = {
         "b": problem.batch, "h": problem.heads, "q": problem.seqlen_q, "k": problem.seqlen_k,
     }  # fmt: skip

@@ -54,7 +54,7 @@ import numpy as np
 
 from ..gpu.runtime import Instance, precision, types
 from ..philox import dropout_threshold
-from ..score_graph import Graph
+from ..score_graph import Builder, CapturedArray, Graph
 from .block_lists import TileLists
 from .problem import AttentionProblem
 from .schedule_cuda import NO_LISTS, Lists
@@ -179,6 +179,8 @@ def functions_of(problem: AttentionProblem) -> Functions:
     """The user's functions, for which kernels are compiled. Which gradients are wanted is none of
     their business.
     """
+    if not problem.seqlen_q or not problem.seqlen_k:  # no score that they could be for
+        return NO_FUNCTIONS
     return Functions(*(_without_gradients(x) for x in (problem.score_mod, problem.mask_mod)))
 
 
@@ -347,6 +349,23 @@ def argument_types(
     )  # fmt: skip
 
 
+def example_functions() -> Functions:
+    """Functions of the kind that people write: a soft cap with a relative table, whose gradient is
+    wanted; and documents.
+    """
+    score = Builder([CapturedArray("real", 2, wants_gradient=True)], ["real"])
+    q, k, cap = score.input("q"), score.input("k"), score.parameter(0)
+    capped = score.apply("tanh", score.apply("divide", score.input("score"), cap))
+    distance = score.apply("minimum", score.apply("subtract", q, k), score.constant(63, "whole"))
+    distance = score.apply("maximum", distance, score.constant(0, "whole"))
+    bias = score.load(0, (score.input("h"), distance))
+    mask = Builder([CapturedArray("whole", 2)])
+    b = mask.input("b")
+    same = mask.apply("equal", *(mask.load(0, (b, mask.input(name))) for name in ("q", "k")))
+    result = score.apply("add", score.apply("multiply", cap, capped), bias)
+    return Functions(score.finished([result]), mask.finished([same]))
+
+
 def instances_of(
     family: str, kind: str, kernels: Mapping[str, Mapping[str, Any]], signatures: Mapping[str, Any]
 ) -> Iterator[Instance]:
@@ -372,6 +391,7 @@ def instances_of(
 
 __all__ = [
     "Architecture", "ArgumentTypes", "Gradients", "Heads", "Inputs", "Ints", "Matrices", "Sizes",
-    "Strides", "argument_types", "functions_of", "has_vectors", "heads_of", "instances_of",
+    "Strides", "argument_types", "example_functions", "functions_of", "has_vectors", "heads_of",
+    "instances_of",
     "named_type", "scalars_of", "sizes_of", "tile_lists",
 ]  # fmt: skip

@@ -4,7 +4,8 @@ tiles in device memory, for masks that are no band.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 from ..gpu.ptx import ld_global_nc_b32
 from ..gpu.runtime import device_function, types
@@ -49,7 +50,47 @@ def entry_of(lists, place):
     return entry >> types.int32(1), (entry & types.int32(1)) != 0
 
 
+class Walk(NamedTuple):
+    """How a kernel goes through the tiles that one of its own visits: device functions.
+
+    Args:
+        places: `(lists, batch, head, tile, band)`: where the tile's own list, or range, begins, and
+            one past its end.
+        tile_at: `(lists, place)`: the first row of the tile at a place, and whether it is full: a
+            list says so, a range never.
+
+    """
+
+    places: Any
+    tile_at: Any
+
+
+@cache
+def walk(is_sparse: bool, block_m: int, block_n: int, transposed: bool = False) -> Walk:
+    """The walk of a tile of queries through tiles of keys, or `transposed`: by lists, or where the
+    band says it.
+    """
+    range_of, own, passing = key_tiles, block_m, block_n
+    if transposed:
+        range_of, own, passing = query_tiles, block_n, block_m
+
+    @device_function
+    def places(lists, batch, head, tile, band):
+        if is_sparse:
+            return line_of(lists, batch, head, tile)
+        return range_of(tile_start(tile, own), band, block_m, block_n)
+
+    @device_function
+    def tile_at(lists, place):
+        if is_sparse:
+            number, full = entry_of(lists, place)
+            return tile_start(types.int64(number), passing), full
+        return tile_start(place, passing), False
+
+    return Walk(places, tile_at)
+
+
 __all__ = [
-    "NO_LISTS", "Lists", "end_key", "entry_of", "first_key", "is_whole", "key_tiles", "line_of",
-    "query_tiles", "tile_start",
+    "NO_LISTS", "Lists", "Walk", "end_key", "entry_of", "first_key", "is_whole", "key_tiles",
+    "line_of", "query_tiles", "tile_start", "walk",
 ]  # fmt: skip

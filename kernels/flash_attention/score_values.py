@@ -292,6 +292,10 @@ class Evaluation:
             values.append(self.known[key])
         return [values[n] for n in self.graph.outputs]
 
+    def number(self, x: Any) -> Any:
+        """An output as a number of the kernel."""
+        return x.number(self.words[0]) if isinstance(x, Shifted) else x
+
     def _value(self, n: int, values: list[Any], operations: ScoreValues, inputs: Any) -> Any:
         """Of a node: sums of products are rounded once, and quotients of what is the same for many
         scores are products.

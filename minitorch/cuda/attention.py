@@ -27,7 +27,13 @@ from ..kernels.flash_attention.problem import AttentionProblem, Shape, mask_kind
 from ..kernels.flash_attention.score_values import stored_dtype, words_of
 from ..kernels.flash_attention.scores import NO_FUNCTIONS, Functions
 from ..kernels.flash_attention.simt import launch as simt
-from ..kernels.flash_attention.variant import NO_VARIANT, Captured, VariantInputs
+from ..kernels.flash_attention.simt.captured import CapturedSums, captured_gradients
+from ..kernels.flash_attention.variant import (
+    NO_VARIANT,
+    Captured,
+    VariantInputs,
+    wanted_gradients,
+)
 from ..kernels.gpu.runtime import compute_capability
 from ..operators import add
 from ..rng import device_offset
@@ -296,6 +302,22 @@ def _summed_to_heads(data: TensorData, shape: Shape) -> TensorData:
     return data if data.shape == shape else _summed(data, shape)
 
 
+def _captured_sums(
+    problem: AttentionProblem, given: Captured
+) -> tuple[CapturedSums, list[TensorData]]:
+    """Where the gradients of captured arrays are added up; and they themselves, zero at first."""
+    arrays = [given.arrays[n] for n in wanted_gradients(problem.score_mod)]
+    sizes = [prod(x.shape) for x in arrays]
+    starts = tuple(sum(sizes[:n]) for n in range(len(sizes)))
+    largest = DeviceArray.empty(len(arrays), _exact(problem))
+    units = DeviceArray.empty(len(arrays), np.dtype(np.float64))
+    sums = DeviceArray.empty(max(sum(sizes), 1), np.dtype(np.int64))
+    results = [contiguous_data(DeviceArray.empty(prod(x.shape), x.dtype), x.shape) for x in arrays]
+    for array in (largest, sums, *map(device_storage, results)):
+        array.fill(0)
+    return CapturedSums(largest.array, units.array, sums.array, starts), results
+
+
 # ----- the operations: by the first kernels in `FLASH_ATTENTION` that compute them -----
 
 
@@ -379,17 +401,25 @@ def flash_attention_backward(
             numbers.array, architecture,
             **_workspace(module, "forward", problem, architecture),
         )  # fmt: skip
-    do = grad_out._tensor.broadcast_to(problem.out_shape)
+    do = _matrices(grad_out._tensor.broadcast_to(problem.out_shape), leading, alignment)
+    given = _matrices(result, leading), numbers.array
+    grad_lse = None if grad_rows is None else grad_rows.array
+    vectors = workspace[0].array, workspace[1].array, workspace[2].array
     targets = _matrices(dq, leading), _matrices(dk, kept), _matrices(dv, kept)
     module.backward(
-        problem, heads, inputs, _matrices(result, leading), numbers.array,
-        _matrices(do, leading, alignment), None if grad_rows is None else grad_rows.array,
-        Gradients(
-            *targets, None if ds is None else device_storage(ds).array,
-            (workspace[0].array, workspace[1].array, workspace[2].array),
-        ),
+        problem, heads, inputs, *given, do, grad_lse,
+        Gradients(*targets, None if ds is None else device_storage(ds).array, vectors),
         architecture, **_workspace(module, "backward", problem, architecture),
     )  # fmt: skip
+    captured: list[TensorData] = []
+    if wanted_gradients(problem.score_mod):
+        sums, captured = _captured_sums(problem, variant.score)
+        if inputs.functions.score is not None:
+            of_arrays = [(device_storage(x).array, x.size, x.dtype.name) for x in captured]
+            captured_gradients(
+                problem, heads, inputs, *given, do, grad_lse, vectors, sums, of_arrays,
+                architecture,
+            )  # fmt: skip
     dmask = None
     if ds is not None and attn_mask is not None:
         dmask = query._new(_summed(ds, attn_mask.shape))
@@ -400,4 +430,5 @@ def flash_attention_backward(
         query._new(_summed_to_heads(dk, key.shape)),
         query._new(_summed_to_heads(dv, value.shape)),
         dmask,
+        *(query._new(x) for x in captured),
     )

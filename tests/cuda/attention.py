@@ -37,12 +37,13 @@ def by_cuda(call: Call, backward: bool = True) -> Results:
     ops: Any = BACKEND.ops
     *tensors, grad_out = call.tensors
     mask, dl = ops.attention_mask(call.mask), call.grad_logsumexp
-    out, lse, rows = ops.flash_attention_forward(*tensors, mask, call.problem)
+    variant = call.variant.each(lambda x: on_gpu(x.to_numpy()) if hasattr(x, "to_numpy") else x)
+    out, lse, rows = ops.flash_attention_forward(*tensors, mask, call.problem, variant)
     gradients: Any = (None,) * 4
     if backward:
         gradients = ops.flash_attention_backward(
             grad_out, None if dl is None else on_gpu(dl, dl.dtype.name), *tensors, mask, out, rows,
-            call.problem, call.wants_mask,
+            call.problem, call.wants_mask, variant,
         )  # fmt: skip
     return tuple(None if x is None else x.to_numpy() for x in (out, lse, *gradients))
 

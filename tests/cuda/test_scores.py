@@ -119,8 +119,8 @@ def scalar_kernel(family: str, mask: str) -> Any:
             n = cuda.blockIdx.x * 32 + cuda.threadIdx.x
             row, key = types.int64(row0 + cuda.blockIdx.x), types.int64(key0 + cuda.threadIdx.x)
             band = lower, upper, seqlen_q, seqlen_k
-            place = head_place(batch, head, steps)
-            out[n] = simt_score(x[n], row, key, band, mask, place)
+            of_head = simt.Scores(band, mask, head_place(batch, head, steps), (types.int64(0),))
+            out[n] = simt_score(x[n], row, key, of_head)
 
         return run
     row_of, score_of = decode.score_reader(decode.DecodeKind("float32", 8, 8, mask, True, 1, 1))
@@ -130,7 +130,7 @@ def scalar_kernel(family: str, mask: str) -> Any:
         n = cuda.blockIdx.x * 32 + cuda.threadIdx.x
         row, key = types.int64(row0 + cuda.blockIdx.x), types.int64(key0 + cuda.threadIdx.x)
         seen = row_of(row, lower, upper, head_place(batch, head, steps))
-        out[n] = score_of(x[n], key, types.int64(seqlen_k), mask, row, seen)
+        out[n] = score_of(x[n], key, types.int64(seqlen_k), mask, row, seen, (types.int64(0),))
 
     return run_decode
 

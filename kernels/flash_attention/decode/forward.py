@@ -27,7 +27,7 @@ from ...gpu.runtime import (
 )
 from ...gpu.vectors import vector_access
 from ..scores import LOG2_E, NO_FUNCTIONS, Functions, Masked, Where
-from ..scores_cuda import counts, head_place, keys_of, masked_score
+from ..scores_cuda import Asked, counts, head_place, keys_of, masked_score
 from ..softmax import exp2_function, reciprocal_of
 
 WARPS = 2 if SIMULATED else 8
@@ -49,8 +49,7 @@ class DecodeKind(Masked):
         banded: whether some query sees only part of the keys that any of them sees.
         vectors: elements that are read at once; 1 if rows do not lie at multiples of 16 bytes.
         rows: queries (of all heads that share keys) of a block: 1, 2 or 4.
-        functions: the user's.
-        is_sparse: there are lists of the tiles that are visited.
+        functions: the user's. Lists of tiles are not used: few queries see few keys in vain.
 
     """
 
@@ -62,7 +61,6 @@ class DecodeKind(Masked):
     vectors: int
     rows: int
     functions: Functions = NO_FUNCTIONS
-    is_sparse: bool = False
 
     @property
     def lanes(self) -> int:
@@ -136,11 +134,11 @@ def group_reduction(lanes: int) -> Any:
 @cache
 def score_reader(kind: DecodeKind) -> Any:
     """Device functions. `row_of(query, lower, upper, place)`: what a query's scores have in common,
-    from `head_place`. `score_of(score, key, end, mask, query, row)`: a score as the rule leaves it;
-    `end` is one past the last key of the split.
+    from `head_place`. `score_of(score, key, end, mask, query, row, words)`: a score as the rule
+    leaves it; `end` is one past the last key of the split.
     """
-    masked = masked_score(kind.mask, kind.precision)
-    has_mask, banded = kind.mask != "none", kind.banded
+    masked = masked_score(kind.mask, kind.precision, kind.functions)
+    has_mask, banded, has_functions = kind.mask != "none", kind.banded, bool(kind.functions)
 
     @device_function
     def row_of(query, lower, upper, place):
@@ -148,9 +146,15 @@ def score_reader(kind: DecodeKind) -> Any:
         return *keys_of(query, lower, upper), start + query * query_step, key_step, batch, head
 
     @device_function
-    def score_of(score, key, end, mask, query, row):
+    def place_of(batch, head, query, key, end, words):
+        if has_functions:
+            return Asked(batch, head, query, min(key, end - 1), words)
+        return Where(batch, head, query, key)
+
+    @device_function
+    def score_of(score, key, end, mask, query, row, words):
         first, last, start, step, batch, head = row
-        sees, where = key < end, Where(batch, head, query, key)
+        sees, where = key < end, place_of(batch, head, query, key, end, words)
         if banded:
             sees = counts(sees, key, first, last)
         if not has_mask:
@@ -245,7 +249,7 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     @kernel(threads, blocks=AT_ONCE if rows == 1 else 1)
     def flash_decode(
         q, k, v, mask, out, logsumexp, q_steps, k_steps, v_steps, mask_steps, out_steps, sizes,
-        group, cuts, rows_of_all, sums_start, scale,
+        group, cuts, rows_of_all, sums_start, scale, words,
     ):  # fmt: skip
         heads, seqlen_q, _, lower, upper, k_group, v_group = sizes
         begin, end, split_keys, splits = cuts
@@ -304,7 +308,9 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
                 largest = m[r]
                 for u in range(unrolled):
                     key = key0 + u * groups + thread // lanes
-                    scores[r, u] = score_of(group_sum(scores[r, u]), key, last_key, mask, i, seen)
+                    scores[r, u] = score_of(
+                        group_sum(scores[r, u]), key, last_key, mask, i, seen, words
+                    )
                     largest = max(largest, scores[r, u])
                 shift = shift_of(largest)
                 alpha = exp_of(m[r] - shift)

@@ -43,6 +43,8 @@ from ..launch import (
     Inputs,
     Matrices,
     argument_types,
+    example_functions,
+    functions_of,
     has_vectors,
     heads_of,
     named_type,
@@ -62,6 +64,7 @@ from .forward import (
 )
 
 NAME = "decode"
+TAKES_FUNCTIONS = True
 MOST_QUERIES = 8
 MOST_COLUMNS = 256
 MOST_ROWS = 4  # of a block: more are in other blocks, which read the same keys
@@ -106,7 +109,8 @@ def kind_of(problem: AttentionProblem, heads: Heads, mask: str, vectors: bool) -
     numbers = precision(problem.dtype.name)
     at_once = 16 // numbers.storage.itemsize if vectors else 1
     sizes = problem.head_dim, problem.value_dim
-    one = DecodeKind(problem.dtype.name, *sizes, mask, banded, at_once, rows=1)
+    functions = functions_of(problem)
+    one = DecodeKind(problem.dtype.name, *sizes, mask, banded, at_once, 1, functions)
     each = sum(one.pieces(size) for size in sizes) * at_once * (numbers.real.bitwidth // 32)
     most = min(MOST_ROWS, MOST_NUMBERS // max(each, 1))
     rows = 1
@@ -151,7 +155,7 @@ def forward(
         problem.batch_heads // heads.group * row_tiles * cuts.splits, WARPS * WARP,
         *inputs.arrays, out.array if whole else workspace, logsumexp if whole else workspace,
         *inputs.strides, out.strides, sizes_of(problem, heads), heads.group, cuts, rows,
-        0 if whole else sums_start, problem.scale,
+        0 if whole else sums_start, problem.scale, inputs.words,
     )  # fmt: skip
     if not whole:
         launch(
@@ -172,15 +176,16 @@ def instances() -> Iterator[Instance]:
         (DecodeKind("float16", 128, 128, "bool", True, 8, 4), False),
         (DecodeKind("float32", 59, 59, "float32", True, 1, 4), False),
         (DecodeKind("float64", 256, 256, "none", True, 2, 2), True),
+        (DecodeKind("float16", 64, 64, "none", False, 8, 4, example_functions()), False),
     ):
-        of = argument_types(kind.precision, kind.mask)
+        of = argument_types(kind.precision, kind.mask, kind.functions)
         yield Instance(
             f"flash_decode[{kind.precision}, {kind.head_dim}, {kind.mask}, {kind.rows}]",
             split_kernel(kind, one_split),
             (
                 *[of.array] * 3, of.mask, of.array if one_split else of.rows, of.rows,
                 *[of.strides] * 5, of.sizes, types.int64, named_type(Cuts), types.int64,
-                types.int64, types.float64,
+                types.int64, types.float64, of.words,
             ),
         )  # fmt: skip
     for name in ("float16", "float64"):

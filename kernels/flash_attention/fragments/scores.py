@@ -132,7 +132,7 @@ class _User:
             self.score = Evaluation(graph, words, types.float32, approximate)
             self.score_mod = self._modified
         if functions.mask is not None:
-            own = words[word_count(functions.score) :]
+            own = words[word_count(functions.score) :] or words  # if it has none
             self.mask = Evaluation(functions.mask, own, types.float32, approximate)
             self.mask_mod = lambda where: self.mask.at(None, where)[0]
 

@@ -59,6 +59,7 @@ from .backward_prepare import (
     row_threads,
 )
 from .backward_queries import query_kernel
+from .backward_tiles import has_slopes
 from .maps import each_of, tensor_map
 from .tiles import ARCHITECTURE, NAME, ROWS, Kind, kind_of, own_kind
 
@@ -80,8 +81,6 @@ QUERIES = {
 }  # fmt: skip
 # What may pass by with dropout: queries, and keys.
 MOST_WITH_DROPOUT = {64: (96, 128), 96: (48, 96), 128: (48, 80), 192: (48, 64), 256: (48, 48)}
-# And with a user's functions, or lists of tiles.
-MOST_WITH_FUNCTIONS = {64: (64, 64), 96: (48, 64), 128: (48, 64), 192: (32, 32), 256: (32, 32)}
 
 
 def backward_blocks(kind: Kind, seqlen_q: int = SHORT + 1) -> tuple[Blocks, Blocks]:
@@ -103,12 +102,22 @@ def backward_blocks(kind: Kind, seqlen_q: int = SHORT + 1) -> tuple[Blocks, Bloc
             most = 16
         keys_most, queries_most = min(keys_most, most), min(queries_most, most)
     if kind.functions or kind.is_sparse:
-        of_keys, of_queries = MOST_WITH_FUNCTIONS[size]
+        of_keys, of_queries = _most_with_functions(kind, size)
         keys_most, queries_most = min(keys_most, of_keys), min(queries_most, of_queries)
     return (
         replace(for_keys, passing=min(for_keys.passing, keys_most)),
         replace(for_queries, passing=min(for_queries.passing, queries_most)),
     )
+
+
+def _most_with_functions(kind: Kind, size: int) -> tuple[int, int]:
+    """What may pass by with a user's functions, or lists of tiles, which divide blocks of 64."""
+    crowded = has_slopes(kind) + kind.is_sparse + kind.dropout + (kind.mask != "none")
+    if size > 128:
+        return (16, 16) if crowded > 1 else (32, 32)
+    keys = 64 if size == 64 or not crowded else 48 if crowded == 1 else 32
+    queries = 96 if crowded < 2 else 80
+    return (min(keys, 64 if size == 64 else 32), 64) if kind.is_sparse else (keys, queries)
 
 
 def launches_for_keys(kind: Kind) -> tuple[tuple[bool, bool], ...]:

@@ -26,12 +26,11 @@ from ...gpu.ptx import global_address, ld_global_f32, opaque, shared_address
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, precision, types
 from ..fragments.dropout import dropout_words
-from ..fragments.scores import mask_scores
 from ..fragments.store import write_scores
-from ..schedule_cuda import is_whole, key_tiles, query_tiles, tile_start
+from ..schedule_cuda import line_of, walk
 from ..scores_cuda import head_place
 from .memory import copy_barriers, pair_copier, row_writer
-from .scores import read_own_rows, scale_columns, score_gradients
+from .scores import read_own_rows, scale_columns, score_gradients, score_rule
 from .tiles import (
     Kind,
     Tiles,
@@ -81,23 +80,65 @@ def backward_memory(kind: Kind, tiles: Tiles, needs_rows: bool) -> BackwardMemor
 # ----- dK and dV -----
 
 
+class HeadLines(NamedTuple):
+    """The tiles of queries that a tile of keys visits, of all heads that share dK and dV.
+
+    Args:
+        lists: of the kernel, transposed.
+        batch: of the heads.
+        first_head: of them.
+        group: how many.
+        tile: of keys.
+        first, count: the tiles of each head where the band says it.
+
+    """
+
+    lists: Any
+    batch: Any
+    first_head: Any
+    group: Any
+    tile: Any
+    first: Any
+    count: Any
+
+
 @cache
-def query_walk(tiles: Tiles) -> Any:
-    """Device function `(turn, first_head, first, count)`: which head, and which tile of queries a
-    turn takes.
+def query_walk(kind: Kind, tiles: Tiles) -> Any:
+    """Device functions. `turns_of(lines)`: how many tiles there are. `turn_at(turn, lines)`: which
+    head a turn takes, where its tile of queries begins, and whether that is full.
 
     From the last tile to the first: with a causal mask early queries have the largest P, and a long
     sum is most accurate when these come last.
     """
-    columns = tiles.columns
+    is_sparse, whole = kind.is_sparse, types.int32
+    _, tile_at = walk(is_sparse, tiles.columns, tiles.rows, transposed=True)
 
     @device_function
-    def walk(turn, first_head, first, count):
-        head, done = divide(turn, count)
-        number = first + count - 1 - done
-        return first_head + head, tile_start(number, columns)
+    def turns_of(lines):
+        if not is_sparse:
+            return types.int32(lines.count * lines.group)
+        turns = whole(0)
+        for head in range(lines.group):
+            first, end = line_of(lines.lists, lines.batch, lines.first_head + head, lines.tile)
+            turns += end - first
+        return turns
 
-    return walk
+    @device_function
+    def turn_at(turn, lines):
+        if not is_sparse:
+            head, done = divide(turn, lines.count)
+            row0, full = tile_at(lines.lists, lines.first + lines.count - 1 - done)
+            return lines.first_head + head, row0, full
+        h, rest = whole(lines.first_head), whole(turn)
+        first, end = line_of(lines.lists, lines.batch, h, lines.tile)
+        while rest >= end - first:
+            rest -= end - first
+            h += whole(1)
+            first, end = line_of(lines.lists, lines.batch, h, lines.tile)
+        row0, full = tile_at(lines.lists, end - 1 - rest)
+        return h, row0, full
+
+    return turns_of, turn_at
 
 
 @cache
@@ -185,22 +226,23 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
     add_dv = multiply_columns(kind, row_blocks, block_m, v_part, v_step)
     scores = RegisterTile(block_m, row_blocks)
     of_dk, of_dv = RegisterTile(part, row_blocks), RegisterTile(v_part, row_blocks)
-    apply_mask = mask_scores(kind.mask, scores, kind.scaled_first, keys_are_rows=True)
+    rule = score_rule(kind, scores, (block_m, block_n), keys_are_rows=True, derives=True)
     gradients = score_gradients(kind, scores, True)
-    complete, unit = scale_columns(scores), kind.unit
+    complete, unit = scale_columns(scores), kind.unit_of_products
     whole, u64 = types.int32, types.uint64
     no_dk, no_dv, scale_dk, scale_dv = of_dk.zero, of_dv.zero, of_dk.scale_rows, of_dv.scale_rows
     fill_rows, dropout = scores.fill_rows, kind.dropout
     write_dk = row_writer(kind, row_blocks, kind.head_dim, part)
     write_dv = row_writer(kind, row_blocks, kind.value_dim, v_part)
-    place_of, walk, scaled_first = key_value_place(tiles), query_walk(tiles), kind.scaled_first
-    always_masked = scaled_first or kind.mask != "none"
+    place_of, (turns_of, turn_at) = key_value_place(tiles), query_walk(kind, tiles)
+    places, _ = walk(False, block_m, block_n, transposed=True)
+    scaled_first, exponent_unit = kind.scaled_first, kind.exponent_unit
 
     @kernel(tiles.threads, blocks=tiles.at_once)
     def flash_backward_key_value_mma(
         q, k, v, mask, offset, grad_out, shift, delta, rest, dk, dv, call, q_steps, k_steps,
         v_steps, mask_steps, grad_steps, dk_steps, dv_steps, sizes, group, scale, seed, threshold,
-        keep,
+        keep, words, lists,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory, numbers = cuda.shared.array(0, storage), cuda.shared.array(0, types.float32)
@@ -218,6 +260,8 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         )  # fmt: skip
         own_scale, keep_scale = types.float32(scale * unit), types.float32(keep)
         exponent_scale = types.float32(1.0) if scaled_first else own_scale
+        if exponent_unit:
+            exponent_scale = types.float32(exponent_unit)
         incomplete = ld_global_f32(global_address(rest)) == types.float32(call)
         # Where this lane reads, and which key and query its first score is.
         k_place = types.uint32(base + warp_row * step + own(step))
@@ -229,15 +273,16 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         rows_place = types.uint32(base + shift_at + lane % 4 * 8)
         my_key, my_row = key0 + warp_row + lane // 4, lane % 4 * 2
 
-        first, end = query_tiles(key0, sizes, block_m, block_n)
-        count = end - first
-        turns = types.int32(count * group)
+        tile, _ = divide(key0, block_n)
+        first, end = places(lists, b, first_head, tile, sizes)
+        lines = HeadLines(lists, b, first_head, group, tile, first, end - first)
+        turns = turns_of(lines)
         rows_of = (shift, delta, b * heads, seqlen_q)
         others_of = (
             q, grad_out, b * q_steps.batch, b * grad_steps.batch, q_steps, grad_steps, seqlen_q,
         )  # fmt: skip
         if two_stages and turns > 0:
-            h, row0 = walk(0, first_head, first, count)
+            h, row0, _ = turn_at(0, lines)
             copy_queries(memory, base, 0, others_of, h, row0)
             put_rows(numbers, 0, read_rows(rows_of, h, row0))
         commit()
@@ -248,12 +293,12 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
         own_v = load_v(v_place) if in_registers else v_place
         dk_sums, dv_sums = no_dk(), no_dv()
         for turn in range(turns):
-            h, row0 = walk(turn, first_head, first, count)
+            h, row0, full = turn_at(turn, lines)
             at = types.uint32(turn % 2 * stage_bytes if two_stages else 0)
             if two_stages:
                 wait()
                 cuda.syncthreads()  # the tiles have come, and all warps are done with the others
-                next_h, next_row0 = walk(min(turn + 1, turns - 1), first_head, first, count)
+                next_h, next_row0, _ = turn_at(min(turn + 1, turns - 1), lines)
                 next_rows = read_rows(rows_of, next_h, next_row0)
                 if turn + 1 < turns:
                     copy_queries(memory, base, stage_bytes - at, others_of, next_h, next_row0)
@@ -267,12 +312,13 @@ def key_value_kernel(kind: Kind, tiles: Tiles) -> Any:
                 cuda.syncthreads()
             # S^T = K Q^T and dP^T = V dO^T, whose rows are keys
             s = scores_of(own_k, types.uint32(q_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
-                mask_place = head_place(b, h, mask_steps)
-                s = apply_mask(s, row0 + my_row, my_key, band, mask, mask_place, own_scale)
+            rated = rule(
+                s, row0 + my_row, my_key, row0, key0, full, sizes, band, mask,
+                head_place(b, h, mask_steps), own_scale, words,
+            )  # fmt: skip
             dp = products_of(own_v, types.uint32(do_place + at))
-            p, ds = gradients(
-                s, dp, types.uint32(rows_place + at), types.uint32(rows_place + to_delta + at),
+            p, ds, _ = gradients(
+                rated, dp, types.uint32(rows_place + at), types.uint32(rows_place + to_delta + at),
                 exponent_scale, row0 + my_row, my_key,
                 dropout_words(seed + offset[0], b * heads + h, threshold), keep_scale,
             )  # fmt: skip
@@ -332,27 +378,28 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
     products_of = multiply_rows(kind, row_blocks, block_n, value_width, in_registers)
     add_dq = multiply_columns(kind, row_blocks, block_n, width, step)
     scores, of_dq = RegisterTile(block_n, row_blocks), RegisterTile(width, row_blocks)
-    apply_mask = mask_scores(kind.mask, scores, kind.scaled_first)
-    gradients, unit = score_gradients(kind, scores, False), kind.unit
+    rule = score_rule(kind, scores, (block_m, block_n), derives=True)
+    gradients, unit = score_gradients(kind, scores, False), kind.unit_of_products
+    places, tile_at = walk(kind.is_sparse, block_m, block_n)
     read, put_ds = read_own_rows(scores), write_scores(scores)
     no_dq, scale_dq, scale_ds = of_dq.zero, of_dq.scale_rows, scores.scale_rows
     scale_row = scores.each_row(lambda x, factor: x * factor, scores.rows_type, types.float32)
     write_dq = row_writer(kind, row_blocks, kind.head_dim, width)
-    scaled_first = kind.scaled_first
-    always_masked, infinity = scaled_first or kind.mask != "none", float("inf")
+    scaled_first, exponent_unit, infinity = kind.scaled_first, kind.exponent_unit, float("inf")
 
     @kernel(tiles.threads, blocks=tiles.at_once)
     def flash_backward_query_mma(
         q, k, v, mask, offset, grad_out, shift, delta, rest, dq, ds_out, q_steps, k_steps, v_steps,
-        mask_steps, grad_steps, dq_steps, sizes, scale, seed, threshold, keep,
+        mask_steps, grad_steps, dq_steps, sizes, scale, seed, threshold, keep, words, lists,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory = cuda.shared.array(0, storage)
         base, thread = shared_address(memory), cuda.threadIdx.x
         lane, warp_row = thread % 32, thread // 32 * 16 * row_blocks
         row_tiles = (seqlen_q + block_m - 1) // block_m
-        batch_head, tile = divide(cuda.blockIdx.x, row_tiles)
-        row0 = (row_tiles - 1 - tile) * block_m
+        batch_head, number = divide(cuda.blockIdx.x, row_tiles)
+        tile = row_tiles - 1 - number
+        row0 = tile * block_m
         b, h = divide(batch_head, heads)
         queries = (q, b * q_steps.batch + h * q_steps.head, q_steps.row)
         upstream = (grad_out, b * grad_steps.batch + h * grad_steps.head, grad_steps.row)
@@ -365,6 +412,8 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         )  # fmt: skip
         own_scale = types.float32(scale * unit)
         exponent_scale = types.float32(1.0) if scaled_first else own_scale
+        if exponent_unit:
+            exponent_scale = types.float32(exponent_unit)
         dropout_of = dropout_words(seed + offset[0], batch_head, threshold)
         # Where this lane reads, and which row and key its first score is.
         q_place = types.uint32(base + warp_row * step + own(step))
@@ -377,9 +426,9 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         shifts = read(shift, first_row, my_row, seqlen_q, types.float32(infinity))
         less = read(delta, first_row, my_row, seqlen_q, types.float32(0.0))
 
-        first, end = key_tiles(row0, sizes, block_m, block_n)
+        first, end = places(lists, b, h, tile, sizes)
         if two_stages and first < end:
-            copy_keys(memory, base, 0, keys, values, tile_start(first, block_n), seqlen_k)
+            copy_keys(memory, base, 0, keys, values, tile_at(lists, first)[0], seqlen_k)
         commit()
         if in_registers:
             wait()
@@ -388,7 +437,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
         own_do = load_do(do_place) if in_registers else do_place
         dq_sums = no_dq()
         for number in range(first, end):
-            key0 = tile_start(number, block_n)
+            key0, full = tile_at(lists, number)
             at = types.uint32((number - first) % 2 * stage_bytes if two_stages else 0)
             if two_stages:
                 wait()
@@ -396,7 +445,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
                 if number + 1 < end:
                     copy_keys(
                         memory, base, stage_bytes - at, keys, values,
-                        tile_start(number + 1, block_n), seqlen_k,
+                        tile_at(lists, number + 1)[0], seqlen_k,
                     )  # fmt: skip
                     commit()
             else:
@@ -407,11 +456,13 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
                 cuda.syncthreads()
             # S = Q K^T and dP = dO V^T
             s = scores_of(own_q, types.uint32(k_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
-                s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
+            rated = rule(
+                s, my_row, key0 + my_key, row0, key0, full, sizes, band, mask, mask_place,
+                own_scale, words,
+            )  # fmt: skip
             dp = products_of(own_do, types.uint32(v_place + at))
-            _, ds = gradients(
-                s, dp, shifts, less, exponent_scale, my_row, key0 + my_key, dropout_of,
+            _, ds, of_rated = gradients(
+                rated, dp, shifts, less, exponent_scale, my_row, key0 + my_key, dropout_of,
                 types.float32(keep),
             )  # fmt: skip
             if keep_scores:
@@ -419,7 +470,7 @@ def query_kernel(kind: Kind, tiles: Tiles, keep_scores: bool) -> Any:
                     types.int64(batch_head) * seqlen_q * seqlen_k * 4
                 )
                 rests = read(rest, first_row + 1, my_row, seqlen_q, types.float32(1.0))
-                put_ds(scale_ds(ds, rests), head, my_row, key0 + my_key, seqlen_q, seqlen_k)
+                put_ds(scale_ds(of_rated, rests), head, my_row, key0 + my_key, seqlen_q, seqlen_k)
             # dQ += dS K
             dq_sums = add_dq(dq_sums, ds, types.uint32(k_across + at))
 

@@ -26,11 +26,10 @@ from ...gpu.ptx import shared_address
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import NEGATIVE_INFINITY, cuda, kernel, precision, types
 from ..fragments.dropout import drop, dropout_words
-from ..fragments.scores import mask_scores
-from ..schedule_cuda import is_whole, key_tiles, tile_start
+from ..schedule_cuda import walk
 from ..scores_cuda import head_place
 from .memory import copy_barriers, pair_copier, row_writer, tile_copier
-from .scores import any_changes, pick_row, reciprocal_rows, softmax_rows
+from .scores import any_changes, pick_row, reciprocal_rows, score_rule, softmax_rows
 from .tiles import (
     Kind,
     Tiles,
@@ -86,20 +85,20 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
     add_values = multiply_columns(kind, row_blocks, block_n, value_width, v_step)
     scores, output = RegisterTile(block_n, row_blocks), RegisterTile(value_width, row_blocks)
     largest, softmax = scores.row_max, softmax_rows(kind, scores)
-    apply_mask = mask_scores(kind.mask, scores, kind.scaled_first)
+    rule = score_rule(kind, scores, (block_m, block_n))
+    places, tile_at = walk(kind.is_sparse, block_m, block_n)
     apply_dropout, fill_rows = drop(scores), scores.fill_rows
     no_output, rescale, total = output.zero, output.scale_rows, scores.quad_sum
     pick, reciprocal, changes = pick_row(scores), reciprocal_rows(scores), any_changes(scores)
     lazy = tiles.lazy
     write_o = row_writer(kind, row_blocks, kind.value_dim, value_width)
-    dropout, scaled_first = kind.dropout, kind.scaled_first
-    always_masked = scaled_first or kind.mask != "none"
-    nothing, unit, to_natural = NEGATIVE_INFINITY, kind.unit, 1.0 / kind.unit
+    dropout, scaled_first, exponent_unit = kind.dropout, kind.scaled_first, kind.exponent_unit
+    nothing, unit, to_natural = NEGATIVE_INFINITY, kind.unit_of_products, 1.0 / kind.unit
 
     @kernel(threads, blocks=tiles.at_once)
     def flash_forward_mma(
         q, k, v, mask, offset, out, logsumexp, rows_of, q_steps, k_steps, v_steps, mask_steps,
-        out_steps, sizes, scale, seed, threshold, keep,
+        out_steps, sizes, scale, seed, threshold, keep, words, lists,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory = cuda.shared.array(0, storage)
@@ -108,7 +107,8 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         row_tiles = (seqlen_q + block_m - 1) // block_m
         # The last rows, which see the most keys under a causal mask, come first.
         batch_head, number = divide(cuda.blockIdx.x, row_tiles)
-        row0 = (row_tiles - 1 - number) * block_m
+        tile = row_tiles - 1 - number
+        row0 = tile * block_m
         b, h = divide(batch_head, heads)
         keys = (k, b * k_steps.batch + divide(h, k_group)[0] * k_steps.head, k_steps.row)
         values = (v, b * v_steps.batch + divide(h, v_group)[0] * v_steps.head, v_steps.row)
@@ -118,6 +118,8 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         )  # fmt: skip
         own_scale = types.float32(scale * unit)
         softmax_scale = types.float32(1.0) if scaled_first else own_scale
+        if exponent_unit:
+            softmax_scale = types.float32(exponent_unit)
         dropout_of = dropout_words(seed + offset[0], batch_head, threshold)
         # Where this lane reads, and which row and key its first score is.
         q_place = types.uint32(base + warp_row * step + own(step))
@@ -125,11 +127,11 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         v_place = types.uint32(base + v_tile + across(v_step))
         my_row, my_key = row0 + warp_row + lane // 4, lane % 4 * 2
 
-        first, end = key_tiles(row0, sizes, block_m, block_n)
+        first, end = places(lists, b, h, tile, sizes)
         q_start = b * q_steps.batch + h * q_steps.head + row0 * q_steps.row
         copy_q(memory, base, 0, q, q_start, q_steps.row, seqlen_q - row0)
         if two_stages and first < end:
-            copy_keys(memory, base, 0, keys, values, tile_start(first, block_n), seqlen_k)
+            copy_keys(memory, base, 0, keys, values, tile_at(lists, first)[0], seqlen_k)
         commit()
         if in_registers:
             wait()
@@ -138,7 +140,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
         m, l = fill_rows(types.float32(nothing)), fill_rows(types.float32(0.0))
         o = no_output()
         for number in range(first, end):
-            key0 = tile_start(number, block_n)
+            key0, full = tile_at(lists, number)
             at = types.uint32(0)
             if two_stages:
                 wait()
@@ -147,7 +149,7 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
                 if number + 1 < end:
                     copy_keys(
                         memory, base, stage_bytes - at, keys, values,
-                        tile_start(number + 1, block_n), seqlen_k,
+                        tile_at(lists, number + 1)[0], seqlen_k,
                     )  # fmt: skip
                     commit()
             else:
@@ -158,8 +160,10 @@ def forward_kernel(kind: Kind, tiles: Tiles) -> Any:
                 cuda.syncthreads()
             # S = Q K^T
             s = scores_of(own_q, types.uint32(k_place + at))
-            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
-                s = apply_mask(s, my_row, key0 + my_key, band, mask, mask_place, own_scale)
+            s = rule(
+                s, my_row, key0 + my_key, row0, key0, full, sizes, band, mask, mask_place,
+                own_scale, words,
+            )  # fmt: skip
             # m, l, P and O = diag(exp(m - m_new)) O
             m_new = largest(s, m)
             p, l, alpha = softmax(s, m, m_new, l, softmax_scale)

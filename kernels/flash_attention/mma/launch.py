@@ -18,9 +18,12 @@ from ..launch import (
     Inputs,
     Matrices,
     argument_types,
+    example_functions,
+    functions_of,
     instances_of,
     scalars_of,
     sizes_of,
+    tile_lists,
 )
 from ..problem import AttentionProblem
 from ..scores import is_additive
@@ -37,6 +40,7 @@ from .memory import copy_team
 from .tiles import Kind, Tiles
 
 NAME = "mma"
+TAKES_FUNCTIONS = True
 ROW_ALIGNMENT = 16  # bytes: where rows of queries, keys, values and dO begin
 MOST_COLUMNS = 256  # of a query, a key or a value
 FIRST, FIRST_WITH_ALL = (7, 5), (8, 0)  # with tensor cores for this; with bfloat16 and cp.async
@@ -75,6 +79,7 @@ def _kind(problem: AttentionProblem, mask_kind: str, architecture: Architecture)
         problem.fp32_precision if name == "float32" else name,
         problem.head_dim, problem.value_dim, mask_kind, problem.dropout_p > 0,
         not problem.scale_in_exponent or is_additive(mask_kind), is_turing(architecture),
+        functions_of(problem), problem.is_sparse,
     )  # fmt: skip
 
 
@@ -192,11 +197,16 @@ def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums:
     most = SUMS
     if kind.dropout:
         most = SUMS_WITH_DROPOUT
-    if kind.mask != "none":
+    if kind.mask != "none" or kind.functions:
         if tiles.row_blocks * tiles.columns // 2 > SCORES_WITH_MASK:
             return False
         most = SUMS_WITH_MASK if kind.itemsize == 4 else most
     return sums <= most and size <= MEMORY.get(architecture, LITTLE_MEMORY)
+
+
+def _scores(kind: Kind) -> int:
+    """Numbers that a backward kernel keeps of a score: S, dP, and a score function's slope."""
+    return 2 + (kind.functions.score is not None)
 
 
 def _first(
@@ -247,13 +257,13 @@ def backward_tiles(
 
     def key_value_fits(tiles: Tiles) -> bool:
         widths = (kind.width + kind.value_width) // tiles.parts
-        sums = tiles.row_blocks * (widths + 2 * tiles.columns) // 2
+        sums = tiles.row_blocks * (widths + _scores(kind) * tiles.columns) // 2
         if kind.turing and sums > SUMS_OF_TURING - 16 * (tiles.warps < 4):
             return False
         return _fits(kind, tiles, architecture, backward_memory(kind, tiles, True).size, sums)
 
     def query_fits(tiles: Tiles) -> bool:
-        sums = tiles.row_blocks * (kind.width + 2 * tiles.columns) // 2
+        sums = tiles.row_blocks * (kind.width + _scores(kind) * tiles.columns) // 2
         return _fits(kind, tiles, architecture, backward_memory(kind, tiles, False).size, sums)
 
     for_keys, for_queries = (
@@ -327,7 +337,8 @@ def forward(
         forward_kernel(kind, tiles),
         ceil_div(problem.seqlen_q, tiles.rows) * problem.batch_heads, tiles.threads,
         *inputs.arrays, inputs.offset, out.array, logsumexp, rows, *inputs.strides, out.strides,
-        sizes_of(problem, heads), *scalars_of(problem),
+        sizes_of(problem, heads), *scalars_of(problem), inputs.words,
+        tile_lists(problem, inputs, (tiles.rows, tiles.columns)),
         shared_bytes=forward_memory(kind, tiles).size,
     )  # fmt: skip
 
@@ -364,12 +375,15 @@ def backward(
     launch(
         key_value_kernel(kind, for_keys), key_tiles * (problem.batch_heads // heads.group),
         for_keys.threads, *read, dk.array, dv.array, call, *strides, dk.strides, dv.strides, sizes,
-        heads.group, *scalars, shared_bytes=backward_memory(kind, for_keys, True).size,
+        heads.group, *scalars, inputs.words,
+        tile_lists(problem, inputs, (for_keys.columns, for_keys.rows), transposed=True),
+        shared_bytes=backward_memory(kind, for_keys, True).size,
     )  # fmt: skip
     launch(
         query_kernel(kind, for_queries, ds is not None),
         ceil_div(problem.seqlen_q, for_queries.rows) * problem.batch_heads, for_queries.threads,
         *read, dq.array, delta if ds is None else ds, *strides, dq.strides, sizes, *scalars,
+        inputs.words, tile_lists(problem, inputs, (for_queries.rows, for_queries.columns)),
         shared_bytes=backward_memory(kind, for_queries, False).size,
     )  # fmt: skip
 
@@ -379,19 +393,20 @@ def backward(
 
 def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     """numba types of the kernels' arguments, by their names."""
-    of = argument_types(kind.precision, kind.mask)
+    of = argument_types(kind.precision, kind.mask, kind.functions)
     array, rows, strides, whole = of.array, of.rows, of.strides, types.int64
+    last = *of.scalars, of.words, of.lists
     return {
         "delta": (array, array, *[rows] * 5, whole, strides, strides, *[whole] * 3),
         "forward": (
-            *of.inputs, array, rows, rows, *[strides] * 5, of.sizes, *of.scalars,
+            *of.inputs, array, rows, rows, *[strides] * 5, of.sizes, *last,
         ),
         "key_value": (
             *of.inputs, array, *[rows] * 3, array, array, whole, *[strides] * 7, of.sizes, whole,
-            *of.scalars,
+            *last,
         ),
         "query": (
-            *of.inputs, array, *[rows] * 3, array, rows, *[strides] * 6, of.sizes, *of.scalars,
+            *of.inputs, array, *[rows] * 3, array, rows, *[strides] * 6, of.sizes, *last,
         ),
     }  # fmt: skip
 
@@ -411,6 +426,18 @@ def instances() -> Iterator[Instance]:
             {"sm_80": (8, 0), "sm_90a": (9, 0)},
         ),
         (Kind("tf32x3", 64, 64, "bool", False, False, False), {"sm_80": (8, 0)}),
+        (
+            Kind("float16", 64, 64, "none", False, False, False, example_functions(), True),
+            {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0)},
+        ),
+        (
+            Kind("bfloat16", 128, 128, "none", True, False, False, example_functions()),
+            {"sm_80": (8, 0), "sm_86": (8, 6), "sm_90a": (9, 0)},
+        ),
+        (
+            Kind("tf32x3", 64, 64, "float32", False, True, False, example_functions(), True),
+            {"sm_80": (8, 0)},
+        ),
     ):
         yield from _instances_of(kind, architectures)
     for columns in (64, 8):  # several threads to a row, and one
@@ -437,6 +464,7 @@ def _kernels(kind: Kind, architecture: Architecture) -> dict[str, Any]:
 
 def _name(kind: Kind) -> str:
     flags = ", dropout" * kind.dropout + ", scaled first" * kind.scaled_first
+    flags += ", functions" * bool(kind.functions) + ", lists" * kind.is_sparse
     return f"{kind.numbers}, {kind.head_dim}, {kind.value_dim}, {kind.mask}{flags}"
 
 

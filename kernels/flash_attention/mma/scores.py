@@ -12,13 +12,70 @@ from typing import Any
 
 from ...gpu.ptx import ld_global_f32, ld_shared_v2_f32, mul_rn_f32
 from ...gpu.register_tile import RegisterTile, shift_of
-from ...gpu.runtime import types
+from ...gpu.runtime import device_function, types
 from ...gpu.traced import i64, select, traced, u64
 from ..fragments.dropout import WORDS, kept_of_keys, kept_of_queries
-from ..fragments.scores import exponential, least
+from ..fragments.scores import exponential, least, mask_scores, modify_scores
+from ..schedule_cuda import is_whole
 from .tiles import Kind
 
 WHOLE = types.int32
+
+# ----- the rule -----
+
+
+@cache
+def tile_checker(kind: Kind, block_m: int, block_n: int, keys_are_rows: bool) -> Any:
+    """Device function `(row0, key0, full, sizes)`: whether all scores of a tile count; `full` is
+    what a list says of it. Queries past the end count, but where they are columns and a score
+    function reads arrays for them.
+    """
+    is_sparse, has_mask_mod = kind.is_sparse, kind.functions.mask is not None
+    no_query_past_the_end = keys_are_rows and kind.functions.score is not None
+
+    @device_function
+    def all_count(row0, key0, full, sizes):
+        if is_sparse:
+            return full
+        if has_mask_mod:
+            return False
+        if no_query_past_the_end:
+            fits = row0 + block_m <= sizes.seqlen_q
+            return fits and is_whole(row0, block_m, key0, block_n, sizes)
+        return is_whole(row0, block_m, key0, block_n, sizes)
+
+    return all_count
+
+
+@cache
+def score_rule(
+    kind: Kind,
+    tile: RegisterTile,
+    block: tuple[int, int],
+    keys_are_rows: bool = False,
+    derives: bool = False,
+) -> Any:
+    """Device function `(s, query, key, row0, key0, full, sizes, band, mask, place, scale, words)`:
+    scores as the rule of scores.py leaves them; with `derives` and a score function its slopes come
+    after them, see `mask_scores`. (query, key) is the lane's first score, (row0, key0) the tile's.
+    """
+    functions, has_score = kind.functions, kind.functions.score is not None
+    options = functions, derives and has_score, kind.approximate
+    masked = mask_scores(kind.mask, tile, kind.scaled_first, keys_are_rows, True, *options)
+    modified = modify_scores(tile, functions, keys_are_rows, *options[1:]) if has_score else None
+    always = kind.mask != "none" or (kind.scaled_first and not has_score)
+    all_count = tile_checker(kind, *block, keys_are_rows)
+
+    @device_function
+    def rule(s, query, key, row0, key0, full, sizes, band, mask, place, scale, words):
+        if always or not all_count(row0, key0, full, sizes):
+            return masked(s, query, key, band, mask, place, scale, words)
+        if has_score:
+            return modified(s, query, key, band, place, scale, words)
+        return s
+
+    return rule
+
 
 # ----- rows -----
 
@@ -110,23 +167,25 @@ def read_own_rows(tile: RegisterTile) -> Any:
 @cache
 def score_gradients(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
     """Traced `(scores, dp, shift, delta, scale, row, key, dropout, keep)`: P with 0 where the
-    weight is dropped, and dS = P * (Z dP - delta), from S and dP = dO V^T.
+    weight is dropped; dS = P * (Z dP - delta), from S and dP = dO V^T; and the same before a score
+    function's derivative, whose slopes come after the scores.
 
     P is exp2(scale * S - shift), see `exponential`. With queries as rows shift and delta are
     numbers for the lane's rows; with keys as rows they are the places in shared memory of those of
     the lane's first query.
     """
-    sums, number = tile.type, types.float32
+    sums, number, has_score = tile.type, types.float32, kind.functions.score is not None
     of_rows = types.uint32 if keys_are_rows else tile.rows_type
     blocks, kept_of = tile.columns // 8, kept_of_keys if keys_are_rows else kept_of_queries
-    power = exponential(kind)
+    power, count = exponential(kind), tile.registers
+    given = types.UniTuple(number, count * (1 + has_score))
 
     @traced(
-        types.Tuple((sums, sums)), sums, sums, of_rows, of_rows, number, types.uint32,
+        types.Tuple((sums, sums, sums)), given, sums, of_rows, of_rows, number, types.uint32,
         types.uint32, WORDS, number,
     )  # fmt: skip
     def run(scores, dp, shifts, delta, scale, row, key, dropout, keep):
-        weights, gradients = list(scores), list(scores)
+        weights, gradients = list(scores[:count]), list(scores[:count])
         if keys_are_rows:
             pairs = [[ld_shared_v2_f32(x + 32 * j) for j in range(blocks)] for x in (shifts, delta)]
         places = list(tile.places())
@@ -146,7 +205,12 @@ def score_gradients(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
                 weights[place] = select(kept, p, 0.0)
                 upstream = select(kept, upstream * keep, 0.0)
             gradients[place] = p * (upstream - less)
-        return weights, gradients
+        if not has_score:
+            return weights, gradients, gradients
+        # 0 times an infinite slope is 0.
+        slopes = scores[count:]
+        before = [select(g == 0.0, 0.0, g * x) for g, x in zip(gradients, slopes, strict=True)]
+        return weights, before, gradients
 
     return run
 
@@ -177,5 +241,6 @@ __all__ = [
     "reciprocal_rows",
     "scale_columns",
     "score_gradients",
+    "score_rule",
     "softmax_rows",
 ]

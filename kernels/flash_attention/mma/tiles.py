@@ -66,6 +66,16 @@ class Kind(Masked):
         return "float32" if self.numbers.startswith("tf32") else self.numbers
 
     @property
+    def approximate(self) -> bool:
+        """Whether functions may be as exact as numbers of 16 bits, and no more."""
+        return self.itemsize == 2
+
+    @property
+    def exponent_unit(self) -> float:
+        """What scores that a score function gave are multiplied by in the softmax; 0 without."""
+        return 0.0 if self.functions.score is None else self.unit_of_results
+
+    @property
     def itemsize(self) -> int:
         """Bytes of an element."""
         return int(precision(self.precision).storage.itemsize)

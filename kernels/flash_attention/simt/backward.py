@@ -34,14 +34,15 @@ from ...gpu.runtime import (
 )
 from ...gpu.vectors import vector_access
 from ..schedule import Band
-from ..schedule_cuda import is_whole, key_tiles, query_tiles, tile_start
-from ..scores_cuda import head_place
+from ..schedule_cuda import walk
+from ..scores_cuda import head_place, slope_function
 from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
 from .registers import Factor, multiply
 from .tiles import (
     Blocks,
     Kind,
+    Scores,
     exponential,
     fill,
     own_columns,
@@ -49,9 +50,11 @@ from .tiles import (
     own_place,
     own_rows,
     pair_loader,
+    place_asker,
     row_step,
     score_masker,
     tile_copier,
+    tile_looker,
     tile_width,
     vector_lanes,
 )
@@ -110,8 +113,8 @@ class BackwardMemory(NamedTuple):
     do: int
     k: int
     v: int
-    p: int  # (block_m, block_n)
-    ds: int  # (block_m, block_n); for dQ where P was
+    p: int  # (block_m, block_n); with a score function what `score_gradients` says
+    ds: int  # (block_m, block_n); for dQ where P was, if there is no score function
     shift: int  # (block_m,)
     inverse: int
     delta: int
@@ -133,7 +136,8 @@ def backward_memory(kind: Kind, blocks: Blocks, needs_p: bool) -> BackwardMemory
     step, v_step = row_step(width, lanes), row_step(v_width, lanes)
     p_step = n + max(blocks.threads_n % 32, lanes)
     starts = [0]
-    p, keep = m * p_step if needs_p else 0, keep_size(kind, blocks)
+    needs_p, keep = needs_p or kind.functions.score is not None, keep_size(kind, blocks)
+    p = m * p_step if needs_p else 0
     for size in (m * step, m * v_step, n * step, n * v_step, p, m * p_step, m, m, m, keep):
         starts.append(starts[-1] + size)
     return BackwardMemory(*starts, width, v_width, step, v_step, p_step)  # type: ignore[call-arg]
@@ -171,36 +175,62 @@ def row_loader(precision_name: str, block_m: int, threads: int, plan: BackwardMe
 
 
 @cache
-def score_gradients(kind: Kind, blocks: Blocks, plan: BackwardMemory) -> Any:
-    """Device function: from the tiles q, do, k, v to the tiles ds and p, P with dropout.
+def before_rule(kind: Kind, to_ds: int, keeps: str) -> Any:
+    """What `score_gradients` keeps of a score where dS will be: see `score_masker`."""
+    if kind.functions.score is None:
+        return None
+    asked_at, keeps_score = place_asker(kind), keeps == "score"
+    slope_of = slope_function(kind.functions, kind.precision)
+
+    @device_function
+    def keep(memory, place, row, column, scores):
+        if keeps_score:
+            memory[place + to_ds] = memory[place]
+        else:
+            memory[place + to_ds] = slope_of(memory[place], asked_at(row, column, scores))
+
+    return keep
+
+
+@cache
+def score_gradients(kind: Kind, blocks: Blocks, plan: BackwardMemory, keeps: str = "p") -> Any:
+    """Device function: from the tiles q, do, k, v to the tiles ds and p.
 
     A thread writes its own elements of them and reads none but these, so there is no barrier.
+
+    Args:
+        kind: of the kernel.
+        blocks: its tiles.
+        plan: of shared memory.
+        keeps: what is in the tile p in the end: "p", P with dropout; or with a score function
+            "gradients", of what this function gave. With "score" these are there, too, and in the
+            tile ds there is what the function got.
+
     """
     real = precision(kind.precision).real
     lanes, rows, keys = vector_lanes(kind.precision), blocks.rows, blocks.keys
-    threads_m, threads_n, block_m, block_n = (
-        blocks.threads_m, blocks.threads_n, blocks.block_m, blocks.block_n,
-    )  # fmt: skip
+    threads_m, threads_n = blocks.threads_m, blocks.threads_n
     q_tile, do_tile, k_tile, v_tile, p_tile = plan[:5]
     shift_at, inverse_at, delta_at = plan.shift, plan.inverse, plan.delta
     to_ds = plan.ds - plan.p
     step, v_step, p_step = plan.step, plan.v_step, plan.p_step
     scores = multiply(own_rows(blocks, step), own_keys(blocks, step), kind.head_dim, lanes)
     products = multiply(own_rows(blocks, v_step), own_keys(blocks, v_step), kind.value_dim, lanes)
-    apply_mask = score_masker(kind, blocks, p_tile, p_step)
-    factor_of = keep_factor(kind, blocks, plan.keep)
+    apply_mask = score_masker(kind, blocks, p_tile, p_step, before_rule(kind, to_ds, keeps))
+    factor_of, looks = keep_factor(kind, blocks, plan.keep), tile_looker(kind, blocks)
     exp_of, place_of = exponential(kind), own_place(threads_n)
-    always_masked, dropout = kind.mask != "none", kind.dropout
+    dropout, has_score = kind.dropout, kind.functions.score is not None
+    keeps_p, has_slope = keeps == "p", has_score and keeps != "score"
 
     @device_function
-    def run(memory, sums, row0, key0, band, mask, mask_place, keep_scale):
+    def run(memory, sums, row0, key0, full, of_head, keep_scale):
         my_row, my_key = place_of()
         own = p_tile + my_row * p_step + my_key
         # S = Q K^T, P = exp(S - m) / l
         fill(sums, rows, keys, real(0.0))
         scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
-        if always_masked or not is_whole(row0, block_m, key0, block_n, band):
-            apply_mask(memory, sums, row0, key0, band, mask, mask_place)
+        if looks(row0, key0, full, of_head.band):
+            apply_mask(memory, sums, row0, key0, of_head)
         for i in range(rows):
             shift = memory[shift_at + my_row + i * threads_m]
             inverse = memory[inverse_at + my_row + i * threads_m]
@@ -220,9 +250,15 @@ def score_gradients(kind: Kind, blocks: Blocks, plan: BackwardMemory) -> Any:
                     z = factor_of(
                         memory, my_row + i * threads_m, my_key + j * threads_n, keep_scale
                     )
-                if dropout:
+                ds = p * (z * sums[i, j] - delta)
+                if not keeps_p:
+                    memory[place] = ds
+                elif dropout:
                     memory[place] = p * z
-                memory[place + to_ds] = p * (z * sums[i, j] - delta)
+                if has_slope:  # 0 times an infinite slope is 0
+                    ds = ds * memory[place + to_ds] if ds != real(0.0) else real(0.0)
+                if has_slope or not has_score:
+                    memory[place + to_ds] = ds
 
     return run
 
@@ -283,12 +319,14 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
     add_dv = multiply(p_keys, own_columns(v_width, threads_d, lanes, v_step), block_m, lanes)
     write_dk = gradient_writer(kind, blocks, own, head_dim, width)
     write_dv = gradient_writer(kind, blocks, own, value_dim, v_width)
-    unit, to_natural = kind.unit, 1.0 / kind.unit
+    unit, to_natural = kind.unit_of_products, 1.0 / kind.unit_of_products
+    places, tile_at = walk(kind.is_sparse, block_m, block_n, transposed=True)
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_key_value(
         q, k, v, mask, offset, grad_out, shift, inverse, delta, dk, dv, q_steps, k_steps, v_steps,
         mask_steps, grad_steps, dk_steps, dv_steps, sizes, group, scale, seed, threshold, keep,
+        words, lists,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory = cuda.shared.array(0, real)
@@ -298,7 +336,8 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
         my_keys, my_columns = place_of()
         tiles = (seqlen_k + block_n - 1) // block_n
         slot = types.int64(cuda.blockIdx.x // tiles)  # of heads that share dK and dV
-        key0 = cuda.blockIdx.x % tiles * block_n
+        tile = cuda.blockIdx.x % tiles
+        key0 = tile * block_n
         slots = heads // group
         b, first_head = slot // slots, slot % slots * group
         k_start = b * k_steps.batch + first_head // k_group * k_steps.head + key0 * k_steps.row
@@ -312,16 +351,16 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
         band = Band(lower, upper, seqlen_q, seqlen_k)
         rows_of = shift, inverse, delta
         dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
-        first, end = query_tiles(key0, sizes, block_m, block_n)
         for h in range(first_head, first_head + group):
             batch_head = b * heads + h
             q_start = b * q_steps.batch + h * q_steps.head
             do_start = b * grad_steps.batch + h * grad_steps.head
-            mask_place = head_place(b, h, mask_steps)
+            of_head = Scores(band, mask, head_place(b, h, mask_steps), words)
+            first, end = places(lists, b, h, tile, sizes)
             # From the last tile to the first: with a causal mask early queries have the largest P,
             # and a long sum is most accurate when these come last.
             for number in range(first, end):
-                row0 = tile_start(first + end - 1 - number, block_m)
+                row0, full = tile_at(lists, first + end - 1 - number)
                 load_queries(
                     memory, (q_tile, q, q_start + row0 * q_steps.row, q_steps.row, q_steps.column),
                     (
@@ -334,7 +373,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
                 if dropout:
                     make_keep(memory, row0, key0, batch_head, dropout_of)
                 cuda.syncthreads()
-                to_ds(memory, sums, row0, key0, band, mask, mask_place, dropout_of[2])
+                to_ds(memory, sums, row0, key0, full, of_head, dropout_of[2])
                 cuda.syncthreads()
                 # dK += dS^T Q
                 add_dk(memory, ds_tile + my_keys * lanes, q_tile + my_columns * lanes, dk_sums)
@@ -346,7 +385,7 @@ def key_value_kernel(kind: Kind, blocks: Blocks) -> Any:
             if row < seqlen_k:
                 dk_start = b * dk_steps.batch + slot % slots * dk_steps.head + row * dk_steps.row
                 dv_start = b * dv_steps.batch + slot % slots * dv_steps.head + row * dv_steps.row
-                # The queries were times scale * unit.
+                # The queries were times scale and unit.
                 write_dk(dk, dk_start, dk_sums, i, real(to_natural))
                 write_dv(dv, dv_start, dv_sums, i, real(1.0))
 
@@ -363,14 +402,17 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
     plan, block_m, block_n = backward_memory(kind, blocks, False), blocks.block_m, blocks.block_n
     rows, keys, threads_n, threads_m = blocks.rows, blocks.keys, blocks.threads_n, blocks.threads_m
     head_dim = kind.head_dim
-    q_tile, do_tile, k_tile, v_tile, _, ds_tile = plan[:6]
+    q_tile, do_tile, k_tile, v_tile, p_tile, ds_tile = plan[:6]
     step, p_step, width = plan.step, plan.p_step, plan.width
     load_queries = tile_pair(kind, blocks, plan, block_m)
     load_keys = tile_pair(kind, blocks, plan, block_n)
     load_rows = row_loader(kind.precision, block_m, blocks.threads, plan)
-    to_ds, dropout = score_gradients(kind, blocks, plan), kind.dropout
+    has_score, dropout = kind.functions.score is not None, kind.dropout
+    to_ds = score_gradients(kind, blocks, plan, "gradients" if has_score else "p")
+    kept_tile = p_tile if has_score else ds_tile
     make_keep = keep_maker(kind, blocks, plan.keep)
-    count, place_of, unit = width // threads_n, own_place(threads_n), kind.unit
+    count, place_of, unit = width // threads_n, own_place(threads_n), kind.unit_of_products
+    places, tile_at = walk(kind.is_sparse, block_m, block_n)
     p_rows = Factor(rows, threads_m * p_step)
     add_dq = multiply(p_rows, own_columns(width, threads_n, lanes, step), block_n, lanes)
     write_dq = gradient_writer(kind, blocks, rows, head_dim, width)
@@ -378,7 +420,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_backward_query(
         q, k, v, mask, offset, grad_out, shift, inverse, delta, dq, ds, q_steps, k_steps, v_steps,
-        mask_steps, grad_steps, dq_steps, sizes, scale, seed, threshold, keep,
+        mask_steps, grad_steps, dq_steps, sizes, scale, seed, threshold, keep, words, lists,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory = cuda.shared.array(0, real)
@@ -387,7 +429,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         my_row, my_key = place_of()
         tiles = (seqlen_q + block_m - 1) // block_m
         batch_head = types.int64(cuda.blockIdx.x // tiles)
-        row0 = (tiles - 1 - cuda.blockIdx.x % tiles) * block_m
+        tile = tiles - 1 - cuda.blockIdx.x % tiles
+        row0 = tile * block_m
         b, h = batch_head // heads, batch_head % heads
         k_start = b * k_steps.batch + h // k_group * k_steps.head
         v_start = b * v_steps.batch + h // v_group * v_steps.head
@@ -408,11 +451,11 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
         load_rows(memory, rows_of, batch_head * seqlen_q + row0, seqlen_q - row0)
         fill(dq_sums, rows, count, real(0.0))
         band = Band(lower, upper, seqlen_q, seqlen_k)
-        mask_place = head_place(b, h, mask_steps)
+        of_head = Scores(band, mask, head_place(b, h, mask_steps), words)
         dropout_of = (seed + offset[0], types.uint64(threshold), real(keep))
-        first, end = key_tiles(row0, sizes, block_m, block_n)
+        first, end = places(lists, b, h, tile, sizes)
         for number in range(first, end):
-            key0 = tile_start(number, block_n)
+            key0, full = tile_at(lists, number)
             load_keys(
                 memory, (k_tile, k, k_start + key0 * k_steps.row, k_steps.row, k_steps.column),
                 (v_tile, v, v_start + key0 * v_steps.row, v_steps.row, v_steps.column),
@@ -421,7 +464,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
             if dropout:
                 make_keep(memory, row0, key0, batch_head, dropout_of)
             cuda.syncthreads()
-            to_ds(memory, sums, row0, key0, band, mask, mask_place, dropout_of[2])
+            to_ds(memory, sums, row0, key0, full, of_head, dropout_of[2])
             warp_barrier()  # a row's threads are in one warp
             if keep_scores:
                 for i in range(rows):
@@ -429,7 +472,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool) -> Any:
                         r, c = my_row + i * threads_m, my_key + j * threads_n
                         if row0 + r < seqlen_q and key0 + c < seqlen_k:
                             place = (batch_head * seqlen_q + row0 + r) * seqlen_k + key0 + c
-                            ds[place] = memory[ds_tile + r * p_step + c]
+                            ds[place] = memory[kept_tile + r * p_step + c]
             # dQ += dS K
             add_dq(memory, ds_tile + my_row * p_step, k_tile + my_key * lanes, dq_sums)
 

@@ -33,7 +33,7 @@ from ...gpu.runtime import (
     warp_barrier,
 )
 from ...gpu.vectors import vector_access
-from ..schedule_cuda import is_whole, key_tiles, tile_start
+from ..schedule_cuda import walk
 from ..scores_cuda import head_place
 from ..softmax import reciprocal_of
 from .dropout import keep_factor, keep_maker, keep_size
@@ -41,6 +41,7 @@ from .registers import Factor, multiply
 from .tiles import (
     Blocks,
     Kind,
+    Scores,
     exponential,
     fill,
     own_columns,
@@ -53,6 +54,7 @@ from .tiles import (
     tile_access,
     tile_copier,
     tile_loader,
+    tile_looker,
     tile_width,
     vector_lanes,
 )
@@ -137,16 +139,16 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     exp_of, place_of = exponential(kind), own_place(threads_n)
     at_once = lanes if value_dim % lanes == 0 else 1
     _, write = vector_access(at_once)
-    always_masked, dropout = kind.mask != "none", kind.dropout
-    reciprocal = reciprocal_of(kind.precision)
+    (places, tile_at), looks = walk(kind.is_sparse, block_m, block_n), tile_looker(kind, blocks)
+    reciprocal, dropout = reciprocal_of(kind.precision), kind.dropout
     nothing, infinity, unit, to_natural = (
-        NEGATIVE_INFINITY, float("inf"), kind.unit, 1.0 / kind.unit,
+        NEGATIVE_INFINITY, float("inf"), kind.unit_of_products, 1.0 / kind.unit,
     )  # fmt: skip
 
     @kernel(blocks.threads, blocks=blocks.at_once)
     def flash_forward(
         q, k, v, mask, offset, out, logsumexp, rows_of, q_steps, k_steps, v_steps, mask_steps,
-        out_steps, sizes, scale, seed, threshold, keep,
+        out_steps, sizes, scale, seed, threshold, keep, words, lists,
     ):  # fmt: skip
         heads, seqlen_q, seqlen_k, lower, upper, k_group, v_group = sizes
         memory = cuda.shared.array(0, real)
@@ -159,13 +161,15 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         tiles = (seqlen_q + block_m - 1) // block_m
         batch_head = cuda.blockIdx.x // tiles
         # The last rows, which see the most keys under a causal mask, come first.
-        row0 = (tiles - 1 - cuda.blockIdx.x % tiles) * block_m
+        tile = tiles - 1 - cuda.blockIdx.x % tiles
+        row0 = tile * block_m
         b, h = batch_head // heads, batch_head % heads
         q_start = b * q_steps.batch + h * q_steps.head + row0 * q_steps.row
         k_start = b * k_steps.batch + h // k_group * k_steps.head
         v_start = b * v_steps.batch + h // v_group * v_steps.head
-        mask_place = head_place(b, h, mask_steps)
-        band = (lower, upper, seqlen_q, seqlen_k)
+        of_head = Scores(
+            (lower, upper, seqlen_q, seqlen_k), mask, head_place(b, h, mask_steps), words
+        )
         own_scale, keep_scale = real(scale * unit), real(keep)
         dropout_of = (seed + offset[0], types.uint64(threshold), keep_scale)
         load_q(memory, q_tile, q, q_start, q_steps.row, q_steps.column, seqlen_q - row0, own_scale)
@@ -173,9 +177,9 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             m[i], l[i] = real(nothing), real(0.0)
         fill(o, rows, columns, real(0.0))
 
-        first, end = key_tiles(row0, sizes, block_m, block_n)
+        first, end = places(lists, b, h, tile, sizes)
         for number in range(first, end):
-            key0 = tile_start(number, block_n)
+            key0, full = tile_at(lists, number)
             load_keys(
                 memory, (k_tile, k, k_start + key0 * k_steps.row, k_steps.row, k_steps.column),
                 (v_tile, v, v_start + key0 * v_steps.row, v_steps.row, v_steps.column),
@@ -187,8 +191,8 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             # S = Q K^T
             fill(sums, rows, keys, real(0.0))
             scores(memory, q_tile + my_row * step, k_tile + my_key * step, sums)
-            if always_masked or not is_whole(row0, block_m, key0, block_n, sizes):
-                apply_mask(memory, sums, row0, key0, band, mask, mask_place)
+            if looks(row0, key0, full, sizes):
+                apply_mask(memory, sums, row0, key0, of_head)
             # m, l, P and O = diag(exp(m - m_new)) O
             for i in range(rows):
                 largest = m[i]

@@ -19,10 +19,13 @@ from ..launch import (
     Inputs,
     Matrices,
     argument_types,
+    example_functions,
+    functions_of,
     has_vectors,
     instances_of,
     scalars_of,
     sizes_of,
+    tile_lists,
 )
 from ..problem import AttentionProblem
 from .backward import (
@@ -37,6 +40,7 @@ from .forward import forward_kernel, forward_memory
 from .tiles import Blocks, Kind, tile_width, vector_lanes
 
 NAME = "simt"
+TAKES_FUNCTIONS = True
 PRECISIONS = ("float32", "float64", "float16", "bfloat16")
 MOST_COLUMNS = 256  # of a query, a key or a value
 
@@ -145,14 +149,15 @@ def backward_blocks(kind: Kind, architecture: Architecture) -> tuple[Blocks, Blo
 # ----- launches -----
 
 
-def _kind(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
+def kind_of(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
     return Kind(
         problem.dtype.name, problem.head_dim, problem.value_dim, mask_kind,
-        problem.dropout_p > 0, vectors,
+        problem.dropout_p > 0, vectors, functions_of(problem),
+        problem.is_sparse,
     )  # fmt: skip
 
 
-def _has_vectors(problem: AttentionProblem, inputs: Inputs, *more: Matrices) -> bool:
+def has_whole_vectors(problem: AttentionProblem, inputs: Inputs, *more: Matrices) -> bool:
     columns = problem.head_dim, problem.value_dim
     return has_vectors(problem, columns, inputs.q, inputs.k, inputs.v, *more)
 
@@ -161,7 +166,7 @@ def block_sizes(
     problem: AttentionProblem, architecture: Architecture, backward: bool = False
 ) -> dict[str, tuple[int, int]]:
     """Queries and keys of a tile, by what a kernel computes; for rows that come in vectors."""
-    kind = _kind(problem, problem.mask_kind, vectors=True)
+    kind = kind_of(problem, problem.mask_kind, vectors=True)
     found = {"output": forward_blocks(kind, architecture)}
     if backward:
         for_keys, for_queries = backward_blocks(kind, architecture)
@@ -174,7 +179,7 @@ def _forward_bytes(kind: Kind, blocks: Blocks) -> int:
     return forward_memory(kind, blocks).size * _itemsize(kind)
 
 
-def _backward_bytes(kind: Kind, blocks: Blocks, needs_p: bool) -> int:
+def backward_bytes(kind: Kind, blocks: Blocks, needs_p: bool) -> int:
     return backward_memory(kind, blocks, needs_p).size * _itemsize(kind)
 
 
@@ -189,14 +194,35 @@ def forward(
     blocks: Blocks | None = None,
 ) -> None:
     """Write the output, the logsumexp and what the backward pass wants: see launch.py."""
-    kind = _kind(problem, inputs.mask_kind, _has_vectors(problem, inputs))
+    kind = kind_of(problem, inputs.mask_kind, has_whole_vectors(problem, inputs))
     blocks = blocks or forward_blocks(kind, architecture)
     launch(
         forward_kernel(kind, blocks),
         ceil_div(problem.seqlen_q, blocks.block_m) * problem.batch_heads, blocks.threads,
         *inputs.arrays, inputs.offset, out.array, logsumexp, rows, *inputs.strides, out.strides,
-        sizes_of(problem, heads), *scalars_of(problem),
+        sizes_of(problem, heads), *scalars_of(problem), inputs.words,
+        tile_lists(problem, inputs, (blocks.block_m, blocks.block_n)),
         shared_bytes=_forward_bytes(kind, blocks),
+    )  # fmt: skip
+
+
+def launch_delta(
+    problem: AttentionProblem,
+    heads: Heads,
+    out: Matrices,
+    rows: Any,
+    grad_out: Matrices,
+    grad_logsumexp: Any,
+    workspace: tuple[Any, Any, Any],
+) -> None:
+    """Write delta, shift and inverse of each row."""
+    count = problem.batch_heads * problem.seqlen_q
+    launch(
+        delta_kernel(problem.dtype.name, grad_logsumexp is not None),
+        ceil_div(count, DELTA_ROWS), DELTA_THREADS,
+        out.array, grad_out.array, rows, rows if grad_logsumexp is None else grad_logsumexp,
+        *workspace, out.strides, grad_out.strides, heads.heads, problem.seqlen_q,
+        problem.value_dim, count,
     )  # fmt: skip
 
 
@@ -213,18 +239,11 @@ def backward(
     blocks: tuple[Blocks, Blocks] | None = None,
 ) -> None:
     """Write the gradients of queries, keys and values: see launch.py."""
-    kind = _kind(problem, inputs.mask_kind, _has_vectors(problem, inputs, grad_out))
+    kind = kind_of(problem, inputs.mask_kind, has_whole_vectors(problem, inputs, grad_out))
     for_keys, for_queries = blocks or backward_blocks(kind, architecture)
     sizes, scalars = sizes_of(problem, heads), scalars_of(problem)
+    launch_delta(problem, heads, out, rows, grad_out, grad_logsumexp, gradients.workspace)
     delta, shift, inverse = gradients.workspace
-    count = problem.batch_heads * problem.seqlen_q
-    launch(
-        delta_kernel(problem.dtype.name, grad_logsumexp is not None),
-        ceil_div(count, DELTA_ROWS), DELTA_THREADS,
-        out.array, grad_out.array, rows,
-        rows if grad_logsumexp is None else grad_logsumexp, delta, shift, inverse,
-        out.strides, grad_out.strides, heads.heads, problem.seqlen_q, problem.value_dim, count,
-    )  # fmt: skip
     read = (*inputs.arrays, inputs.offset, grad_out.array, shift, inverse, delta)
     strides = (*inputs.strides, grad_out.strides)
     dq, dk, dv, ds = gradients[:4]
@@ -232,13 +251,17 @@ def backward(
         key_value_kernel(kind, for_keys),
         ceil_div(problem.seqlen_k, for_keys.block_n) * (problem.batch_heads // heads.group),
         for_keys.threads, *read, dk.array, dv.array, *strides, dk.strides, dv.strides, sizes,
-        heads.group, *scalars, shared_bytes=_backward_bytes(kind, for_keys, True),
+        heads.group, *scalars, inputs.words,
+        tile_lists(problem, inputs, (for_keys.block_m, for_keys.block_n), transposed=True),
+        shared_bytes=backward_bytes(kind, for_keys, True),
     )  # fmt: skip
     launch(
         query_kernel(kind, for_queries, ds is not None),
         ceil_div(problem.seqlen_q, for_queries.block_m) * problem.batch_heads,
         for_queries.threads, *read, dq.array, delta if ds is None else ds, *strides, dq.strides,
-        sizes, *scalars, shared_bytes=_backward_bytes(kind, for_queries, False),
+        sizes, *scalars, inputs.words,
+        tile_lists(problem, inputs, (for_queries.block_m, for_queries.block_n)),
+        shared_bytes=backward_bytes(kind, for_queries, False),
     )  # fmt: skip
 
 
@@ -247,18 +270,19 @@ def backward(
 
 def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     """numba types of the kernels' arguments, by their names."""
-    of = argument_types(kind.precision, kind.mask)
+    of = argument_types(kind.precision, kind.mask, kind.functions)
     array, rows, strides, whole = of.array, of.rows, of.strides, types.int64
+    last = *of.scalars, of.words, of.lists
     return {
         "forward": (
-            *of.inputs, array, rows, rows, *[strides] * 5, of.sizes, *of.scalars,
+            *of.inputs, array, rows, rows, *[strides] * 5, of.sizes, *last,
         ),
         "key_value": (
             *of.inputs, array, *[rows] * 3, array, array, *[strides] * 7, of.sizes, whole,
-            *of.scalars,
+            *last,
         ),
         "query": (
-            *of.inputs, array, *[rows] * 3, array, rows, *[strides] * 6, of.sizes, *of.scalars,
+            *of.inputs, array, *[rows] * 3, array, rows, *[strides] * 6, of.sizes, *last,
         ),
         "delta": (array, array, *[rows] * 5, strides, strides, *[whole] * 4),
     }  # fmt: skip
@@ -280,6 +304,8 @@ def instances() -> Iterator[Instance]:
         Kind("float32", 80, 40, "bool", True, False),
         Kind("float64", 64, 64, "float64", True, False),
         Kind("bfloat16", 128, 128, "bool", False, True),
+        Kind("float32", 64, 64, "none", True, True, example_functions(), is_sparse=True),
+        Kind("float64", 64, 64, "float64", False, True, example_functions()),
     )
     for kind in kinds:
         names = ("sm_75",) if kind.precision == "bfloat16" else tuple(ARCHITECTURES)
@@ -302,6 +328,7 @@ def _kernels(kind: Kind, architecture: Architecture) -> dict[str, Any]:
 
 def _name(kind: Kind) -> str:
     flags = ", dropout" * kind.dropout + ", vectors" * kind.vectors
+    flags += ", functions" * bool(kind.functions) + ", lists" * kind.is_sparse
     return f"{kind.precision}, {kind.head_dim}, {kind.value_dim}, {kind.mask}{flags}"
 
 

@@ -20,8 +20,9 @@ from ...gpu.runtime import (
     types,
 )
 from ...gpu.vectors import vector_access
+from ..schedule_cuda import is_whole
 from ..scores import LOG2_E, NO_FUNCTIONS, Functions, Masked, Where
-from ..scores_cuda import counts, keys_of, masked_score
+from ..scores_cuda import Asked, counts, keys_of, masked_score
 from ..softmax import exp2_function
 from .registers import (
     BYTES,
@@ -125,26 +126,84 @@ def row_step(columns: int, lanes: int) -> int:
 # they could stay in registers, these lines would be there for every one of them.
 
 
-@cache
-def score_reader(kind: Kind) -> Any:
-    """Device function `(score, row, column, band, mask, place)`: a score as the rule leaves it.
+class Scores(NamedTuple):
+    """What is the same for all scores of a head.
 
-    `place` is of `head_place`, `band` (lower, upper, seqlen_q, seqlen_k).
+    Args:
+        band: (lower, upper, seqlen_q, seqlen_k).
+        mask: the mask's array.
+        place: of `head_place`.
+        words: what the user's functions are given.
+
     """
-    masked, has_mask = masked_score(kind.mask, kind.precision), kind.mask != "none"
+
+    band: Any
+    mask: Any
+    place: Any
+    words: Any
+
+
+@cache
+def tile_looker(kind: Kind, blocks: Blocks) -> Any:
+    """Device function `(row0, key0, full, band)`: whether a tile's scores are looked at one by one;
+    `full` is what a list says of it.
+    """
+    always = kind.mask != "none" or kind.functions.score is not None
+    has_mask_mod, is_sparse = kind.functions.mask is not None, kind.is_sparse
+    block_m, block_n = blocks.block_m, blocks.block_n
 
     @device_function
-    def score_of(score, row, column, band, mask, place):
-        lower, upper, seqlen_q, seqlen_k = band
-        batch, head, start, row_step, column_step = place
+    def looks(row0, key0, full, band):
+        if always:
+            return True
+        if is_sparse:
+            return not full
+        if has_mask_mod:
+            return True
+        return not is_whole(row0, block_m, key0, block_n, band)
+
+    return looks
+
+
+@cache
+def place_asker(kind: Kind) -> Any:
+    """Device function `(row, column, scores)`: the place that the user's functions are asked about.
+    Past the end it is the last one, so that they read inside of their arrays.
+    """
+    has_functions = bool(kind.functions)
+
+    @device_function
+    def asked_at(row, column, scores):
+        batch, head, _, _, _ = scores.place
+        if not has_functions:
+            return Where(batch, head, row, column)
+        _, _, seqlen_q, seqlen_k = scores.band
+        return Asked(batch, head, min(row, seqlen_q - 1), min(column, seqlen_k - 1), scores.words)
+
+    return asked_at
+
+
+@cache
+def score_reader(kind: Kind) -> Any:
+    """Device function `(score, row, column, scores)`: a score as the rule leaves it."""
+    masked = masked_score(kind.mask, kind.precision, kind.functions, kind.unit_of_results)
+    has_mask, asked_at = kind.mask != "none", place_asker(kind)
+    has_functions = bool(kind.functions)  # what they make of no query may be NaN
+
+    @device_function
+    def score_of(score, row, column, scores):
+        lower, upper, seqlen_q, seqlen_k = scores.band
+        _, _, start, row_step, column_step = scores.place
         first, end = keys_of(row, lower, upper)
         sees = counts(column < seqlen_k, column, first, end)
-        where = Where(batch, head, row, column)
+        if has_functions:
+            sees = sees & (row < seqlen_q)
+        where = asked_at(row, column, scores)
         if not has_mask:
             return masked(score, sees, 0, where)
         # Where there is no number of the mask the first is read, to no effect: no branch.
         offset = types.int64(row) * row_step + types.int64(column) * column_step
-        number = mask[start + (offset if sees & (row < seqlen_q) else types.int64(0))]
+        number = scores.mask[start + (offset if sees & (row < seqlen_q) else types.int64(0))]
         return masked(score, sees, number, where)
 
     return score_of
@@ -166,26 +225,29 @@ def exponential(kind: Kind) -> Any:
 
 
 @cache
-def score_masker(kind: Kind, blocks: Blocks, tile: int, step: int) -> Any:
-    """Device function: `score_reader` of a thread's scores, by way of its elements of a tile.
+def score_masker(kind: Kind, blocks: Blocks, tile: int, step: int, before: Any = None) -> Any:
+    """Device function `(memory, sums, row0, key0, scores)`: `score_reader` of a thread's scores, by
+    way of its elements of a tile.
 
-    `(memory, sums, row0, key0, band, mask, mask_place)`: band is (lower, upper, seqlen_q,
-    seqlen_k), mask_place of `head_place`.
+    `before` is a device function `(memory, place, row, column, scores)`, which is called for each
+    of them before the rule, while memory[place] is scale Q K^T.
     """
-    score_of = score_reader(kind)
+    score_of, has_before = score_reader(kind), before is not None
     threads_m, threads_n, keys = blocks.threads_m, blocks.threads_n, blocks.keys
     count, place_of = blocks.rows * keys, own_place(threads_n)
     put, get = tile_access(blocks, step)
 
     @device_function
-    def apply_mask(memory, sums, row0, key0, band, mask, mask_place):
+    def apply_mask(memory, sums, row0, key0, scores):
         my_row, my_key = place_of()
         put(memory, tile + my_row * step + my_key, sums)
         for number in range(count):
             r = my_row + number // keys * threads_m
             c = my_key + number % keys * threads_n
             place = tile + r * step + c
-            memory[place] = score_of(memory[place], row0 + r, key0 + c, band, mask, mask_place)
+            if has_before:
+                before(memory, place, row0 + r, key0 + c, scores)
+            memory[place] = score_of(memory[place], row0 + r, key0 + c, scores)
         get(memory, tile + my_row * step + my_key, sums)
 
     return apply_mask
