@@ -136,9 +136,11 @@ def _checked_mask(
         have in (1, want) for have, want in zip(block_mask.shape[:2], sizes[:2], strict=True)
     )
     if not fits:
+        longer = block_mask.shape[2] >= sizes[2] and block_mask.shape[3] >= sizes[3]
+        hint = f"; block_mask.rows(0, {sizes[2]}, {sizes[3]}) is its beginning" if longer else ""
         raise ValueError(
             f"block_mask has shape {block_mask.shape} (B, H, Q_LEN, KV_LEN); wanted {sizes}, or 1 "
-            "for B or H"
+            f"for B or H{hint if block_mask.shape[2:] != sizes[2:] else ''}"
         )
     return block_mask
 
