@@ -56,7 +56,7 @@ class Pass:
         """For people."""
         found = [self.kernel + (f": {self.tiles}" if self.tiles else "")]
         for name, lists in self.lists.items():
-            heads = "all heads'" if lists.heads == 1 else f"{lists.heads} heads'"
+            heads = "each head's" if lists.heads == 1 else f"{lists.heads} heads'"
             found.append(f"    {heads} {name}: {lists.counts()}")
         if self.schedules and not self.lists:
             counts = (f"{name}: {schedule.counts()}" for name, schedule in self.schedules.items())
