@@ -175,7 +175,7 @@ class ScoreValues:
             is_last = n == len(indices) - 1  # its step is 1
             if is_last:
                 offset, index = index.plus * size, Shifted(index.base, 0)
-            if index != (None, 0):
+            if index.base is not None or index.plus:  # `==` of symbols is an instruction
                 far = as_kind(WORD, index.number(self.beside))
                 if not is_last:
                     far = traced_math.whole("mul", far, self.words[first + 1 + n])
