@@ -100,29 +100,6 @@ class _Bands:
         return known[0].plus(known[1], -1 if node.name == "subtract" else 1)
 
 
-def of_difference(graph: Graph) -> tuple[bool, ...]:
-    """Of each node, whether it is the same for all scores of a head with one q - k."""
-    slopes: list[tuple[int, int] | None] = []  # of whole numbers that are a line in q and k
-    found: list[bool] = []
-    for node in graph.nodes:
-        lines = [slopes[n] for n in node.operands]
-        line: tuple[int, int] | None = None
-        if node.name in ("q", "k"):
-            line = (int(node.name == "q"), int(node.name == "k"))
-        elif node.name in ("add", "subtract", "negative") and None not in lines:
-            signs = {"add": (1, 1), "subtract": (1, -1), "negative": (-1,)}[node.name]
-            line = tuple(  # type: ignore[assignment]
-                sum(sign * x[axis] for sign, x in zip(signs, lines, strict=True) if x)
-                for axis in range(2)
-            )
-        elif node.name != "score" and all(x == (0, 0) for x in lines):
-            line = (0, 0)
-        slopes.append(line)
-        same = node.name not in ("q", "k", "score") and all(found[n] for n in node.operands)
-        found.append(same or (line is not None and sum(line) == 0))
-    return tuple(found)
-
-
 def _below(line: _Line, room: int) -> Band | None:
     """The band in which a line is less than `room`."""
     of_q, of_k, constant = line
@@ -141,4 +118,15 @@ def _both(first: Band, second: Band) -> Band:
     return max(lower, default=None), min(upper, default=None)
 
 
-__all__ = ["Band", "band_of", "of_difference"]
+def hides_by_position(graph: Graph) -> bool:
+    """Whether a score function makes scores -inf by their position alone, in a `where`."""
+    of_score = graph.depends_on("score")
+    return any(
+        node.name == "where"
+        and not of_score[node.operands[0]]
+        and any(graph.nodes[n].value == "-inf" for n in node.operands[1:])
+        for node in graph.nodes
+    )
+
+
+__all__ = ["Band", "band_of", "hides_by_position"]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ..score_graph import Graph, evaluate
 from ..score_intervals import IntervalOperations
-from .schedule import RULES, Band
+from .schedule import RULES, Band, TileCounts
 
 Array = NDArray[Any]
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -91,6 +91,12 @@ class BlockLists:
         head, row, column = np.nonzero(states)
         full = states[head, row, column] == FULL
         return BlockLists.of(Runs(head, row, column, np.ones_like(row), full), *states.shape)
+
+    def counts(self) -> TileCounts:
+        """How many blocks of all heads are visited, whole, partial and skipped."""
+        visited, whole = len(self.entries), int(np.count_nonzero(self.entries & 1))
+        every = self.heads * self.rows * self.columns
+        return TileCounts(visited, whole, visited - whole, every - visited)
 
     @property
     def places(self) -> tuple[Array, Array, Array, Array]:

@@ -38,6 +38,7 @@ from ..kernels.gpu.runtime import compute_capability
 from ..operators import add
 from ..rng import device_offset
 from ..tensor_data import TensorData, strides_from_shape
+from . import allocator
 from .device_array import DeviceArray
 from .elementwise import fold
 from .storage import contiguous, copied, in_dtype
@@ -224,10 +225,15 @@ def _words(
 ) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     """What the functions are given, and the arrays in device memory that it points to."""
     both = []
-    for graph, given in ((functions.score, variant.score), (functions.mask, variant.mask)):
+    # A block mask never changes: what it has is copied once, before a CUDA graph is captured.
+    of_mask = None if variant.lists is None else variant.lists.kept
+    for graph, given, kept in (
+        (functions.score, variant.score, None),
+        (functions.mask, variant.mask, of_mask),
+    ):
         kinds = () if graph is None else graph.captured
         arrays = (
-            _on_device(x, stored_dtype(y.kind, real))
+            _on_device(x, stored_dtype(y.kind, real), kept)
             for x, y in zip(given.arrays, kinds, strict=True)
         )
         both.append(Captured(tuple(arrays), given.parameters))
@@ -235,12 +241,32 @@ def _words(
     return words, (*both[0].arrays, *both[1].arrays)
 
 
-def _on_device(captured: Any, dtype: np.dtype[Any]) -> TensorData:
-    """A captured array, contiguous in device memory."""
+def _on_device(
+    captured: Any, dtype: np.dtype[Any], kept: dict[Any, Any] | None = None
+) -> TensorData:
+    """A captured array, contiguous in device memory; one that is kept there if it was before.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, whose replays would not see a copy from the host.
+
+    """
     if hasattr(captured, "_tensor"):
         return contiguous(in_dtype(captured._tensor, dtype))
+    key = "array on device", id(captured), dtype
+    if kept is not None and key in kept:
+        _, known = kept[key]
+        return known  # type: ignore[no-any-return]
+    if allocator.is_capturing():
+        raise RuntimeError(
+            "attention's score_mod or block_mask reads an array of numpy, and a CUDA graph is "
+            "captured, which holds no copies from the host: make it a Tensor on the GPU, or "
+            "compute once with the BlockMask before"
+        )
     array = np.ascontiguousarray(captured, dtype)
-    return contiguous_data(DeviceArray.from_host(array.reshape(-1)), array.shape)
+    data = contiguous_data(DeviceArray.from_host(array.reshape(-1)), array.shape)
+    if kept is not None:
+        kept[key] = captured, data
+    return data
 
 
 def _keeper(lists: TileLists | None) -> Any:
