@@ -134,7 +134,7 @@ def random_mask(shape: Shape, density: float) -> Any:
 
 def ours(
     recorder: Recorder, shape: Shape, inputs: list[Any], functions: dict[str, Any], mask: Any,
-    is_causal: bool, wants_table: bool,
+    is_causal: bool,
 ) -> Contestant:  # fmt: skip
     """Our kernels, those that the launcher chooses."""
     import minitorch
@@ -258,7 +258,7 @@ def measure(
     our_mask = mine.get("mask") if mask is None else mask
     makers: dict[str, Callable[[], Contestant]] = {
         "ours": lambda: ours(
-            recorder, shape, inputs, mine, our_mask, is_causal, "gradient" in name
+            recorder, shape, inputs, mine, our_mask, is_causal
         ),
     }  # fmt: skip
     if with_flex and name not in ("causal function", "table with gradient"):
@@ -274,7 +274,7 @@ def measure(
         cell["error"] = dict(zip(("forward", "backward"), errors, strict=True))
     for made in running.values():
         made.close()
-    del running, inputs
+    del running
     gc.collect()
     return cell
 
