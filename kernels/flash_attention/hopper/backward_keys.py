@@ -196,8 +196,9 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         is_full = full
                         if not is_sparse:
                             is_full = is_whole(row0, passing, key0, keys, endless)
-                            if has_score:  # which reads nothing past the last query
-                                is_full = is_full and row0 + passing <= seqlen_q
+                            if has_score:  # which reads nothing past the last query or key
+                                inside = row0 + passing <= seqlen_q and key0 + keys <= seqlen_k
+                                is_full = is_full and inside
                         found = weigh(
                             scores_done(scores), own_scale, numbers, is_full, row0 + my_column,
                             key0 + my_row, band, mask, mask_place, words,

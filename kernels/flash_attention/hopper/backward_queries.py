@@ -119,6 +119,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     write_ds = write_scores(tile)
     slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
     (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
+    has_score = kind.functions.score is not None
     queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit_of_products
     scale_dq, scale_ds = of_dq.scale_rows, tile.scale_rows
 
@@ -175,9 +176,11 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     products = products_of(do, v)
                     wgmma_commit_group()
                     # P = exp(S - L),  dS = P * (Z dP - delta)
-                    is_full = (
-                        full if is_sparse else is_whole(row0, queries, key0, passing, limits)
-                    )  # fmt: skip
+                    is_full = full
+                    if not is_sparse:
+                        is_full = is_whole(row0, queries, key0, passing, limits)
+                        if has_score:  # which reads nothing past the last query
+                            is_full = is_full and row0 + queries <= seqlen_q
                     found = weigh(
                         scores_done(scores), own_scale, shifts, is_full, row, key0 + my_column,
                         band, mask, mask_place, words,

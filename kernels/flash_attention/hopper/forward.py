@@ -280,7 +280,11 @@ def softmax(kind: Kind, block_n: int) -> Any:
         own_row, own_key = i32(row0 + own_row), i32(key0 + own_key)
         if scaled_first and not additive and not has_score:
             s, scale = scale_all(s, scale), f32(1.0)
-        whole = full if is_sparse else is_whole(row0, ROWS, key0, block_n, sizes)
+        whole = full
+        if not is_sparse:
+            whole = is_whole(row0, ROWS, key0, block_n, sizes)
+            if has_score:  # which reads nothing past the last query
+                whole = whole and row0 + ROWS <= seqlen_q
         if always_masked or not whole:
             band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
             place = head_place(batch, head, mask_steps)
