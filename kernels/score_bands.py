@@ -100,6 +100,29 @@ class _Bands:
         return known[0].plus(known[1], -1 if node.name == "subtract" else 1)
 
 
+def of_difference(graph: Graph) -> tuple[bool, ...]:
+    """Of each node, whether it is the same for all scores of a head with one q - k."""
+    slopes: list[tuple[int, int] | None] = []  # of whole numbers that are a line in q and k
+    found: list[bool] = []
+    for node in graph.nodes:
+        lines = [slopes[n] for n in node.operands]
+        line: tuple[int, int] | None = None
+        if node.name in ("q", "k"):
+            line = (int(node.name == "q"), int(node.name == "k"))
+        elif node.name in ("add", "subtract", "negative") and None not in lines:
+            signs = {"add": (1, 1), "subtract": (1, -1), "negative": (-1,)}[node.name]
+            line = tuple(  # type: ignore[assignment]
+                sum(sign * x[axis] for sign, x in zip(signs, lines, strict=True) if x)
+                for axis in range(2)
+            )
+        elif node.name != "score" and all(x == (0, 0) for x in lines):
+            line = (0, 0)
+        slopes.append(line)
+        same = node.name not in ("q", "k", "score") and all(found[n] for n in node.operands)
+        found.append(same or (line is not None and sum(line) == 0))
+    return tuple(found)
+
+
 def _below(line: _Line, room: int) -> Band | None:
     """The band in which a line is less than `room`."""
     of_q, of_k, constant = line
@@ -129,4 +152,4 @@ def hides_by_position(graph: Graph) -> bool:
     )
 
 
-__all__ = ["Band", "band_of", "hides_by_position"]
+__all__ = ["Band", "band_of", "hides_by_position", "of_difference"]
