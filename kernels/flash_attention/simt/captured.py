@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ from ..problem import AttentionProblem
 from ..schedule import Band
 from ..schedule_cuda import walk
 from ..score_values import Evaluation, words_type
-from ..scores import Where
+from ..scores import Functions, Where
 from ..scores_cuda import head_place
 from ..variant import derivative_of, wanted_gradients
 from .backward import backward_memory, row_loader, score_gradients, tile_pair
@@ -342,6 +343,8 @@ def captured_gradients(
 
     """
     kind = kind_of(problem, inputs.mask_kind, has_whole_vectors(problem, inputs, grad_out))
+    # Other kernels do not know which gradients are wanted; this one must.
+    kind = replace(kind, functions=Functions(problem.score_mod, problem.mask_mod))
     _, blocks = backward_blocks(kind, architecture)
     launch_delta(problem, heads, out, rows, grad_out, grad_logsumexp, workspace)
     delta, shift, inverse = workspace
