@@ -12,6 +12,7 @@ import numpy as np
 
 from ..kernels.copy_cuda import copy_into
 from ..kernels.flash_attention.block_lists import TileLists
+from ..kernels.flash_attention.captured import CapturedSums
 from ..kernels.flash_attention.decode import launch as decode
 from ..kernels.flash_attention.hopper import launch as hopper
 from ..kernels.flash_attention.launch import (
@@ -26,7 +27,7 @@ from ..kernels.flash_attention.problem import AttentionProblem, Shape, mask_kind
 from ..kernels.flash_attention.score_values import stored_dtype, words_of
 from ..kernels.flash_attention.scores import NO_FUNCTIONS, Functions
 from ..kernels.flash_attention.simt import launch as simt
-from ..kernels.flash_attention.simt.captured import CapturedSums, captured_gradients
+from ..kernels.flash_attention.simt.captured import captured_gradients
 from ..kernels.flash_attention.variant import (
     NO_VARIANT,
     Captured,
@@ -309,7 +310,7 @@ def _captured_sums(
     sizes = [prod(x.shape) for x in arrays]
     starts = tuple(sum(sizes[:n]) for n in range(len(sizes)))
     largest = DeviceArray.empty(len(arrays), _exact(problem))
-    units = DeviceArray.empty(len(arrays), np.dtype(np.float64))
+    units = DeviceArray.empty(len(arrays), _exact(problem))
     sums = DeviceArray.empty(max(sum(sizes), 1), np.dtype(np.int64))
     results = [contiguous_data(DeviceArray.empty(prod(x.shape), x.dtype), x.shape) for x in arrays]
     for array in (largest, sums, *map(device_storage, results)):
