@@ -22,12 +22,13 @@ from ..kernels.flash_attention.launch import (
     Strides,
     heads_of,
 )
+from ..kernels.flash_attention.mma import captured as mma_captured
 from ..kernels.flash_attention.mma import launch as mma
 from ..kernels.flash_attention.problem import AttentionProblem, Shape, mask_kind
 from ..kernels.flash_attention.score_values import stored_dtype, words_of
 from ..kernels.flash_attention.scores import NO_FUNCTIONS, Functions
+from ..kernels.flash_attention.simt import captured as simt_captured
 from ..kernels.flash_attention.simt import launch as simt
-from ..kernels.flash_attention.simt.captured import captured_gradients
 from ..kernels.flash_attention.variant import (
     NO_VARIANT,
     Captured,
@@ -417,7 +418,9 @@ def flash_attention_backward(
         sums, captured = _captured_sums(problem, variant.score)
         if inputs.functions.score is not None:
             of_arrays = [(device_storage(x).array, x.size, x.dtype.name) for x in captured]
-            captured_gradients(
+            # Rows are aligned as tensor cores want them, for all families but SIMT's.
+            of_captured = simt_captured if module is simt else mma_captured
+            of_captured.captured_gradients(
                 problem, heads, inputs, *given, do, grad_lse, vectors, sums, of_arrays,
                 architecture,
             )  # fmt: skip

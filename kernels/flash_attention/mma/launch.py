@@ -72,7 +72,7 @@ def _text(architecture: Architecture) -> str:
     return "compute capability {}.{}".format(*architecture)
 
 
-def _kind(problem: AttentionProblem, mask_kind: str, architecture: Architecture) -> Kind:
+def kind_of(problem: AttentionProblem, mask_kind: str, architecture: Architecture) -> Kind:
     name = problem.dtype.name
     return Kind(
         problem.fp32_precision if name == "float32" else name,
@@ -279,7 +279,7 @@ def _choosers(
     problem: AttentionProblem, mask_kind: str, architecture: Architecture
 ) -> tuple[Kind, Architecture, bool, int]:
     """What tiles are chosen by."""
-    kind = _kind(problem, mask_kind, architecture)
+    kind = kind_of(problem, mask_kind, architecture)
     return kind, architecture, problem.right is not None, problem.seqlen_q
 
 
@@ -342,6 +342,27 @@ def forward(
     )  # fmt: skip
 
 
+def launch_delta(
+    problem: AttentionProblem,
+    heads: Heads,
+    kind: Kind,
+    out: Matrices,
+    rows: Any,
+    grad_out: Matrices,
+    grad_logsumexp: Any,
+    workspace: tuple[Any, Any, Any],
+    call: int,
+) -> None:
+    """Write delta, L and rest of each row; `call` is the number of this call, see `next_call`."""
+    count = problem.batch_heads * problem.seqlen_q
+    launch(
+        delta_kernel(kind, grad_logsumexp is not None),
+        ceil_div(count, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
+        out.array, grad_out.array, rows, rows if grad_logsumexp is None else grad_logsumexp,
+        *workspace, call, out.strides, grad_out.strides, heads.heads, problem.seqlen_q, count,
+    )  # fmt: skip
+
+
 def backward(
     problem: AttentionProblem,
     heads: Heads,
@@ -359,14 +380,9 @@ def backward(
     kind, (for_keys, for_queries) = of_problem[0], blocks or backward_tiles(*of_problem)
     sizes, scalars = sizes_of(problem, heads), scalars_of(problem)
     (delta, shift, rest), call = gradients.workspace, next_call()
-    count = problem.batch_heads * problem.seqlen_q
-    launch(
-        delta_kernel(kind, grad_logsumexp is not None),
-        ceil_div(count, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
-        out.array, grad_out.array, rows,
-        rows if grad_logsumexp is None else grad_logsumexp, delta, shift, rest, call,
-        out.strides, grad_out.strides, heads.heads, problem.seqlen_q, count,
-    )  # fmt: skip
+    launch_delta(
+        problem, heads, kind, out, rows, grad_out, grad_logsumexp, gradients.workspace, call
+    )
     read = (*inputs.arrays, inputs.offset, grad_out.array, shift, delta, rest)
     strides = (*inputs.strides, grad_out.strides)
     dq, dk, dv, ds = gradients[:4]
