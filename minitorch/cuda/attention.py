@@ -419,8 +419,8 @@ def flash_attention_backward(
         if inputs.functions.score is not None:
             of_arrays = [(device_storage(x).array, x.size, x.dtype.name) for x in captured]
             # Rows are aligned as tensor cores want them, for all families but SIMT's.
-            of_captured = simt_captured if module is simt else mma_captured
-            of_captured.captured_gradients(
+            on_cores = module is not simt and mma_captured.takes(problem, architecture)
+            (mma_captured if on_cores else simt_captured).captured_gradients(
                 problem, heads, inputs, *given, do, grad_lse, vectors, sums, of_arrays,
                 architecture,
             )  # fmt: skip

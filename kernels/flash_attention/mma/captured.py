@@ -32,19 +32,35 @@ from ..schedule_cuda import walk
 from ..scores_cuda import head_place
 from ..softmax import next_call
 from .backward import backward_memory
-from .launch import kind_of, launch_delta
+from .launch import ARCHITECTURES, can_be_copied, kind_of, launch_delta, why_not
 from .memory import copy_barriers, pair_copier
 from .scores import read_own_rows, score_gradients, score_rule
 from .tiles import Kind, Tiles, divide, lane_places, multiply_rows
 
-TILES = Tiles(16, 16, 1, 1) if SIMULATED else Tiles(64, 64, 4, 1)
-WIDE_TILES = TILES if SIMULATED else Tiles(64, 16, 4, 1)  # of heads of more than 128 columns
+# The first that fits in shared memory.
+CHOICES = (
+    (Tiles(16, 16, 1, 1),) if SIMULATED else (
+        Tiles(64, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(64, 16, 4, 1), Tiles(32, 16, 2, 1),
+        Tiles(16, 16, 1, 1),
+    )
+)  # fmt: skip
 ODD = 1  # column more than a tile has, so that rows begin in different banks
 
 
-def tiles_of(kind: Kind) -> Tiles:
-    """The kernel's tiles."""
-    return TILES if max(kind.width, kind.value_width) <= 128 else WIDE_TILES
+@cache
+def tiles_of(kind: Kind, architecture: Architecture) -> Tiles | None:
+    """The kernel's tiles; None if none fit, as of float32 with 256 columns on small GPUs."""
+    wide = max(kind.width, kind.value_width) > 128 and not SIMULATED
+    for tiles in CHOICES[2 * wide :]:
+        if can_be_copied(kind, tiles, architecture, shared_bytes(kind, tiles)):
+            return tiles
+    return None
+
+
+def takes(problem: AttentionProblem, architecture: Architecture) -> bool:
+    """Whether the kernel computes it."""
+    kind = kind_of(problem, problem.mask_kind, architecture)
+    return why_not(problem, architecture) is None and tiles_of(kind, architecture) is not None
 
 
 def shared_bytes(kind: Kind, tiles: Tiles) -> int:
@@ -182,7 +198,8 @@ def captured_gradients(
 ) -> None:
     """Write the gradients of what the score function captured: see simt/captured.py."""
     kind, call = kind_of(problem, inputs.mask_kind, architecture), next_call()
-    tiles = tiles_of(kind)
+    tiles = tiles_of(kind, architecture)
+    assert tiles is not None
     launch_delta(problem, heads, kind, out, rows, grad_out, grad_logsumexp, workspace, call)
     delta, shift, rest = workspace
     grid = ceil_div(problem.seqlen_q, tiles.rows) * problem.batch_heads
@@ -208,26 +225,27 @@ def captured_gradients(
 def instances() -> Iterator[Instance]:
     """With lists, with dropout, and of wide heads."""
     functions, wholes = example_functions(), types.Array(types.int64, 1, "C")
-    every = ("sm_80", "sm_86", "sm_89", "sm_90a")
-    for kind, names in (
-        (Kind("float16", 64, 64, "none", False, False, False, functions, True), every),
-        (Kind("bfloat16", 128, 128, "none", True, False, False, functions), every),
-        (Kind("tf32x3", 128, 128, "float32", False, True, False, functions), ("sm_80",)),
-        (Kind("float16", 256, 256, "none", False, False, False, functions), ("sm_86",)),
-        (Kind("float16", 64, 64, "none", False, False, True, functions), ("sm_75",)),
+    for kind, name in (
+        (Kind("float16", 64, 64, "none", False, False, False, functions, True), "sm_90a"),
+        (Kind("float16", 128, 128, "none", True, False, False, functions), "sm_86"),
+        (Kind("bfloat16", 128, 128, "none", True, False, False, functions), "sm_80"),
+        (Kind("tf32x3", 256, 256, "float32", False, True, False, functions), "sm_90a"),
+        (Kind("tf32x3", 128, 128, "none", False, False, False, functions), "sm_89"),
+        (Kind("float16", 128, 128, "none", False, False, True, functions), "sm_75"),
     ):
+        tiles = tiles_of(kind, ARCHITECTURES[name])
+        assert tiles is not None
         of = argument_types(kind.precision, kind.mask, functions)
         signature = (
             *of.inputs, of.array, *[of.rows] * 5, wholes, *[of.strides] * 5, of.sizes,
             *of.scalars, of.words, of.lists, types.UniTuple(types.int64, 1),
         )  # fmt: skip
         for measures in (True, False):
-            name = f"{kind.numbers}, {kind.head_dim}, {', '.join(names)}"
-            name += ", measures" if measures else ", adds"
+            label = f"{kind.numbers}, {kind.head_dim}, {'measures' if measures else 'adds'}, {name}"
             yield Instance(
-                f"mma_captured[{name}]", captured_kernel(kind, tiles_of(kind), measures), signature,
-                architectures=names,
+                f"mma_captured[{label}]", captured_kernel(kind, tiles, measures), signature,
+                architectures=(name,),
             )  # fmt: skip
 
 
-__all__ = ["captured_gradients", "instances"]
+__all__ = ["captured_gradients", "instances", "takes"]

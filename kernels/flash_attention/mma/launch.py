@@ -50,6 +50,10 @@ MEMORY = {
     (8, 9): 99 * 1024, (9, 0): 227 * 1024,
 }  # fmt: skip
 LITTLE_MEMORY = 99 * 1024
+# As the compiler names them.
+ARCHITECTURES = {
+    "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0),
+}  # fmt: skip
 
 
 def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
@@ -185,14 +189,21 @@ def tiles_of(numbers: Numbers) -> Tiles:
     return Tiles(*arguments)
 
 
-def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums: int) -> bool:
-    """Whether tiles of `size` bytes in all, and `sums` numbers of a lane, can be."""
+def can_be_copied(kind: Kind, tiles: Tiles, architecture: Architecture, size: int) -> bool:
+    """Whether tiles of `size` bytes in all have room, and threads that share their rows."""
     for width in (kind.width, kind.value_width):
         at_once = tiles.threads // copy_team(kind, width)
-        if any(n > at_once and n % at_once for n in (tiles.rows, tiles.columns)):
+        if not at_once or any(n > at_once and n % at_once for n in (tiles.rows, tiles.columns)):
             return False
         if width // tiles.parts % 16:
             return False
+    return size <= MEMORY.get(architecture, LITTLE_MEMORY)
+
+
+def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums: int) -> bool:
+    """Whether tiles of `size` bytes in all, and `sums` numbers of a lane, can be."""
+    if not can_be_copied(kind, tiles, architecture, size):
+        return False
     most = SUMS
     if kind.dropout:
         most = SUMS_WITH_DROPOUT
@@ -200,7 +211,7 @@ def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums:
         if tiles.row_blocks * tiles.columns // 2 > SCORES_WITH_MASK:
             return False
         most = SUMS_WITH_MASK if kind.itemsize == 4 else most
-    return sums <= most and size <= MEMORY.get(architecture, LITTLE_MEMORY)
+    return sums <= most
 
 
 def _scores(kind: Kind) -> int:
