@@ -384,6 +384,12 @@ def flash_attention_forward(
     )  # fmt: skip
 
 
+def _mask_gradient(query: Tensor, ds: TensorData, attn_mask: Any) -> Tensor:
+    """The gradient of an additive mask, from that of all scores."""
+    dmask = query._new(_summed(ds, attn_mask.shape))
+    return dmask if dmask.dtype == attn_mask.dtype else query.f.ops.cast(dmask, attn_mask.dtype)
+
+
 def flash_attention_backward(
     grad_out: Tensor,
     grad_logsumexp: Tensor | None,
@@ -451,15 +457,10 @@ def flash_attention_backward(
                 problem, heads, inputs, *given, do, grad_lse, vectors, sums, of_arrays,
                 architecture,
             )  # fmt: skip
-    dmask = None
-    if ds is not None and attn_mask is not None:
-        dmask = query._new(_summed(ds, attn_mask.shape))
-        if dmask.dtype != attn_mask.dtype:
-            dmask = query.f.ops.cast(dmask, attn_mask.dtype)
     return (
         query._new(_summed_to_heads(dq, query.shape)),
         query._new(_summed_to_heads(dk, key.shape)),
         query._new(_summed_to_heads(dv, value.shape)),
-        dmask,
+        None if ds is None else _mask_gradient(query, ds, attn_mask),
         *(query._new(x) for x in captured),
     )
