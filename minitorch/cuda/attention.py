@@ -12,6 +12,7 @@ import numpy as np
 
 from ..kernels.copy_cuda import copy_into
 from ..kernels.flash_attention.block_lists import TileLists
+from ..kernels.flash_attention.captured import CapturedSums
 from ..kernels.flash_attention.decode import launch as decode
 from ..kernels.flash_attention.hopper import launch as hopper
 from ..kernels.flash_attention.launch import (
@@ -22,12 +23,13 @@ from ..kernels.flash_attention.launch import (
     functions_of,
     heads_of,
 )
+from ..kernels.flash_attention.mma import captured as mma_captured
 from ..kernels.flash_attention.mma import launch as mma
 from ..kernels.flash_attention.problem import AttentionProblem, Shape, mask_kind
 from ..kernels.flash_attention.score_values import stored_dtype, words_of
 from ..kernels.flash_attention.scores import NO_FUNCTIONS, Functions
+from ..kernels.flash_attention.simt import captured as simt_captured
 from ..kernels.flash_attention.simt import launch as simt
-from ..kernels.flash_attention.simt.captured import CapturedSums, captured_gradients
 from ..kernels.flash_attention.variant import (
     NO_VARIANT,
     Captured,
@@ -336,7 +338,7 @@ def _captured_sums(
     sizes = [prod(x.shape) for x in arrays]
     starts = tuple(sum(sizes[:n]) for n in range(len(sizes)))
     largest = DeviceArray.empty(len(arrays), _exact(problem))
-    units = DeviceArray.empty(len(arrays), np.dtype(np.float64))
+    units = DeviceArray.empty(len(arrays), _exact(problem))
     sums = DeviceArray.empty(max(sum(sizes), 1), np.dtype(np.int64))
     results = [contiguous_data(DeviceArray.empty(prod(x.shape), x.dtype), x.shape) for x in arrays]
     for array in (largest, sums, *map(device_storage, results)):
@@ -380,6 +382,12 @@ def flash_attention_forward(
             contiguous_data(rows, (*problem.logsumexp_shape, 2))
         ),
     )  # fmt: skip
+
+
+def _mask_gradient(query: Tensor, ds: TensorData, attn_mask: Any) -> Tensor:
+    """The gradient of an additive mask, from that of all scores."""
+    dmask = query._new(_summed(ds, attn_mask.shape))
+    return dmask if dmask.dtype == attn_mask.dtype else query.f.ops.cast(dmask, attn_mask.dtype)
 
 
 def flash_attention_backward(
@@ -443,19 +451,16 @@ def flash_attention_backward(
         sums, captured = _captured_sums(problem, variant.score)
         if inputs.functions.score is not None:
             of_arrays = [(device_storage(x).array, x.size, x.dtype.name) for x in captured]
-            captured_gradients(
+            # Rows are aligned as tensor cores want them, for all families but SIMT's.
+            on_cores = module is not simt and mma_captured.takes(problem, architecture)
+            (mma_captured if on_cores else simt_captured).captured_gradients(
                 problem, heads, inputs, *given, do, grad_lse, vectors, sums, of_arrays,
                 architecture,
             )  # fmt: skip
-    dmask = None
-    if ds is not None and attn_mask is not None:
-        dmask = query._new(_summed(ds, attn_mask.shape))
-        if dmask.dtype != attn_mask.dtype:
-            dmask = query.f.ops.cast(dmask, attn_mask.dtype)
     return (
         query._new(_summed_to_heads(dq, query.shape)),
         query._new(_summed_to_heads(dk, key.shape)),
         query._new(_summed_to_heads(dv, value.shape)),
-        dmask,
+        None if ds is None else _mask_gradient(query, ds, attn_mask),
         *(query._new(x) for x in captured),
     )

@@ -290,3 +290,16 @@ def test_arrays_of_a_block_mask_are_copied_to_the_gpu_once(monkeypatch: pytest.M
         RuntimeError, match=r"reads an array of numpy, and a CUDA graph is captured"
     ):
         x.flash_attention(x, x, score_mod=alibi)
+
+
+def test_a_tensor_that_a_score_function_reads_gets_its_gradient() -> None:
+    found, mask = [], minitorch.attention_masks.bigbird(8, 2, 1, 1, 1)
+    for given, x in zip(pair(4, "float32", 2, 4), pair(5, "float32", 1, 2, 8, 4), strict=True):
+        table = given.detach()
+        table.requires_grad_(True)
+        relative = minitorch.score_mods.t5_bias(table.permute(1, 0), 4)
+        out = x.flash_attention(x, x, score_mod=relative, block_mask=mask)
+        (out * x).sum().backward()
+        found.append(table.grad)
+    assert np.abs(found[1].to_numpy()).max() > 1e-2
+    assert_same(found[0], found[1], "float32")

@@ -51,6 +51,10 @@ MEMORY = {
     (8, 9): 99 * 1024, (9, 0): 227 * 1024,
 }  # fmt: skip
 LITTLE_MEMORY = 99 * 1024
+# As the compiler names them.
+ARCHITECTURES = {
+    "sm_75": (7, 5), "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90a": (9, 0),
+}  # fmt: skip
 
 
 def why_not(problem: AttentionProblem, architecture: Architecture) -> str | None:
@@ -73,7 +77,7 @@ def _text(architecture: Architecture) -> str:
     return "compute capability {}.{}".format(*architecture)
 
 
-def _kind(problem: AttentionProblem, mask_kind: str, architecture: Architecture) -> Kind:
+def kind_of(problem: AttentionProblem, mask_kind: str, architecture: Architecture) -> Kind:
     name = problem.dtype.name
     return Kind(
         problem.fp32_precision if name == "float32" else name,
@@ -186,14 +190,21 @@ def tiles_of(numbers: Numbers) -> Tiles:
     return Tiles(*arguments)
 
 
-def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums: int) -> bool:
-    """Whether tiles of `size` bytes in all, and `sums` numbers of a lane, can be."""
+def can_be_copied(kind: Kind, tiles: Tiles, architecture: Architecture, size: int) -> bool:
+    """Whether tiles of `size` bytes in all have room, and threads that share their rows."""
     for width in (kind.width, kind.value_width):
         at_once = tiles.threads // copy_team(kind, width)
-        if any(n > at_once and n % at_once for n in (tiles.rows, tiles.columns)):
+        if not at_once or any(n > at_once and n % at_once for n in (tiles.rows, tiles.columns)):
             return False
         if width // tiles.parts % 16:
             return False
+    return size <= MEMORY.get(architecture, LITTLE_MEMORY)
+
+
+def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums: int) -> bool:
+    """Whether tiles of `size` bytes in all, and `sums` numbers of a lane, can be."""
+    if not can_be_copied(kind, tiles, architecture, size):
+        return False
     most = SUMS
     if kind.dropout:
         most = SUMS_WITH_DROPOUT
@@ -201,7 +212,7 @@ def _fits(kind: Kind, tiles: Tiles, architecture: Architecture, size: int, sums:
         if tiles.row_blocks * tiles.columns // 2 > SCORES_WITH_MASK:
             return False
         most = SUMS_WITH_MASK if kind.itemsize == 4 else most
-    return sums <= most and size <= MEMORY.get(architecture, LITTLE_MEMORY)
+    return sums <= most
 
 
 def _scores(kind: Kind) -> int:
@@ -280,7 +291,7 @@ def _choosers(
     problem: AttentionProblem, mask_kind: str, architecture: Architecture
 ) -> tuple[Kind, Architecture, bool, int]:
     """What tiles are chosen by."""
-    kind = _kind(problem, mask_kind, architecture)
+    kind = kind_of(problem, mask_kind, architecture)
     return kind, architecture, problem.right is not None, problem.seqlen_q
 
 
@@ -343,6 +354,27 @@ def forward(
     )  # fmt: skip
 
 
+def launch_delta(
+    problem: AttentionProblem,
+    heads: Heads,
+    kind: Kind,
+    out: Matrices,
+    rows: Any,
+    grad_out: Matrices,
+    grad_logsumexp: Any,
+    workspace: tuple[Any, Any, Any],
+    call: int,
+) -> None:
+    """Write delta, L and rest of each row; `call` is the number of this call, see `next_call`."""
+    count = problem.batch_heads * problem.seqlen_q
+    launch(
+        delta_kernel(kind, grad_logsumexp is not None),
+        ceil_div(count, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
+        out.array, grad_out.array, rows, rows if grad_logsumexp is None else grad_logsumexp,
+        *workspace, call, out.strides, grad_out.strides, heads.heads, problem.seqlen_q, count,
+    )  # fmt: skip
+
+
 def backward(
     problem: AttentionProblem,
     heads: Heads,
@@ -360,14 +392,9 @@ def backward(
     kind, (for_keys, for_queries) = of_problem[0], blocks or backward_tiles(*of_problem)
     sizes, scalars = sizes_of(problem, heads), scalars_of(problem)
     (delta, shift, rest), call = gradients.workspace, next_call()
-    count = problem.batch_heads * problem.seqlen_q
-    launch(
-        delta_kernel(kind, grad_logsumexp is not None),
-        ceil_div(count, DELTA_THREADS // delta_team(kind)[0]), DELTA_THREADS,
-        out.array, grad_out.array, rows,
-        rows if grad_logsumexp is None else grad_logsumexp, delta, shift, rest, call,
-        out.strides, grad_out.strides, heads.heads, problem.seqlen_q, count,
-    )  # fmt: skip
+    launch_delta(
+        problem, heads, kind, out, rows, grad_out, grad_logsumexp, gradients.workspace, call
+    )
     read = (*inputs.arrays, inputs.offset, grad_out.array, shift, delta, rest)
     strides = (*inputs.strides, grad_out.strides)
     dq, dk, dv, ds = gradients[:4]

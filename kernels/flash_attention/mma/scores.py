@@ -165,7 +165,9 @@ def read_own_rows(tile: RegisterTile) -> Any:
 
 
 @cache
-def score_gradients(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
+def score_gradients(
+    kind: Kind, tile: RegisterTile, keys_are_rows: bool, derives: bool = True
+) -> Any:
     """Traced `(scores, dp, shift, delta, scale, row, key, dropout, keep)`: P with 0 where the
     weight is dropped; dS = P * (Z dP - delta), from S and dP = dO V^T; and the same before a score
     function's derivative, whose slopes come after the scores.
@@ -174,11 +176,12 @@ def score_gradients(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
     numbers for the lane's rows; with keys as rows they are the places in shared memory of those of
     the lane's first query.
     """
-    sums, number, has_score = tile.type, types.float32, kind.functions.score is not None
+    sums, number = tile.type, types.float32
+    derives = derives and kind.functions.score is not None
     of_rows = types.uint32 if keys_are_rows else tile.rows_type
     blocks, kept_of = tile.columns // 8, kept_of_keys if keys_are_rows else kept_of_queries
     power, count = exponential(kind), tile.registers
-    given = types.UniTuple(number, count * (1 + has_score))
+    given = types.UniTuple(number, count * (1 + derives))
 
     @traced(
         types.Tuple((sums, sums, sums)), given, sums, of_rows, of_rows, number, types.uint32,
@@ -205,7 +208,7 @@ def score_gradients(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
                 weights[place] = select(kept, p, 0.0)
                 upstream = select(kept, upstream * keep, 0.0)
             gradients[place] = p * (upstream - less)
-        if not has_score:
+        if not derives:
             return weights, gradients, gradients
         # 0 times an infinite slope is 0.
         slopes = scores[count:]
