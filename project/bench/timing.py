@@ -33,28 +33,29 @@ CALLS = 5  # of ours between two events
 def in_turn(
     functions: Mapping[str, Callable[[], Any]],
     seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, in rounds that call every function in turn; at least 3 rounds.
 
     Args:
         functions: by name; each is called once before, for what happens only then.
         seconds: that all rounds are to take together.
-        clock: that times a call; `time.process_time` counts what all threads work, and not what
-            other programs take.
+        clock: that times a call, `time.perf_counter` if None; `time.process_time` counts what all
+            threads work, and not what other programs take.
 
     """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
+    now = clock or time.perf_counter
     end = time.perf_counter() + seconds
     for number in range(MOST_ROUNDS):
         if number >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
         for name, function in functions.items():
-            start = clock()
+            start = now()
             function()
-            times[name].append(clock() - start)
+            times[name].append(now() - start)
     return times
 
 
