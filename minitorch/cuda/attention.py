@@ -347,6 +347,29 @@ def _captured_sums(
     return CapturedSums(largest.array, units.array, sums.array, starts, owner), results
 
 
+def _captured_gradients(
+    arguments: tuple[Any, ...],
+    given: Captured,
+    workspace: tuple[Any, Any, Any],
+    module: Any,
+    architecture: tuple[int, int],
+) -> list[TensorData]:
+    """Gradients of what the score function captured, after the backward pass of a module with these
+    arguments. Rows are aligned as tensor cores want them, for all modules but SIMT's.
+    """
+    problem, _, inputs, *_ = arguments
+    if not wanted_gradients(problem.score_mod):
+        return []
+    sums, found = _captured_sums(problem, given)
+    if inputs.functions.score is not None:
+        on_cores = module is not simt and mma_captured.takes(problem, architecture)
+        (mma_captured if on_cores else simt_captured).captured_gradients(
+            *arguments, workspace, sums,
+            [(device_storage(x).array, x.size, x.dtype.name) for x in found], architecture,
+        )  # fmt: skip
+    return found
+
+
 # ----- the operations: by the first kernels in `FLASH_ATTENTION` that compute them -----
 
 
@@ -437,26 +460,17 @@ def flash_attention_backward(
             **_workspace(module, "forward", problem, architecture),
         )  # fmt: skip
     do = _matrices(grad_out._tensor.broadcast_to(problem.out_shape), leading, alignment)
-    given = _matrices(result, leading), numbers.array
     grad_lse = None if grad_rows is None else grad_rows.array
+    arguments = (
+        problem, heads, inputs, _matrices(result, leading), numbers.array, do, grad_lse,
+    )  # fmt: skip
     vectors = workspace[0].array, workspace[1].array, workspace[2].array
     targets = _matrices(dq, leading), _matrices(dk, kept), _matrices(dv, kept)
     module.backward(
-        problem, heads, inputs, *given, do, grad_lse,
-        Gradients(*targets, None if ds is None else device_storage(ds).array, vectors),
+        *arguments, Gradients(*targets, None if ds is None else device_storage(ds).array, vectors),
         architecture, **_workspace(module, "backward", problem, architecture),
     )  # fmt: skip
-    captured: list[TensorData] = []
-    if wanted_gradients(problem.score_mod):
-        sums, captured = _captured_sums(problem, variant.score)
-        if inputs.functions.score is not None:
-            of_arrays = [(device_storage(x).array, x.size, x.dtype.name) for x in captured]
-            # Rows are aligned as tensor cores want them, for all families but SIMT's.
-            on_cores = module is not simt and mma_captured.takes(problem, architecture)
-            (mma_captured if on_cores else simt_captured).captured_gradients(
-                problem, heads, inputs, *given, do, grad_lse, vectors, sums, of_arrays,
-                architecture,
-            )  # fmt: skip
+    captured = _captured_gradients(arguments, variant.score, vectors, module, architecture)
     return (
         query._new(_summed_to_heads(dq, query.shape)),
         query._new(_summed_to_heads(dk, key.shape)),
