@@ -34,7 +34,8 @@ from ..problem import AttentionProblem
 from ..schedule import Schedule
 from ..tuning import choice
 from .backward_launch import backward, backward_block_sizes, backward_tiles, backward_workspace
-from .forward import Shares, forward_kernel, forward_memory
+from .forward import forward_kernel
+from .forward_loaders import Shares, forward_memory
 from .maps import each_of, tensor_map
 from .schedule import (
     AT_ONCE,
