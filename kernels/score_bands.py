@@ -141,4 +141,15 @@ def _both(first: Band, second: Band) -> Band:
     return max(lower, default=None), min(upper, default=None)
 
 
-__all__ = ["Band", "band_of", "of_difference"]
+def hides_by_position(graph: Graph) -> bool:
+    """Whether a score function makes scores -inf by their position alone, in a `where`."""
+    of_score = graph.depends_on("score")
+    return any(
+        node.name == "where"
+        and not of_score[node.operands[0]]
+        and any(graph.nodes[n].value == "-inf" for n in node.operands[1:])
+        for node in graph.nodes
+    )
+
+
+__all__ = ["Band", "band_of", "hides_by_position", "of_difference"]

@@ -9,6 +9,7 @@ it is empty, that it is full, or that it must be looked at more closely (Moore, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -356,6 +357,46 @@ def complaint(
     return ""
 
 
+@cache
+def reads_values(graph: Graph) -> bool:
+    """Whether `complaint` depends on the numbers of captured arrays, which fit into 32 bits: whole
+    numbers are computed from them.
+    """
+    of_arrays: list[bool] = []
+    for node in graph.nodes:
+        mixed = any(of_arrays[n] for n in node.operands)
+        if mixed and node.kind == "whole" and node.name != "load":
+            return True
+        of_arrays.append(mixed or node.name == "load")
+    return False
+
+
+@lru_cache(1000)
+def complaint_of_shapes(
+    graph: Graph,
+    shapes: tuple[tuple[int, ...], ...],
+    parameters: tuple[Any, ...],
+    names: tuple[str, ...],
+    sizes: tuple[int, ...],
+) -> str:
+    """`complaint` of a graph that does not read values: it is remembered.
+
+    Args:
+        graph: of a score or mask function.
+        shapes: of the arrays.
+        parameters: that it is given.
+        names: of the arrays.
+        sizes: of b, h, q and k.
+
+    """
+    dtypes = {"real": np.float64, "whole": np.int32, "truth": np.bool_}
+    arrays: list[Array] = [
+        np.broadcast_to(np.zeros((), dtypes[array.kind]), shape)
+        for array, shape in zip(graph.captured, shapes, strict=True)
+    ]
+    return complaint(graph, arrays, parameters, names, dict(zip("bhqk", sizes, strict=True)))
+
+
 def _of_positions(graph: Graph, n: int) -> bool:
     """Whether a number is made of positions and known numbers alone, each once: then its bounds are
     reached.
@@ -371,4 +412,6 @@ def _of_positions(graph: Graph, n: int) -> bool:
     return len(used) == len(set(used))
 
 
-__all__ = ["Interval", "IntervalOperations", "complaint"]
+__all__ = [
+    "Interval", "IntervalOperations", "complaint", "complaint_of_shapes", "reads_values",
+]  # fmt: skip

@@ -29,14 +29,7 @@ from .autodiff import (
     no_grad,
     topological_sort,
 )
-from .block_mask import (
-    BlockMask,
-    and_masks,
-    create_block_mask,
-    create_mask,
-    noop_mask,
-    or_masks,
-)
+from .block_mask import BlockMask, create_block_mask
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .containers import ModuleList, Sequential
 from .cuda_kernel_ops import CudaKernelOps
@@ -67,6 +60,7 @@ from .fused_functions import Attn_Softmax, LayerNorm, LogSoftmax, LogSumExp, Sof
 from .grad_check import grad_central_difference, grad_check
 from .grad_scaler import GradScaler
 from .interop.foreign import as_tensor, flash_attention, from_dlpack
+from .mask_functions import and_masks, create_mask, noop_mask, or_masks
 from .module import Module, Parameter
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
 from .movement_functions import BroadcastTo, Concatenate, Copy, Permute, Slice, View

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from .arguments import check_tensor, type_name
 from .attention_variants import ApplyScoreMod, Variant, dense_mask
-from .block_mask import BlockMask, MaskMod
+from .block_mask import BlockMask
+from .captured_arrays import is_torch
 from .cuda.precision import fp32_precision
 from .fused_functions import LogSumExp, Softmax
 from .kernels.flash_attention.problem import (
@@ -28,6 +29,7 @@ from .kernels.flash_attention.problem import (
 )
 from .kernels.flash_attention.scores import mask_numbers
 from .kernels.philox import attention_dropout_mask as philox_mask
+from .mask_functions import MaskMod
 from .rng import next_seed
 from .score_mods import ScoreMod
 from .tensor_data import TensorData
@@ -108,6 +110,7 @@ def flash_attention(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
     variant = Variant.of(score_mod, block_mask, problem)
+    _check_captured(variant)
     problem, given = variant.fused(with_seed(problem, seed))
     attn_mask = _native(attn_mask, query.dtype)
     tracked_mask: Any = attn_mask if hasattr(attn_mask, "requires_grad") else None
@@ -144,6 +147,7 @@ def standard_attention(
         query, key, value, attn_mask, is_causal, dropout_p, scale, window, enable_gqa, seed
     )
     variant = Variant.of(score_mod, block_mask, problem)
+    _check_captured(variant)
     problem = with_seed(problem, seed)
     scores = _matmul_heads(query, key.transpose(-2, -1)) * problem.scale  # (..., H, Nq, Nk)
     full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
@@ -215,6 +219,16 @@ def with_seed(problem: AttentionProblem, seed: int | None) -> AttentionProblem:
 def _check_tensors(query: Any, key: Any, value: Any) -> None:
     for name, given in (("query", query), ("key", key), ("value", value)):
         check_tensor(given, name)
+
+
+def _check_captured(variant: Variant) -> None:
+    """Raise TypeError for a tensor of PyTorch's, whose gradient nobody would find."""
+    for name, array in zip(variant.names, variant.arrays, strict=True):
+        if is_torch(array):
+            raise TypeError(
+                f"score_mod reads `{name}`, a torch.Tensor, beside minitorch tensors: "
+                f"minitorch.as_tensor({name}.detach()) shares its memory"
+            )
 
 
 def _native(mask: Any, dtype: np.dtype[Any]) -> Any:

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .arguments import as_int, as_ints, as_size
-from .block_mask import BlockMask, MaskMod, or_masks
+from .block_mask import BlockMask
 from .kernels.flash_attention.block_lists import BlockLists, Runs
+from .mask_functions import MaskMod, or_masks
 
 Ints = npt.NDArray[np.integer[Any]]
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from .arguments import type_name
 from .autodiff import Context
-from .block_mask import BlockMask, MaskMod, create_block_mask, numbers_of
+from .block_mask import BlockMask, block_mask_of_call
+from .captured_arrays import numbers_of
 from .function import Function
 from .kernels.flash_attention.problem import AttentionProblem
 from .kernels.flash_attention.variant import (
@@ -28,9 +29,9 @@ from .kernels.flash_attention.variant import (
     wanted_gradients,
 )
 from .kernels.score_bands import band_of
-from .kernels.score_intervals import complaint
+from .mask_functions import MaskMod
 from .score_mods import ScoreMod
-from .score_trace import Traced, trace
+from .score_trace import Traced, check, trace
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -72,11 +73,7 @@ class Variant(NamedTuple):
         sizes = sizes_of(problem)
         score = None if score_mod is None else trace(score_mod, "score_mod")
         if score is not None:
-            arrays = [numbers_of(x) for x in score.arrays]
-            names = dict(zip(("b", "h", "q", "k"), sizes, strict=True))
-            wrong = complaint(score.graph, arrays, score.parameters, score.names, names)
-            if wrong:
-                raise ValueError(f"score_mod `{score.name}`: {wrong}")
+            check(score, "score_mod", sizes)
         return Variant(score, _checked_mask(block_mask, sizes))
 
     def fused(self, problem: AttentionProblem) -> tuple[AttentionProblem, VariantInputs]:
@@ -101,10 +98,19 @@ class Variant(NamedTuple):
         return problem, VariantInputs(score, mask, lists)
 
     @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What the score function closes over."""
+        return () if self.score is None else self.score.arrays
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of these, as the function knows them."""
+        return () if self.score is None else self.score.names
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Tensors that the score function closes over."""
-        arrays = () if self.score is None else self.score.arrays
-        return tuple(x for x in arrays if hasattr(x, "requires_grad"))
+        """Tensors among them."""
+        return tuple(x for x in self.arrays if hasattr(x, "requires_grad"))
 
 
 def sizes_of(problem: AttentionProblem) -> tuple[int, int, int, int]:
@@ -120,7 +126,7 @@ def _checked_mask(
     if block_mask is None or not sizes[2] * sizes[3]:
         return None
     if callable(block_mask):
-        return create_block_mask(block_mask, *sizes)
+        return block_mask_of_call(block_mask, sizes)
     if not isinstance(block_mask, BlockMask):
         raise TypeError(
             f"block_mask must be a BlockMask or a function (b, h, q_idx, kv_idx), got "
@@ -130,9 +136,11 @@ def _checked_mask(
         have in (1, want) for have, want in zip(block_mask.shape[:2], sizes[:2], strict=True)
     )
     if not fits:
+        longer = block_mask.shape[2] >= sizes[2] and block_mask.shape[3] >= sizes[3]
+        hint = f"; block_mask.rows(0, {sizes[2]}, {sizes[3]}) is its beginning" if longer else ""
         raise ValueError(
             f"block_mask has shape {block_mask.shape} (B, H, Q_LEN, KV_LEN); wanted {sizes}, or 1 "
-            "for B or H"
+            f"for B or H{hint if block_mask.shape[2:] != sizes[2:] else ''}"
         )
     return block_mask
 

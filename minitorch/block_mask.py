@@ -13,15 +13,15 @@ size of the score matrix is ever made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import as_int, as_size, given
-from .block_states import function_of_blocks
+from .arguments import as_int, as_size
+from .block_states import function_of_blocks, function_of_rows
 from .kernels.flash_attention.block_lists import (
     EMPTY,
     FULL,
@@ -30,18 +30,17 @@ from .kernels.flash_attention.block_lists import (
     TileLists,
     lists_of_mask,
 )
-from .kernels.score_graph import NumpyOperations, evaluate
-from .kernels.score_intervals import complaint
-from .score_trace import Traced, name_of, trace
+from .mask_functions import MaskMod, snapshot, values_of
+from .score_trace import Traced
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Array = npt.NDArray[Any]
-MaskMod: TypeAlias = Callable[[Any, Any, Any, Any], Any]
 BlockSize = tuple[int, int]
 SYMBOLS = {EMPTY: " ", PARTIAL: "▒", FULL: "█"}
 WIDEST = 48  # blocks of a line that is printed
+MOST_CUTS = 16  # masks of some of the rows that a mask keeps
 
 
 class BlockMask:
@@ -51,7 +50,8 @@ class BlockMask:
     closes over, and never changes.
 
     Args:
-        lists: the blocks that are not empty.
+        lists: the blocks that are not empty; None: those of the function, made when they are asked
+            for.
         mask_mod: the function, or None: then all scores of these blocks count.
         shape: (B, H, Q_LEN, KV_LEN); 1 for B or H serves any number.
         block_size: queries and keys of a block.
@@ -60,16 +60,17 @@ class BlockMask:
 
     def __init__(
         self,
-        lists: BlockLists,
+        lists: BlockLists | None,
         mask_mod: MaskMod | None,
         shape: tuple[int, int, int, int],
         block_size: BlockSize,
         traced: Traced | None = None,
         exact: bool = False,
     ) -> None:
-        self._lists, self._shape, self.BLOCK_SIZE = lists, shape, block_size
+        self._given, self._shape, self.BLOCK_SIZE = lists, shape, block_size
         self.mask_mod = mask_mod
         self._traced, self._exact = traced, exact  # exact: the lists follow from the function
+        self._cuts: dict[tuple[int, int, int], BlockMask] = {}
 
     # ----- what there is -----
 
@@ -83,10 +84,13 @@ class BlockMask:
         """(Q_LEN, KV_LEN)."""
         return self._shape[2], self._shape[3]
 
-    @property
+    @cached_property
     def lists(self) -> BlockLists:
         """The blocks that are not empty."""
-        return self._lists
+        if self._given is not None:
+            return self._given
+        made = self.function
+        return lists_of_mask(made.graph, made.arrays, made.parameters, self._shape, self.BLOCK_SIZE)
 
     @cached_property
     def function(self) -> Traced:
@@ -100,7 +104,7 @@ class BlockMask:
     @cached_property
     def tile_lists(self) -> TileLists:
         """The lists as kernels want them."""
-        return TileLists(self._lists, self.BLOCK_SIZE, self._shape)
+        return TileLists(self.lists, self.BLOCK_SIZE, self._shape)
 
     def numel(self) -> int:
         """The number of scores."""
@@ -108,7 +112,7 @@ class BlockMask:
 
     def sparsity(self) -> float:
         """Percentage of the blocks that are skipped."""
-        lists = self._lists
+        lists = self.lists
         blocks = lists.heads * lists.rows * lists.columns
         return 100.0 * (1 - len(lists.entries) / blocks) if blocks else 0.0
 
@@ -124,12 +128,12 @@ class BlockMask:
         """Which scores count, of these heads (numbers b * H + h): (len(heads), Q_LEN, KV_LEN)."""
         q, k = np.arange(self._shape[2])[:, None], np.arange(self._shape[3])
         b, h = (x[:, None, None] for x in (heads // self._shape[1], heads % self._shape[1]))
-        found = _values(self.function, b, h, q, k)
+        found = values_of(self.function, b, h, q, k)
         return np.broadcast_to(found, (len(heads), *self.seq_lengths))
 
     @cached_property
     def _states(self) -> Array:
-        lists = self._lists
+        lists = self.lists
         return lists.states().reshape(*self._shape[:2], lists.rows, lists.columns)
 
     # ----- PyTorch's lists -----
@@ -154,26 +158,26 @@ class BlockMask:
     @property
     def kv_num_blocks(self) -> Array:
         """Number of partial blocks of each row: (B, H, rows), int32."""
-        return self._padded(self._lists, full=False)[0]
+        return self._padded(self.lists, full=False)[0]
 
     @property
     def kv_indices(self) -> Array:
         """Columns of the partial blocks, then zeros: (B, H, rows, columns), int32."""
-        return self._padded(self._lists, full=False)[1]
+        return self._padded(self.lists, full=False)[1]
 
     @property
     def full_kv_num_blocks(self) -> Array:
         """Number of full blocks of each row."""
-        return self._padded(self._lists, full=True)[0]
+        return self._padded(self.lists, full=True)[0]
 
     @property
     def full_kv_indices(self) -> Array:
         """Columns of the full blocks."""
-        return self._padded(self._lists, full=True)[1]
+        return self._padded(self.lists, full=True)[1]
 
     @cached_property
     def _transposed(self) -> BlockLists:
-        return self._lists.transposed()
+        return self.lists.transposed()
 
     @property
     def q_num_blocks(self) -> Array:
@@ -244,7 +248,7 @@ class BlockMask:
         if full_kv_indices is not None:
             _enter(states, "full_kv", full_kv_num_blocks, np.asarray(full_kv_indices), FULL)
         shape = (batch, heads, seqlen_q, seqlen_k)
-        traced = None if mask_mod is None else _snapshot(mask_mod, shape)
+        traced = None if mask_mod is None else snapshot(mask_mod, shape)
         return cls(BlockLists.from_states(states), mask_mod, shape, block, traced)
 
     def __getitem__(self, index: Any) -> BlockMask:
@@ -259,17 +263,70 @@ class BlockMask:
             if not isinstance(i, slice) and not -size <= i < size:
                 raise IndexError(f"index {i} of a BlockMask is outside of its size {size}")
         chosen = numbers[whole]
-        lists = self._lists
+        lists = self.lists
         states = BlockLists.from_states(lists.states()[chosen.ravel()])
         picked = _with_heads(self.mask_mod, chosen, self._shape[1])
         shape = (*chosen.shape, *self.seq_lengths)
-        traced = None if picked is None else _snapshot(picked, shape)
+        traced = None if picked is None else snapshot(picked, shape)
         return BlockMask(states, picked, shape, self.BLOCK_SIZE, traced, self._exact)
+
+    def rows(self, start: int, count: int, keys: int | None = None) -> BlockMask:
+        """The mask of some of the queries, which are numbered from 0 anew: for a cache of keys.
+
+            mask.rows(start, 1, start + 1)  # of the query after `start` others, and no later key
+
+        Args:
+            start: number of the first query.
+            count: how many.
+            keys: how many of the keys, from the first one on; None: all.
+
+        Raises:
+            ValueError: queries or keys that there are not.
+
+        """
+        start, count = as_size(start, "start"), as_size(count, "count", 1)
+        keys = self._shape[3] if keys is None else as_size(keys, "keys", 1)
+        if start + count > self._shape[2] or keys > self._shape[3]:
+            raise ValueError(
+                f"queries {start} to {start + count - 1} and {keys} keys are not within a "
+                f"BlockMask of shape {self._shape} (B, H, Q_LEN, KV_LEN)"
+            )
+        shape = (*self._shape[:2], count, keys)
+        if shape == self._shape:
+            return self
+        if (start, count, keys) not in self._cuts:
+            if len(self._cuts) >= MOST_CUTS:
+                self._cuts.clear()
+            self._cuts[start, count, keys] = self._rows(start, shape)
+        return self._cuts[start, count, keys]
+
+    def _rows(self, start: int, shape: tuple[int, int, int, int]) -> BlockMask:
+        """From the query `start` on."""
+        mask_mod = self.mask_mod
+
+        def mask_of_rows(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            assert mask_mod is not None
+            return mask_mod(b, h, q_idx + start, kv_idx)
+
+        function = None if mask_mod is None else mask_of_rows
+        moved = function_of_rows(self.function, start)
+        return BlockMask(None, function, shape, self.BLOCK_SIZE, moved, exact=True)
+
+    def is_like(self, other: BlockMask) -> bool:
+        """Whether both have the same function, numbers, sizes and blocks."""
+        if (self._shape, self.BLOCK_SIZE) != (other._shape, other.BLOCK_SIZE):
+            return False
+        mine, others = self.function, other.function
+        return (
+            mine.graph == others.graph
+            and mine.parameters == others.parameters
+            and all(map(np.array_equal, mine.arrays, others.arrays))
+        )
 
     def __str__(self) -> str:
         """Its blocks, as characters: █ full, ▒ partial."""
         lines = [f"BlockMask(shape={self._shape}, sparsity={self.sparsity():.2f}%)"]
-        lists = self._lists
+        lists = self.lists
         step = max(-(-max(lists.rows, lists.columns) // WIDEST), 1)
         pages = [(b, h) for b in range(self._shape[0]) for h in range(self._shape[1])]
         for b, h in pages[:1]:
@@ -346,6 +403,9 @@ def _with_heads(mask_mod: MaskMod | None, chosen: Array, heads: int) -> MaskMod 
 # ----- making masks -----
 
 
+_recent: deque[BlockMask] = deque(maxlen=8)  # masks of functions that were given to attention
+
+
 def create_block_mask(
     mask_mod: MaskMod,
     B: int | None,
@@ -370,93 +430,47 @@ def create_block_mask(
             a captured array leaves it.
 
     """
+    mask = _of_function(mask_mod, B, H, Q_LEN, KV_LEN, BLOCK_SIZE)
+    _ = mask.lists  # made here, where one expects it
+    return mask
+
+
+def _of_function(
+    mask_mod: MaskMod,
+    B: int | None,
+    H: int | None,
+    Q_LEN: int,
+    KV_LEN: int,
+    BLOCK_SIZE: int | BlockSize = 128,
+) -> BlockMask:
+    """`create_block_mask`, but that the lists are made when they are asked for."""
     block = _block_size(BLOCK_SIZE)
     shape = (
         1 if B is None else as_size(B, "B", 1), 1 if H is None else as_size(H, "H", 1),
         as_size(Q_LEN, "Q_LEN", 1), as_size(KV_LEN, "KV_LEN", 1),
     )  # fmt: skip
-    traced = _snapshot(mask_mod, shape)
+    traced = snapshot(mask_mod, shape)
     for name, size, index in (("B", B, "b"), ("H", H, "h")):
         if size is None and any(traced.graph.depends_on(index)):
             raise ValueError(
                 f"{name} is None, and mask_mod `{traced.name}` depends on {index}: give {name}"
             )
-    lists = lists_of_mask(traced.graph, traced.arrays, traced.parameters, shape, block)
-    return BlockMask(lists, mask_mod, shape, block, traced, exact=True)
+    return BlockMask(None, mask_mod, shape, block, traced, exact=True)
 
 
-def create_mask(
-    mod_fn: Callable[..., Any], B: int | None, H: int | None, Q_LEN: int, KV_LEN: int
-) -> Array:
-    """What a mask function or a score function gives for every score, one by one.
-
-    Args:
-        mod_fn: a mask_mod, or a score_mod, which gets scores of 0.
-        B, H: batches and heads; None is 1.
-        Q_LEN, KV_LEN: numbers of queries and keys.
-
-    Returns:
-        (B, H, Q_LEN, KV_LEN): bool of a mask function, float32 of a score function.
-
-    Raises:
-        TypeError: a function of neither 4 nor 5 arguments.
-
+def block_mask_of_call(mask_mod: MaskMod, shape: tuple[int, int, int, int]) -> BlockMask:
+    """The BlockMask of a function that is given to attention: a recent one, if it is the same. The
+    lists of one that is a band are never made.
     """
-    shape = tuple(
-        1 if n is None else as_size(n, name, 1)
-        for name, n in (("B", B), ("H", H), ("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN))
-    )
-    is_score = _arguments(mod_fn) == 5
-    traced = trace(mod_fn, "score_mod" if is_score else "mask_mod")
-    b, h, q, k = np.ogrid[tuple(slice(n) for n in shape)]
-    found = _values(traced, b, h, q, k)
-    return np.broadcast_to(found, shape).astype(np.float32 if is_score else np.bool_)
-
-
-def and_masks(*mask_mods: MaskMod) -> MaskMod:
-    """The function of what all of the functions let count."""
-    _check_functions(mask_mods)
-
-    def and_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        allowed = noop_mask(b, h, q_idx, kv_idx)
-        for mask in mask_mods:
-            allowed = allowed & mask(b, h, q_idx, kv_idx)
-        return allowed
-
-    return and_mask
-
-
-def or_masks(*mask_mods: MaskMod) -> MaskMod:
-    """The function of what any of the functions lets count."""
-    _check_functions(mask_mods)
-
-    def or_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        allowed = ~noop_mask(b, h, q_idx, kv_idx)
-        for mask in mask_mods:
-            allowed = allowed | mask(b, h, q_idx, kv_idx)
-        return allowed
-
-    return or_mask
-
-
-def noop_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-    """The mask of all scores."""
-    return q_idx == q_idx
-
-
-def _check_functions(mask_mods: tuple[Any, ...]) -> None:
-    for mask in mask_mods:
-        if not callable(mask):
-            raise TypeError(f"mask_mods must be functions (b, h, q_idx, kv_idx), got {given(mask)}")
-
-
-def _arguments(function: Any) -> int:
-    """How many arguments a function takes, as far as it is known."""
-    code = getattr(getattr(function, "func", function), "__code__", None)
-    if code is None:
-        return 4
-    taken: int = code.co_argcount - len(getattr(function, "__defaults__", None) or ())
-    return taken
+    made = _of_function(mask_mod, *shape)
+    depends = (any(made.function.graph.depends_on(index)) for index in "bh")
+    leading = tuple(n if d else 1 for n, d in zip(shape[:2], depends, strict=True))
+    made._shape = (leading[0], leading[1], *shape[2:])
+    for known in tuple(_recent):
+        if known.is_like(made):
+            return known
+    _recent.append(made)
+    return made
 
 
 def _block_size(given_size: int | BlockSize) -> BlockSize:
@@ -466,32 +480,4 @@ def _block_size(given_size: int | BlockSize) -> BlockSize:
     return as_size(sizes[0], "BLOCK_SIZE", 1), as_size(sizes[1], "BLOCK_SIZE", 1)
 
 
-def _snapshot(mask_mod: MaskMod, shape: tuple[int, ...]) -> Traced:
-    """The function's graph, and copies of the arrays that it closes over."""
-    traced = trace(mask_mod, "mask_mod")
-    arrays = tuple(numbers_of(x) for x in traced.arrays)
-    sizes = dict(zip(("b", "h", "q", "k"), shape, strict=True))
-    wrong = complaint(traced.graph, arrays, traced.parameters, traced.names, sizes)
-    if wrong:
-        raise ValueError(f"mask_mod `{name_of(mask_mod)}`: {wrong}")
-    return traced._replace(arrays=arrays)
-
-
-def numbers_of(captured: Any) -> Array:
-    """A copy of a captured array or Tensor, in memory."""
-    if hasattr(captured, "to_numpy"):
-        captured = captured.to_numpy()
-    return np.array(captured, order="C")
-
-
-def _values(traced: Traced, b: Any, h: Any, q: Any, k: Any) -> Array:
-    arrays = [numbers_of(x) for x in traced.arrays]
-    inputs = {"b": b, "h": h, "q": q, "k": k, "score": np.float64(0)}
-    with np.errstate(all="ignore"):
-        (found,) = evaluate(traced.graph, NumpyOperations(arrays, traced.parameters), inputs)
-    return np.asarray(found)
-
-
-__all__ = [
-    "BlockMask", "and_masks", "create_block_mask", "create_mask", "noop_mask", "or_masks",
-]  # fmt: skip
+__all__ = ["BlockMask", "block_mask_of_call", "create_block_mask"]

@@ -1,4 +1,4 @@
-"""Blocks that were given by hand, as a mask function: it reads in which state each block is."""
+"""Mask functions that follow from others: of blocks that were given by hand, and of some rows."""
 
 from __future__ import annotations
 
@@ -51,4 +51,19 @@ def function_of_blocks(
     )  # fmt: skip
 
 
-__all__ = ["function_of_blocks"]
+def function_of_rows(traced: Traced, start: int) -> Traced:
+    """The mask function of queries that are numbered from `start` on. The number is a parameter, so
+    all starts have one graph.
+    """
+    graph = traced.graph
+    builder = Builder(graph.captured, (*graph.parameters, "whole"))
+    number = builder.parameter(len(graph.parameters))
+    places: list[int] = []
+    for node in graph.nodes:
+        n = builder.node(node._replace(operands=tuple(places[x] for x in node.operands)))
+        places.append(builder.apply("add", n, number) if node.name == "q" else n)
+    moved = builder.finished([places[n] for n in graph.outputs])
+    return traced._replace(graph=moved, parameters=(*traced.parameters, start))
+
+
+__all__ = ["function_of_blocks", "function_of_rows"]

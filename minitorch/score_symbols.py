@@ -6,7 +6,7 @@ compute. What only Python could do with a number's value is refused, with what t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -209,13 +209,41 @@ class Symbol:
             )
         return self.tracer.operation(name, *inputs)
 
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, kinds: Any, given: Any = (), named: Any = None
+    ) -> Any:
+        """PyTorch's functions on a symbol: told to be numpy's."""
+        symbol = next(x for x in _flat((given, named)) if isinstance(x, cls))
+        name = getattr(function, "__name__", str(function))
+        if name == "__getitem__":  # a tensor that is reached through an attribute
+            symbol.__index__()
+        numpys = {"clamp": "clip", "pow": "power", "logical_not": "logical_not"}.get(name, name)
+        instead = f"np.{numpys}" if hasattr(np, numpys) else "a function of numpy"
+        symbol.tracer.refuse(
+            f"torch.{name} is of whole tensors, and this is {symbol.in_words}: write {instead}"
+        )
+
     def __array_function__(self, function: Any, kinds: Any, given: Any, named: Any) -> Any:
         name = function.__name__
         if name == "where" and len(given) == 3 and not named:
             return self.tracer.where(*given)
         if name == "clip":
             return _clip(*given, **named)
+        if name == "ndim":  # a Tensor's index is looked at, which is reached through an attribute
+            self.__index__()
         self.tracer.refuse(f"np.{name} is not known in a score function, or not like this")
+
+
+def _flat(x: Any) -> Iterator[Any]:
+    """All that is in nested tuples, lists and dictionaries."""
+    if isinstance(x, dict):
+        x = tuple(x.values())
+    if isinstance(x, tuple | list):
+        for part in x:
+            yield from _flat(part)
+    else:
+        yield x
 
 
 def _clip(x: Any, a_min: Any = None, a_max: Any = None, **named: Any) -> Any:
@@ -263,6 +291,11 @@ class Captured:
     def ndim(self) -> int:
         """Number of dimensions."""
         return len(self.shape)
+
+    @property
+    def value(self) -> Captured:
+        """Itself, as the value of a Parameter."""
+        return self
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -9,6 +9,9 @@ globals, defaults, `functools.partial`, or other functions that it calls, is exc
 arrays for something whose elements are loaded by index, numbers for parameters. Both are given to
 the kernel when it is launched, so another table or another 30 needs no other kernel. Where Python
 itself needs a number's value, in `range(n)` or `if n`, the function is run again with that value.
+
+The graph is remembered by the code and by all that decided it. A call with a function that was seen
+before reads anew what it closes over, and does not run it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,21 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
-from . import score_symbols
+from .captured_arrays import (
+    has_32_bits,
+    is_array,
+    is_torch,
+    kind_of,
+    numbers_of,
+    unwrapped,
+    wants_gradient,
+)
 from .kernels.score_graph import (
     OF_REALS,
     OF_TRUTHS,
@@ -32,13 +43,21 @@ from .kernels.score_graph import (
     Graph,
     Kind,
 )
+from .kernels.score_intervals import complaint, complaint_of_shapes, reads_values
 from .score_symbols import IN_WORDS, Captured, Symbol, ValueNeeded, in_words
 
 Role = Literal["score_mod", "mask_mod"]
 ARGUMENTS = {"score_mod": "score, b, h, q_idx, kv_idx", "mask_mod": "b, h, q_idx, kv_idx"}
 INPUT_NAMES = {"score_mod": ("score", "b", "h", "q", "k"), "mask_mod": ("b", "h", "q", "k")}
-OWN_FILES = (Path(__file__), Path(score_symbols.__file__))
-LIBRARIES = ("numpy", "math", "builtins", "functools", "operator", "cmath")
+OWN_FOLDER = Path(__file__).parent  # whose files are no user's, but those with functions of a score
+WITH_FUNCTIONS = ("score_mods.py", "attention_masks.py", "mask_functions.py")
+LIBRARIES = ("numpy", "math", "builtins", "functools", "operator", "cmath", "torch")
+UNCHANGING = (bool, int, float, complex, str, bytes, type(None), type(...))
+LIBRARY_TYPES = (types.FunctionType, types.BuiltinFunctionType, type, np.ufunc)
+MOST_GRAPHS = 1000  # that are remembered
+
+_graphs: dict[Any, Graph] = {}  # by role, code, and what decided them
+_values_needed: dict[Any, frozenset[str]] = {}  # by code: parameters whose value Python needs
 
 
 class Traced(NamedTuple):
@@ -50,6 +69,7 @@ class Traced(NamedTuple):
         parameters: numbers, likewise.
         names: of the arrays, as the function knows them.
         name: of the function.
+        place: where it is, for messages.
 
     """
 
@@ -58,6 +78,7 @@ class Traced(NamedTuple):
     parameters: tuple[float | int, ...]
     names: tuple[str, ...]
     name: str = ""
+    place: str = ""
 
 
 class _Refused(Exception):
@@ -65,6 +86,10 @@ class _Refused(Exception):
 
     It is no TypeError, which numpy would turn into an error of its own.
     """
+
+
+class _WrongArguments(Exception):
+    """The function does not take the role's arguments."""
 
 
 def trace(function: Callable[..., Any], role: Role) -> Traced:
@@ -85,35 +110,84 @@ def trace(function: Callable[..., Any], role: Role) -> Traced:
         raise TypeError(
             f"{role} must be a function ({ARGUMENTS[role]}), got {type(function).__name__}"
         )
-    name = name_of(function)
-    _check_arguments(function, role, name)
-    known: set[str] = set()  # parameters whose value Python needs
+    code = getattr(_innermost(function), "__code__", None)
+    known = set(_values_needed.get(code, ()))
     while True:
         tracer = Tracer(known)
         try:
             rebuilt = tracer.exchanged(function, "")
-            result = rebuilt(*(Symbol(tracer, tracer.builder.input(x)) for x in INPUT_NAMES[role]))
-            return tracer.traced(result, role)._replace(name=name)
+            key = None if tracer.changes else (role, *tracer.key)
+            graph = _graphs.get(key)
+            if graph is None:
+                _check_arguments(function, role)
+                inputs = (Symbol(tracer, tracer.builder.input(x)) for x in INPUT_NAMES[role])
+                graph = tracer.graph(rebuilt(*inputs), role)
+            if key is not None:
+                _remember(key, graph)
+            return Traced(
+                graph, tuple(tracer.arrays), tuple(tracer.numbers), tuple(tracer.array_names),
+                name_of(function), place_of(function),
+            )  # fmt: skip
         except ValueNeeded as needed:
             known.add(needed.parameter)
+            if code is not None:
+                _values_needed[code] = frozenset(known)
+        except _WrongArguments as error:
+            raise TypeError(str(error)) from None
         except Exception as error:
-            raise _located(tracer.refused or error, error.__traceback__, role, name) from None
+            raise _located(tracer.refused or error, error.__traceback__, role, function) from None
+
+
+def _remember(key: Any, graph: Graph) -> None:
+    if len(_graphs) >= MOST_GRAPHS:
+        _graphs.clear()
+    _graphs[key] = graph
+
+
+def check(traced: Traced, role: Role, sizes: Sequence[int]) -> None:
+    """Raise ValueError if an index leaves its array, or a whole number has more than 32 bits.
+
+    Numbers of arrays are read only where they decide: elsewhere their shapes do.
+
+    Args:
+        traced: the function.
+        role: of it.
+        sizes: of b, h, q and k.
+
+    """
+    if reads_values(traced.graph) or not all(map(has_32_bits, traced.arrays)):
+        arrays = [numbers_of(x) for x in traced.arrays]
+        of_name = dict(zip("bhqk", sizes, strict=True))
+        wrong = complaint(traced.graph, arrays, traced.parameters, traced.names, of_name)
+    else:
+        shapes = tuple(tuple(x.shape) for x in traced.arrays)
+        wrong = complaint_of_shapes(
+            traced.graph, shapes, traced.parameters, traced.names, tuple(sizes)
+        )
+    if wrong:
+        raise ValueError(f"{role}: {traced.place}{wrong}")
+
+
+def _innermost(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def name_of(function: Callable[..., Any]) -> str:
     """What a function is called in messages."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__qualname__", type(function).__name__).replace("<locals>.", "")
+    inner = _innermost(function)
+    return getattr(inner, "__qualname__", type(inner).__name__).replace("<locals>.", "")
 
 
-def _check_arguments(function: Callable[..., Any], role: Role, name: str) -> None:
+def _check_arguments(function: Callable[..., Any], role: Role) -> None:
     """A function of another number of arguments is told, be it the other role's."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:
-        raise TypeError(
-            f"{role} must be written in Python ({ARGUMENTS[role]}), got the built-in `{name}`"
+        raise _WrongArguments(
+            f"{role} must be written in Python ({ARGUMENTS[role]}), got the built-in "
+            f"`{name_of(function)}`"
         ) from None
     if _takes(function, role):
         return
@@ -123,7 +197,16 @@ def _check_arguments(function: Callable[..., Any], role: Role, name: str) -> Non
     )
     other: Role = "mask_mod" if role == "score_mod" else "score_mod"
     hint = f"; one like this is a {other}" if _takes(function, other) else ""
-    raise TypeError(f"{role} `{name}` takes {least} arguments, wanted ({ARGUMENTS[role]}){hint}")
+    raise _WrongArguments(
+        f"{role}: {place_of(function)}it takes {least} arguments, wanted ({ARGUMENTS[role]}){hint}"
+    )
+
+
+def place_of(function: Callable[..., Any]) -> str:
+    """Where a function is, for messages: file, line and name."""
+    code = getattr(_innermost(function), "__code__", None)
+    where = "" if code is None else f"{code.co_filename}:{code.co_firstlineno}, in "
+    return f"{where}`{name_of(function)}`: "
 
 
 def _takes(function: Callable[..., Any], role: Role) -> bool:
@@ -134,24 +217,32 @@ def _takes(function: Callable[..., Any], role: Role) -> bool:
     return True
 
 
-def _located(error: Exception, traceback: Any, role: Role, name: str) -> TypeError:
-    """An error with the line of the user's function where it comes from, or with its name."""
-    place = f"`{name}`: "
+def _located(
+    error: Exception, traceback: Any, role: Role, function: Callable[..., Any]
+) -> TypeError:
+    """An error with the line of the user's function where it comes from, or where that begins."""
+    place = place_of(function)
     while traceback is not None:
         code = traceback.tb_frame.f_code
         path = Path(code.co_filename)
-        if path not in OWN_FILES and "numpy" not in path.parts:
+        own = OWN_FOLDER in path.parents and path.name not in WITH_FUNCTIONS
+        if not own and "numpy" not in path.parts:
             place = f"{code.co_filename}:{traceback.tb_lineno}, in `{code.co_name}`: "
         traceback = traceback.tb_next
-    own = "" if isinstance(error, _Refused) else f"{type(error).__name__}: "
-    return TypeError(f"{role}: {place}{own}{error}")
+    kind = "" if isinstance(error, _Refused) else f"{type(error).__name__}: "
+    return TypeError(f"{role}: {place}{kind}{error}")
 
 
 # ----- what a function closes over -----
 
 
 class Tracer:
-    """One run of a function: the graph so far, and what was exchanged."""
+    """One run of a function: the graph so far, and what was exchanged.
+
+    Args:
+        known: names of the parameters whose value Python needs.
+
+    """
 
     def __init__(self, known: set[str]) -> None:
         self.builder, self.known = Builder(), known
@@ -160,7 +251,10 @@ class Tracer:
         self.array_names: list[str] = []
         self.numbers: list[float | int] = []
         self.number_names: list[str] = []
+        self.key: list[Any] = []  # what decides the graph
+        self.changes = False  # something may change, and nobody would notice
         self._functions: dict[int, Any] = {}
+        self._captured: dict[int, Any] = {}
 
     def refuse(self, message: str) -> NoReturn:
         """Say what cannot be. It is noted, as numpy may put an error of its own in its place."""
@@ -169,44 +263,72 @@ class Tracer:
 
     def exchanged(self, value: Any, name: str) -> Any:
         """What stands for a value that the function closes over, under this name."""
+        value = unwrapped(value)
         if isinstance(value, np.ndarray) and value.ndim == 0:
             value = value[()]
         if isinstance(value, np.generic) and value.dtype.kind in "biuf":
             value = value.item()
-        if _is_array(value):
+        if is_array(value):
             return self._array(value, name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             return self._number(value, name)
-        if isinstance(value, types.FunctionType):
-            return value if _is_library(value) else self._function(value, name)
+        if isinstance(value, types.FunctionType) and not _is_library(value):
+            return self._function(value, name)
         if isinstance(value, types.MethodType):
+            self.changes = True
             return types.MethodType(self.exchanged(value.__func__, name), value.__self__)
         if isinstance(value, functools.partial):
             return self._partial(value, name)
-        if type(value) in (tuple, list) and any(callable(x) or _is_array(x) for x in value):
+        if type(value) in (tuple, list) and any(callable(x) or is_array(x) for x in value):
+            self.key.append((type(value), len(value)))
             return type(value)(self.exchanged(x, f"{name}[{n}]") for n, x in enumerate(value))
+        self._note(value)
         return value
 
-    def _array(self, array: Any, name: str) -> Captured:
-        for number, known in enumerate(self.arrays):
-            if known is array:
-                return Captured(self, number)
-        dtype = np.dtype(array.dtype)
-        kinds: dict[str, Kind] = {"f": "real", "i": "whole", "u": "whole", "b": "truth"}
-        kind: Kind | None = "real" if dtype.name == "bfloat16" else kinds.get(dtype.kind)
+    def _note(self, value: Any) -> None:
+        """Anything else is remembered if it cannot change."""
+        simple = value if type(value) in (tuple, list) else (value,)
+        if all(type(x) in UNCHANGING for x in simple):
+            self.key.append((type(value), repr(value)))
+        elif _is_library(value):
+            self.key.append(id(value))
+        else:
+            self.changes = True
+
+    def _array(self, array: Any, name: str) -> Any:
+        if id(array) in self._captured:
+            self.key.append(("array", self.arrays.index(self._captured[id(array)])))
+            return self._loaded(self.arrays.index(self._captured[id(array)]), array)
+        kind = kind_of(array)
         if kind is None:
-            self.refuse(f"`{name}` has dtype {dtype}; wanted floating point, whole numbers or bool")
-        wants = hasattr(array, "requires_grad") and kind == "real" and array.requires_grad()
-        self.builder.captured.append(CapturedArray(kind, len(array.shape), bool(wants)))
-        self.arrays.append(array)
+            self.refuse(
+                f"`{name}` has dtype {array.dtype}; wanted floating point, whole numbers or bool"
+            )
+        if is_torch(array) and array.dim() == 0 and not wants_gradient(array):
+            return self.exchanged(array.item(), name)
+        shape = tuple(array.shape)
+        described = CapturedArray(
+            kind, max(len(shape), 1), kind == "real" and wants_gradient(array)
+        )
+        self.key.append((described, shape))
+        self.builder.captured.append(described)
+        self.arrays.append(array if shape else array.reshape(1))
         self.array_names.append(name)
-        return Captured(self, len(self.arrays) - 1)
+        self._captured[id(array)] = self.arrays[-1]
+        return self._loaded(len(self.arrays) - 1, array)
+
+    def _loaded(self, number: int, array: Any) -> Any:
+        """An array, or the only number of one without dimensions."""
+        captured = Captured(self, number)
+        return captured if len(array.shape) else captured[0]
 
     def _number(self, value: float, name: str) -> Any:
         """A parameter; numbers that are known, or not of 32 bits, stay what they are."""
         whole = isinstance(value, int)
         if name in self.known or (whole and not -(2**31) <= value < 2**31):
+            self._note(value)
             return value
+        self.key.append(whole)
         if name not in self.number_names:
             self.numbers.append(value)
             self.number_names.append(name)
@@ -217,7 +339,10 @@ class Tracer:
     def _function(self, function: types.FunctionType, name: str) -> Any:
         """The same code over exchanged values."""
         if id(function) in self._functions:
+            self.key.append(list(self._functions).index(id(function)))
             return self._functions[id(function)]
+        given = function.__defaults__ or ()
+        self.key += [function.__code__, len(given), len(function.__kwdefaults__ or ())]
         inside = f"{name}." if name else ""
         scope = dict(function.__globals__)
         cells = tuple(types.CellType() for _ in function.__closure__ or ())
@@ -231,11 +356,11 @@ class Tracer:
             cells[n].cell_contents = self.exchanged(
                 value, inside + function.__code__.co_freevars[n]
             )
-        for used in _names(function.__code__) & scope.keys():
-            if not isinstance(scope[used], types.ModuleType):
+        for used in _names(function.__code__):
+            if used in scope:
+                self.key.append(used)
                 scope[used] = self.exchanged(scope[used], inside + used)
         parameters = function.__code__.co_varnames
-        given = function.__defaults__ or ()
         first = function.__code__.co_argcount - len(given)
         rebuilt.__defaults__ = tuple(
             self.exchanged(x, inside + parameters[first + n]) for n, x in enumerate(given)
@@ -247,6 +372,7 @@ class Tracer:
 
     def _partial(self, partial: functools.partial[Any], name: str) -> Any:
         inside = f"{name}." if name else ""
+        self.key += [len(partial.args), *partial.keywords]
         arguments = [self.exchanged(x, f"{inside}{n}") for n, x in enumerate(partial.args)]
         named = {k: self.exchanged(x, inside + k) for k, x in partial.keywords.items()}
         return functools.partial(self.exchanged(partial.func, name), *arguments, **named)
@@ -306,7 +432,7 @@ class Tracer:
         chosen = b.where(self.truth(self.lifted(condition)), *(b.cast(n, kind) for n in nodes))
         return Symbol(self, chosen)
 
-    def traced(self, result: Any, role: Role) -> Traced:
+    def graph(self, result: Any, role: Role) -> Graph:
         """The graph, once the function has returned."""
         wanted = "a score" if role == "score_mod" else "a truth value, as q_idx >= kv_idx gives"
         if not isinstance(result, Symbol | bool | int | float | np.generic):
@@ -316,22 +442,23 @@ class Tracer:
             self.refuse(f"it returned {IN_WORDS[self.builder.kind(n)]}; wanted {wanted}")
         if role == "score_mod":
             n = self.builder.cast(n, "real")
-        graph = self.builder.finished([n])
-        return Traced(graph, tuple(self.arrays), tuple(self.numbers), tuple(self.array_names))
+        return self.builder.finished([n])
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) or hasattr(value, "requires_grad")
+def _is_library(value: Any) -> bool:
+    """Whether it is a module, a function or a class of a library."""
+    if isinstance(value, types.ModuleType):
+        return value.__name__.split(".")[0] in LIBRARIES
+    if not isinstance(value, LIBRARY_TYPES):
+        return False
+    return (getattr(value, "__module__", "numpy") or "").split(".")[0] in LIBRARIES
 
 
-def _is_library(function: types.FunctionType) -> bool:
-    return (function.__module__ or "").split(".")[0] in LIBRARIES
-
-
-def _names(code: types.CodeType) -> set[str]:
+@functools.cache
+def _names(code: types.CodeType) -> tuple[str, ...]:
     """Global names that a function, and those within it, may use."""
     inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(*inner)
+    return tuple(sorted(set(code.co_names).union(*inner)))
 
 
-__all__ = ["ARGUMENTS", "Role", "Traced", "name_of", "trace"]
+__all__ = ["ARGUMENTS", "Role", "Traced", "check", "name_of", "trace"]

@@ -6,15 +6,21 @@ section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from .arguments import as_size, check_tensor
+from .arguments import as_size, check_tensor, type_name
+from .block_mask import BlockMask
 from .dtypes import check_dtype, get_default_dtype
 from .factories import tensor_from_numpy, zeros
+from .mask_functions import MaskMod
 from .module import Module
 from .modules_basic import Dropout, Embedding, LayerNorm1d, Linear
 from .nn import GELU, softmax
+from .score_mods import ScoreMod
 from .tensor import Tensor
 from .tensor_ops import SimpleBackend, TensorBackend
 
@@ -70,6 +76,25 @@ class KeyValueCache:
 class MultiHeadAttention(Module):
     """Attention of a sequence over itself in several heads.
 
+    A `score_mod` or a `block_mask` sees the positions of the sequence, and `b` is the number of the
+    sequence in the batch. With a cache, too, the queries have the positions that follow those that
+    it holds, so text is generated with the network that was trained. A Parameter that a
+    score function closes over is trained if a Module has it::
+
+        class Biased(Module):
+            def __init__(self, n_embd, n_head, reach, backend):
+                super().__init__()
+                self.bias = Parameter(zeros((n_head, reach + 1), backend))
+                bias = self.bias
+
+                def mod(score, b, h, q_idx, kv_idx):
+                    return score + bias[h, np.clip(q_idx - kv_idx, 0, reach)]
+
+                self.attention = MultiHeadAttention(
+                    n_embd, n_head, causal=True, backend=backend, use_flash_attention=True,
+                    score_mod=mod,
+                )
+
     Args:
         n_embd: size of the embedding.
         n_head: number of heads; divides n_embd.
@@ -79,9 +104,14 @@ class MultiHeadAttention(Module):
         backend: where the weights live.
         use_fused_kernel: softmax and mask in one operation (`attn_softmax`).
         use_flash_attention: the whole attention in one operation, without a score matrix.
+        score_mod: a function (score, b, h, q_idx, kv_idx) -> score, see `flash_attention`.
+        block_mask: a function (b, h, q_idx, kv_idx) -> truth value, or a BlockMask, of the longest
+            sequence: a shorter one has its first rows and columns. With `causal` both must let a
+            position be seen.
 
     Raises:
         ValueError: n_head does not divide n_embd.
+        TypeError: score_mod or block_mask is neither.
 
     """
 
@@ -95,6 +125,8 @@ class MultiHeadAttention(Module):
         backend: TensorBackend | None = None,
         use_fused_kernel: bool = False,
         use_flash_attention: bool = False,
+        score_mod: ScoreMod | None = None,
+        block_mask: BlockMask | MaskMod | None = None,
     ) -> None:
         super().__init__()
         n_embd, n_head = as_size(n_embd, "n_embd"), as_size(n_head, "n_head")
@@ -108,6 +140,7 @@ class MultiHeadAttention(Module):
         self.attn_hidden_dim = n_embd // n_head
         self.use_fused_kernel = use_fused_kernel
         self.use_flash_attention = use_flash_attention
+        self.score_mod, self.block_mask = _checked_variant(score_mod, block_mask)
         self.q_projection = Linear(n_embd, n_embd, bias, backend)
         self.k_projection = Linear(n_embd, n_embd, bias, backend)
         self.v_projection = Linear(n_embd, n_embd, bias, backend)
@@ -137,8 +170,8 @@ class MultiHeadAttention(Module):
     def self_attention(self, q: Tensor, kT: Tensor, v: Tensor) -> Tensor:
         """softmax(q @ kT / sqrt(head size) + mask) @ v, heads joined again: (B, T, E)."""
         batch, _, seq_len, head_dim = q.shape
-        if self.use_flash_attention:
-            out = self._flash_attention(q, kT, v)
+        if self.use_flash_attention or self.score_mod or self.block_mask is not None:
+            out = self._one_operation(q, kT, v)
         else:
             scores = (q @ kT) / float(np.sqrt(head_dim))  # (B, H, T, T_k)
             if self.use_fused_kernel:
@@ -152,13 +185,17 @@ class MultiHeadAttention(Module):
         joined = out.permute(0, 2, 1, 3).contiguous()  # (B, T, H, E / H)
         return joined.view(batch, seq_len, self.n_embd)
 
-    def _flash_attention(self, q: Tensor, kT: Tensor, v: Tensor) -> Tensor:
-        """One fused operation; queries are the last positions of the keys."""
-        out: Tensor = q.flash_attention(
+    def _one_operation(self, q: Tensor, kT: Tensor, v: Tensor) -> Tensor:
+        """Fused, or with the score matrix; queries are the last positions of the keys."""
+        attention = q.flash_attention if self.use_flash_attention else q.attention
+        seqlen_q, seqlen_k = q.shape[2], kT.shape[3]
+        out: Tensor = attention(
             kT.transpose(-2, -1),
             v,
             is_causal="bottom-right" if self.causal else False,
             dropout_p=self.dropout.p_dropout if self.training else 0.0,
+            score_mod=_from_position(self.score_mod, seqlen_k - seqlen_q),
+            block_mask=_last_rows(self.block_mask, seqlen_q, seqlen_k),
         )
         return out
 
@@ -180,6 +217,49 @@ class MultiHeadAttention(Module):
             kT = k.permute(0, 1, 3, 2)
         out: Tensor = self.out_projection(self.self_attention(q, kT, v))
         return out
+
+
+def _checked_variant(
+    score_mod: Any, block_mask: Any
+) -> tuple[ScoreMod | None, BlockMask | MaskMod | None]:
+    if score_mod is not None and not callable(score_mod):
+        raise TypeError(
+            f"score_mod must be a function (score, b, h, q_idx, kv_idx), got {type_name(score_mod)}"
+        )
+    if not (block_mask is None or callable(block_mask) or isinstance(block_mask, BlockMask)):
+        raise TypeError(
+            "block_mask must be a BlockMask or a function (b, h, q_idx, kv_idx), got "
+            f"{type_name(block_mask)}"
+        )
+    return score_mod, block_mask
+
+
+def _from_position(score_mod: ScoreMod | None, start: int) -> ScoreMod | None:
+    """The function of queries that are numbered from `start` on."""
+    if score_mod is None or start == 0:
+        return score_mod
+
+    def moved(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score_mod(score, b, h, q_idx + start, kv_idx)
+
+    return moved
+
+
+def _last_rows(
+    block_mask: BlockMask | MaskMod | None, seqlen_q: int, seqlen_k: int
+) -> BlockMask | MaskMod | None:
+    """The mask of the last queries of a sequence of `seqlen_k` tokens."""
+    start = seqlen_k - seqlen_q
+    if isinstance(block_mask, BlockMask):
+        return block_mask.rows(start, seqlen_q, seqlen_k)
+    if block_mask is None or start == 0:
+        return block_mask
+    mask_mod = block_mask
+
+    def moved(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return mask_mod(b, h, q_idx + start, kv_idx)
+
+    return moved
 
 
 class FeedForward(Module):
@@ -227,6 +307,8 @@ class TransformerLayer(Module):
         use_fused_kernel: see `MultiHeadAttention`.
         use_flash_attention: see `MultiHeadAttention`.
         middle_dim: of the feed-forward layer, 256 as in the course if not given.
+        score_mod: see `MultiHeadAttention`.
+        block_mask: see `MultiHeadAttention`.
 
     """
 
@@ -241,14 +323,17 @@ class TransformerLayer(Module):
         use_fused_kernel: bool = False,
         use_flash_attention: bool = False,
         middle_dim: int = 256,
+        score_mod: ScoreMod | None = None,
+        block_mask: BlockMask | MaskMod | None = None,
     ) -> None:
         super().__init__()
         backend = SimpleBackend if backend is None else backend
         self.ln_1 = LayerNorm1d(n_embd, ln_eps, backend)
         self.ln_2 = LayerNorm1d(n_embd, ln_eps, backend)
         self.attention = MultiHeadAttention(
-            n_embd, n_head, True, p_dropout, bias, backend, use_fused_kernel, use_flash_attention
-        )
+            n_embd, n_head, True, p_dropout, bias, backend, use_fused_kernel, use_flash_attention,
+            score_mod, block_mask,
+        )  # fmt: skip
         self.ff = FeedForward(n_embd, middle_dim, p_dropout, bias, backend)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -256,6 +341,15 @@ class TransformerLayer(Module):
         x = x + self.attention(self.ln_1(x), cache)
         x = x + self.ff(self.ln_2(x))
         return x
+
+
+def _of_layers(given: Any, name: str, n_layer: int) -> list[Any]:
+    """One for each layer, of one for all or of a sequence."""
+    if not isinstance(given, list | tuple):
+        return [given] * n_layer
+    if len(given) != n_layer:
+        raise ValueError(f"{name} is a sequence of {len(given)}, the model has {n_layer} layers")
+    return list(given)
 
 
 class DecoderLM(Module):
@@ -277,6 +371,15 @@ class DecoderLM(Module):
         middle_dim: of the feed-forward layers, 256 as in the course if not given.
         compute_dtype: what the layers compute with, on the GPU "bfloat16" or "float16"; the weights
             stay as they are (master weights), and so does their gradient. None: as the weights.
+        score_mod: of attention, one for all layers, or a sequence with one, or None, for each; see
+            `MultiHeadAttention`.
+        block_mask: likewise; layers that look near may take turns with layers that look far. A
+            position sees itself and what is before it, whatever the mask says. A BlockMask is for
+            n_positions queries and keys.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+        TypeError: score_mod or block_mask is neither.
 
     """
 
@@ -295,6 +398,8 @@ class DecoderLM(Module):
         n_layer: int = 4,
         middle_dim: int = 256,
         compute_dtype: npt.DTypeLike | None = None,
+        score_mod: ScoreMod | Sequence[ScoreMod | None] | None = None,
+        block_mask: BlockMask | MaskMod | Sequence[BlockMask | MaskMod | None] | None = None,
     ) -> None:
         super().__init__()
         backend = SimpleBackend if backend is None else backend
@@ -310,6 +415,14 @@ class DecoderLM(Module):
         self._positions: Tensor | None = None
         self.token_embeddings = Embedding(n_vocab, n_embd, backend)
         self.position_embeddings = Embedding(n_positions, n_embd, backend)
+        score_mods = _of_layers(score_mod, "score_mod", self.n_layer)
+        block_masks = _of_layers(block_mask, "block_mask", self.n_layer)
+        for mask in block_masks:
+            if isinstance(mask, BlockMask) and mask.seq_lengths != (n_positions, n_positions):
+                raise ValueError(
+                    f"block_mask is for {mask.seq_lengths} queries and keys, the model has "
+                    f"n_positions = {n_positions}"
+                )
         for number in range(1, self.n_layer + 1):
             layer = TransformerLayer(
                 n_embd,
@@ -321,6 +434,8 @@ class DecoderLM(Module):
                 use_fused_kernel,
                 use_flash_attention,
                 middle_dim,
+                score_mods[number - 1],
+                block_masks[number - 1],
             )
             setattr(self, f"t_layer_{number}", layer)
         self.dropout = Dropout(p_dropout)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 import minitorch
-from minitorch.block_mask import numbers_of
+from minitorch.captured_arrays import numbers_of
 from minitorch.cuda import attention as cuda_attention
 from minitorch.kernels.flash_attention.cpu import launch as cpu
 from minitorch.kernels.flash_attention.decode import launch as decode

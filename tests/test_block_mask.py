@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 
 import minitorch
 from minitorch import attention_masks, score_mods
-from minitorch.block_mask import (
-    BlockMask,
-    and_masks,
-    create_block_mask,
-    create_mask,
-    noop_mask,
-    or_masks,
-)
+from minitorch.block_mask import BlockMask, create_block_mask
+from minitorch.mask_functions import and_masks, create_mask, noop_mask, or_masks
 
 N = 96
 CAP: Any = score_mods.softcap(3.0)
@@ -370,3 +364,36 @@ def test_lists_are_made_without_a_matrix() -> None:
     function = attention_masks.sliding_window(1000)
     lists = create_block_mask(function, None, None, 131072, 131072).lists
     assert len(lists.entries) < 10 * 1024
+
+
+ROWS_OF: dict[str, Any] = {
+    "causal": attention_masks.causal(),
+    "documents": attention_masks.document(IDS),
+    "by head": lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (kv_idx % (h + 2) == 0),
+}
+
+
+@pytest.mark.parametrize("name", [*ROWS_OF, "bigbird"])
+def test_rows_are_those_of_the_whole_mask(name: str) -> None:
+    mask = attention_masks.bigbird(N, 8, random_blocks=1)
+    if name in ROWS_OF:
+        mask = create_block_mask(ROWS_OF[name], None, 2, N, N, 16)
+    whole = mask.to_mask()
+    for start, count, keys in ((0, N, N), (5, 1, 6), (37, 20, N), (90, 6, 96), (0, 7, 7)):
+        rows = mask.rows(start, count, keys)
+        np.testing.assert_array_equal(
+            rows.to_mask(), whole[:, :, start : start + count, :keys], str((start, count, keys))
+        )
+        for h, allowed in enumerate(rows.to_mask()[0]):
+            np.testing.assert_array_equal(
+                rows.to_dense()[0, h], states_of(allowed, rows.BLOCK_SIZE) > 0
+            )
+        assert mask.rows(start, count, keys) is rows
+    assert mask.rows(0, N) is mask
+    with pytest.raises(ValueError, match="queries 90 to 99 and 96 keys are not within"):
+        mask.rows(90, 10)
+
+
+def test_rows_have_one_graph_wherever_they_begin() -> None:
+    mask = create_block_mask(ROWS_OF["documents"], None, None, N, N, 16)
+    assert mask.rows(3, 2).function.graph == mask.rows(50, 7, 60).function.graph

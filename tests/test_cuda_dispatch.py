@@ -202,6 +202,56 @@ def test_explain_says_which_keys_a_query_sees() -> None:
 # ----- precision of float32 -----
 
 
+@pytest.fixture
+def all_take_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in cuda_attention.FLASH_ATTENTION:
+        monkeypatch.setattr(module, "TAKES_FUNCTIONS", True, raising=False)
+
+
+@pytest.mark.usefixtures("all_take_functions")
+def test_explain_names_functions_and_counts_the_tiles_of_lists() -> None:
+    q = np.zeros((2, 4, 1024, 64), np.float16)
+    mask = minitorch.attention_masks.bigbird(1024, 64, heads=4, seed=1)
+    cap: Any = minitorch.score_mods.softcap(30.0)
+    found = minitorch.cuda.explain(
+        q, q, q, score_mod=cap, block_mask=mask, is_causal=True, architecture="sm_90"
+    )
+    text = str(found)
+    assert "score_mod `softcap.softcap_mod`" in text and "as a mask_mod" not in text
+    assert f"block_mask `blocks`: blocks of 64 x 64, {mask.sparsity():.1f}% skipped" in text
+    allowed = mask.to_mask()[0] & np.tri(1024, dtype=bool)
+    for each in (found.forward, found.backward):
+        for name, lists in each.lists.items():
+            m, n = (1024 // size for size in (lists.rows, lists.columns))
+            tiles = allowed.reshape(4, lists.rows, m, lists.columns, n)
+            visited, whole = (x.sum() for x in (tiles.any((2, 4)), tiles.all((2, 4))))
+            wanted = f"4 heads' {name}: {visited} tiles visited ({whole} whole, "
+            wanted += f"{visited - whole} partial), {lists.rows * lists.columns * 4 - visited} skip"
+            assert wanted in text
+    assert found.forward.lists and found.backward.lists
+
+
+@pytest.mark.usefixtures("all_take_functions")
+def test_explain_says_what_could_be_better() -> None:
+    q = np.zeros((2, 4, 256, 64), np.float16)
+
+    def hides(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return np.where(q_idx >= kv_idx, score, -np.inf) + 1.0
+
+    def cuts(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return np.where(score > 3, score, -np.inf)
+
+    def text(**options: Any) -> str:
+        return str(minitorch.cuda.explain(q, q, q, architecture="sm_80", **options))
+
+    assert "it returns -inf by position: as a mask_mod" in text(score_mod=hides)
+    assert "by position" not in text(score_mod=cuts)
+    window = text(block_mask=minitorch.attention_masks.sliding_window(17))
+    assert "block_mask `sliding_window.window_mask`: a band" in window
+    assert "query i sees keys from i-17 to i+0" in window
+    assert "each head's" in window
+
+
 def test_fp32_precision() -> None:
     """It is asked for, set, and put back; a problem remembers it."""
     a = minitorch.rand((2, 4), minitorch.TensorBackend(minitorch.FastOps))

@@ -30,15 +30,16 @@ LAYERS: list[tuple[str, str]] = [
         "engine and backends",
         "autodiff cuda_kernel_ops cuda_ops fast_fused fast_ops fused_checks fused_ops storage_ops "
         "tensor_ops cuda cuda.attention cuda.cublas cuda.cublas_lt cuda.elementwise "
-        "cuda.explanation cuda.graph cuda.matmul cuda.storage "
+        "cuda.graph cuda.matmul cuda.storage "
         "cuda.transfer cuda.views",
     ),
     (
         "tensors",
-        "attention attention_masks attention_variants block_mask block_states copies factories "
-        "fast_conv function fused_functions grad_check indexing movement_functions numpy_protocol "
-        "scalar scalar_functions score_mods score_symbols score_trace tensor tensor_functions "
-        "tensor_graph interop interop.arrays interop.foreign interop.torch_attention",
+        "attention attention_masks attention_variants block_mask block_states captured_arrays "
+        "copies factories fast_conv function fused_functions grad_check indexing mask_functions "
+        "movement_functions numpy_protocol scalar scalar_functions score_mods score_symbols "
+        "score_trace tensor tensor_functions tensor_graph interop interop.arrays interop.foreign "
+        "interop.torch_attention cuda.explanation",
     ),
     (
         "networks",

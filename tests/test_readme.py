@@ -12,11 +12,11 @@ from project.transformer import cli
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "minitorch/README.md", "kernels/README.md",
-    "project/results/README.md",
+    "project/results/README.md", "kernels/flash_attention/FUNCTIONS.md",
 )  # fmt: skip
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
 README = TEXTS["README.md"]
-MOST_LINES = 220  # so that it is read to its end
+MOST_LINES = 260  # so that it is read to its end
 BLOCKS = re.findall(
     r"^```(\w*)\n(.*?)^```$", README + TEXTS["minitorch/README.md"], re.MULTILINE | re.DOTALL
 )

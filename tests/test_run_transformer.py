@@ -1,6 +1,7 @@
 """The toy transformer: training that stops and goes on, its commands, sampling."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -197,6 +198,70 @@ def test_compare_shows_the_same_loss(text: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "flash" in printed and "standard" in printed
     assert float(printed.split("at any step: ")[1].split()[0]) < 1e-10
+
+
+SPARSE = ["window:2", "dilated:2,2", "streaming:2,1", "longformer:4,1", "bigbird:2,1,1,1"]
+
+
+@pytest.mark.parametrize("kind", SPARSE)
+def test_sparse_attention_trains_is_saved_and_writes(
+    kind: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, values = str(tmp_path / "run"), {**TINY, "data": text, "steps": 4, "attention": kind}
+    assert cli.main(["train", "--out", out, *arguments(values)]) == 0
+    snapshot = load_snapshot(RunFolder(out).checkpoint)
+    assert snapshot.options.model.attention == kind
+    assert cli.main(["train", "--resume", "--out", out, "--steps", "6"]) == 0
+    assert cli.main(["sample", "--out", out, "--tokens", "20", "--prompt", "the"]) == 0
+    assert "the" in capsys.readouterr().out
+    model = models.build(snapshot.options.model, 20)
+    prompt = np.array([1, 2, 3])
+    written = [
+        list(islice(sampling.generate(model, prompt, use_cache=cached), 12))
+        for cached in (True, False)
+    ]
+    assert written[0] == written[1]
+
+
+def test_sparse_attention_sees_less(text: Path) -> None:
+    ids = np.arange(8)[None] % 5
+    outputs = {}
+    for kind in ("flash", *SPARSE):
+        minitorch.manual_seed(1)
+        model = models.build(tiny(text, attention=kind).model, 5)
+        outputs[kind] = model(models.as_tensor(ids, model.backend)).to_numpy()
+    for kind in SPARSE:
+        assert np.abs(outputs[kind] - outputs["flash"])[0, -1].max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("narrow", "--attention must be flash, standard, or sparse: window[:left=32]"),
+        ("window:x", "--attention window:x: invalid literal"),
+        ("window:1,2", "--attention window:1,2: too many"),
+        ("bigbird:4,2", "--attention bigbird:4,2: window must be odd"),
+    ],
+)
+def test_kinds_of_attention_that_there_are_not(
+    kind: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (["train", "--attention", kind], ["compare", "--kinds", kind]):
+        assert cli.main(command) == 1
+        assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
+def test_a_comparison_is_recorded(text: Path, tmp_path: Path) -> None:
+    values = {k: v for k, v in TINY.items() if not k.endswith("_every")}
+    page = tmp_path / "kinds.md"
+    command = ["compare", "--kinds", "flash", "window:2", "--record", str(page)]
+    assert cli.main([*command, *arguments(values | {"data": text, "steps": 4})]) == 0
+    written = page.read_text(encoding="utf-8")
+    losses = [line.split("|")[2:6] for line in written.splitlines() if line.startswith("| window")]
+    assert all(0 < float(x) < 6 for x in losses[0])
+    command = re.search("run_transformer.py (compare.*) --record", written)[1].split()  # type: ignore
+    assert command[:4] == ["compare", "--kinds", "flash", "window:2"]
+    assert "--steps 4" in written and "--context 8" in written
 
 
 def test_measured_kinds_agree(text: Path) -> None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ..score_graph import Graph, evaluate
 from ..score_intervals import IntervalOperations
-from .schedule import RULES, Band
+from .schedule import RULES, Band, TileCounts
 
 Array = NDArray[Any]
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -92,6 +92,12 @@ class BlockLists:
         full = states[head, row, column] == FULL
         return BlockLists.of(Runs(head, row, column, np.ones_like(row), full), *states.shape)
 
+    def counts(self) -> TileCounts:
+        """How many blocks of all heads are visited, whole, partial and skipped."""
+        visited, whole = len(self.entries), int(np.count_nonzero(self.entries & 1))
+        every = self.heads * self.rows * self.columns
+        return TileCounts(visited, whole, visited - whole, every - visited)
+
     @property
     def places(self) -> tuple[Array, Array, Array, Array]:
         """Head, row, column and whether it is full, of each block."""
@@ -104,6 +110,13 @@ class BlockLists:
         head, row, column, full = self.places
         found[head, row, column] = PARTIAL + full
         return found
+
+    def without_empty(self, column: int) -> BlockLists:
+        """The same with an entry of a column, not full, in each list that has none."""
+        lengths = np.diff(self.offsets)
+        entries = np.insert(self.entries, self.offsets[:-1][lengths == 0], column << 1)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(lengths, 1))])
+        return replace(self, offsets=offsets, entries=entries)
 
     def transposed(self) -> BlockLists:
         """For each column of blocks its rows."""

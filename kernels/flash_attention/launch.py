@@ -46,13 +46,15 @@ Nothing is allocated in device memory but small tables that are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..gpu.runtime import Instance, precision, types
 from ..philox import dropout_threshold
-from ..score_graph import Builder, CapturedArray
+from ..score_graph import Builder, CapturedArray, Graph
 from .block_lists import TileLists
 from .problem import AttentionProblem
 from .schedule_cuda import NO_LISTS, Lists
@@ -173,20 +175,55 @@ class Inputs(NamedTuple):
         return self.q.strides, self.k.strides, self.v.strides, self.mask_strides
 
 
+def functions_of(problem: AttentionProblem) -> Functions:
+    """The user's functions, for which kernels are compiled. Which gradients are wanted is none of
+    their business.
+    """
+    if not problem.seqlen_q or not problem.seqlen_k:  # no score that they could be for
+        return NO_FUNCTIONS
+    return Functions(*(_without_gradients(x) for x in (problem.score_mod, problem.mask_mod)))
+
+
+@cache
+def _without_gradients(graph: Graph | None) -> Graph | None:
+    if graph is None:
+        return None
+    return replace(graph, captured=tuple(x._replace(wants_gradient=False) for x in graph.captured))
+
+
 def tile_lists(
-    problem: AttentionProblem, inputs: Inputs, tile: tuple[int, int], transposed: bool = False
+    problem: AttentionProblem,
+    inputs: Inputs,
+    tile: tuple[int, int],
+    transposed: bool = False,
+    empty: int | None = None,
 ) -> Lists:
     """The lists for tiles of (block_m, block_n), in device memory: of each tile of queries its
-    tiles of keys, or `transposed`.
+    tiles of keys, or `transposed`. One entry more than there are can be read.
+
+    Args:
+        problem, inputs: of the call.
+        tile: its size.
+        transposed: see above.
+        empty: number of a tile that is put into lists which are empty.
+
     """
     if inputs.lists is None or inputs.on_device is None:
         return NO_LISTS
+    lists, place = inputs.lists, inputs.on_device
     key = tile, problem.lower, problem.upper
-    found = (inputs.lists.transposed if transposed else inputs.lists.of)(*key)
-    batch, head = inputs.lists.head_steps()
-    offsets = inputs.on_device(("offsets", transposed, *key), found.offsets.astype(np.uint32))
-    entries = inputs.on_device(("entries", transposed, *key), found.entries)
-    return Lists(offsets, entries, batch * found.rows, head * found.rows)
+    name = (transposed, empty, *key)
+    if name not in lists.kept:
+        found = (lists.transposed if transposed else lists.of)(*key)
+        found = found if empty is None else found.without_empty(empty)
+        batch, head = lists.head_steps()
+        lists.kept[name] = Lists(
+            place(("offsets", *name), found.offsets.astype(np.uint32)),
+            place(("entries", *name), np.append(found.entries, np.int32(0))),
+            batch * found.rows, head * found.rows,
+        )  # fmt: skip
+    kept: Lists = lists.kept[name]
+    return kept
 
 
 class Gradients(NamedTuple):
@@ -354,6 +391,7 @@ def instances_of(
 
 __all__ = [
     "Architecture", "ArgumentTypes", "Gradients", "Heads", "Inputs", "Ints", "Matrices", "Sizes",
-    "Strides", "argument_types", "example_functions", "has_vectors", "heads_of", "instances_of",
+    "Strides", "argument_types", "example_functions", "functions_of", "has_vectors", "heads_of",
+    "instances_of",
     "named_type", "scalars_of", "sizes_of", "tile_lists",
 ]  # fmt: skip

@@ -119,7 +119,7 @@ RULES = rules(lambda function: function)
 
 
 class TileCounts(NamedTuple):
-    """Of the tiles of scores of one head.
+    """Of the tiles of scores of one head, or of several.
 
     Args:
         visited: that are computed: whole and partial ones.

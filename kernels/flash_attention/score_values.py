@@ -175,7 +175,7 @@ class ScoreValues:
             is_last = n == len(indices) - 1  # its step is 1
             if is_last:
                 offset, index = index.plus * size, Shifted(index.base, 0)
-            if index != (None, 0):
+            if index.base is not None or index.plus:  # `==` of symbols is an instruction
                 far = as_kind(WORD, index.number(self.beside))
                 if not is_last:
                     far = traced_math.whole("mul", far, self.words[first + 1 + n])
@@ -185,7 +185,12 @@ class ScoreValues:
         return Shifted(number, 0) if kind == "whole" else as_kind(self.types[kind], number)
 
     def cast(self, x: Any, have: Kind, kind: Kind) -> Any:
-        """As another kind."""
+        """As another kind. Whole numbers below 2^24 are exact, so base and plus may be added as
+        real numbers: converting takes a GPU as long as four sums.
+        """
+        if have == "whole" and kind == "real" and x.base is not None:
+            real = as_kind(self.types[kind], x.base)
+            return real + constant(self.types[kind], float(x.plus), real) if x.plus else real
         number = as_kind(self.types[kind], x.number(self.beside) if have == "whole" else x)
         return Shifted(number, 0) if kind == "whole" else number
 
@@ -224,14 +229,10 @@ def _multiply(a: Any, b: Any) -> Any:
     return traced_math.whole("mul", a, b) if is_whole else a * b
 
 
-def _absolute(x: Any) -> Any:
-    return select(x < constant(getattr(x, "kind", types.float64), 0, x), -x, x)
-
-
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "multiply": _multiply,
     "negative": lambda x: -x,
-    "absolute": _absolute,
+    "absolute": traced_math.absolute,
     "minimum": lambda a, b: select(a < b, a, b),
     "maximum": lambda a, b: select(b < a, a, b),
     "floor_divide": traced_math.floor_divide,
@@ -310,6 +311,11 @@ class Evaluation:
                     if minus:
                         a, other = (a, -other) if place == 0 else (-a, other)
                     return fused(a, b, other)
+        if node.name == "cast" and node.kind == "real":
+            inner = nodes[node.operands[0]]
+            if inner.name == "absolute" and inner.kind == "whole":  # |x| as a real number is free
+                x = values[inner.operands[0]]
+                return traced_math.absolute(operations.cast(x, "whole", "real"))
         if node.name == "divide" and self.approximate and not self.names[node.operands[1]]:
             x, y = (values[operand] for operand in node.operands)
             return x * (constant(self.real, 1.0, y) / y)

@@ -57,6 +57,10 @@ if SIMULATED:
         """Of whole numbers, rounded down."""
         return np.floor_divide(x, y)
 
+    def absolute(x: Any) -> Any:
+        """|x|."""
+        return abs(x)
+
     def fused(a: Any, b: Any, c: Any) -> Any:
         """A * b + c of float32 or float64, rounded once."""
         if isinstance(a, np.float32):
@@ -138,6 +142,12 @@ else:
         """Of whole numbers, rounded down."""
         return whole("sub", x, remainder(x, y)) // y
 
+    def absolute(x: Any) -> Any:
+        """|x|; of real numbers it costs nothing where it is used."""
+        if not isinstance(x.kind, types.Float):
+            return x.make(x.kind, x.builder.select((x < 0).code, (-x).code, x.code))
+        return _from_libdevice("fabs", x)
+
     def fused(a: Any, b: Any, c: Any) -> Any:
         """A * b + c of float32 or float64, rounded once."""
         return a.make(a.kind, a.builder.fma(a.code, b.code, c.code))
@@ -150,6 +160,9 @@ else:
             return _instruction(INSTRUCTIONS["exp2"], x * float(np.log2(np.e)))
         if approximate and name == "log":
             return _instruction(INSTRUCTIONS["log2"], x) * float(np.log(2))
+        return _from_libdevice(name, x)
+
+    def _from_libdevice(name: str, x: Value) -> Value:
         full = f"__nv_{name}" + "f" * (x.kind == types.float32)
         module, target = x.builder.module, LLVM_TYPES[x.kind]
         known = module.globals.get(full)
@@ -164,6 +177,6 @@ else:
 
 
 __all__ = [
-    "FUNCTIONS", "as_kind", "constant", "floor_divide", "function", "fused", "load", "real_of",
-    "remainder", "whole",
+    "FUNCTIONS", "absolute", "as_kind", "constant", "floor_divide", "function", "fused", "load",
+    "real_of", "remainder", "whole",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from ..kernels.flash_attention.launch import (
     Inputs,
     Matrices,
     Strides,
+    functions_of,
     heads_of,
 )
 from ..kernels.flash_attention.mma import captured as mma_captured
@@ -39,6 +40,7 @@ from ..kernels.gpu.runtime import compute_capability
 from ..operators import add
 from ..rng import device_offset
 from ..tensor_data import TensorData, strides_from_shape
+from . import allocator
 from .device_array import DeviceArray
 from .elementwise import fold
 from .storage import contiguous, copied, in_dtype
@@ -200,7 +202,7 @@ def _inputs(
     owners: tuple[Any, ...] = ()
     has_scores = problem.seqlen_q and problem.seqlen_k
     if has_scores and problem.has_functions:
-        functions = Functions(problem.score_mod, problem.mask_mod)
+        functions = functions_of(problem)
         words, owners = _words(functions, variant, _exact(problem))
     if mask is not None and has_scores:
         full = (*problem.leading, problem.seqlen_q, problem.seqlen_k)
@@ -225,10 +227,15 @@ def _words(
 ) -> tuple[tuple[int, ...], tuple[Any, ...]]:
     """What the functions are given, and the arrays in device memory that it points to."""
     both = []
-    for graph, given in ((functions.score, variant.score), (functions.mask, variant.mask)):
+    # A block mask never changes: what it has is copied once, before a CUDA graph is captured.
+    of_mask = None if variant.lists is None else variant.lists.kept
+    for graph, given, kept in (
+        (functions.score, variant.score, None),
+        (functions.mask, variant.mask, of_mask),
+    ):
         kinds = () if graph is None else graph.captured
         arrays = (
-            _on_device(x, stored_dtype(y.kind, real))
+            _on_device(x, stored_dtype(y.kind, real), kept)
             for x, y in zip(given.arrays, kinds, strict=True)
         )
         both.append(Captured(tuple(arrays), given.parameters))
@@ -236,12 +243,32 @@ def _words(
     return words, (*both[0].arrays, *both[1].arrays)
 
 
-def _on_device(captured: Any, dtype: np.dtype[Any]) -> TensorData:
-    """A captured array, contiguous in device memory."""
+def _on_device(
+    captured: Any, dtype: np.dtype[Any], kept: dict[Any, Any] | None = None
+) -> TensorData:
+    """A captured array, contiguous in device memory; one that is kept there if it was before.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, whose replays would not see a copy from the host.
+
+    """
     if hasattr(captured, "_tensor"):
         return contiguous(in_dtype(captured._tensor, dtype))
+    key = "array on device", id(captured), dtype
+    if kept is not None and key in kept:
+        _, known = kept[key]
+        return known  # type: ignore[no-any-return]
+    if allocator.is_capturing():
+        raise RuntimeError(
+            "attention's score_mod or block_mask reads an array of numpy, and a CUDA graph is "
+            "captured, which holds no copies from the host: make it a Tensor on the GPU, or "
+            "compute once with the BlockMask before"
+        )
     array = np.ascontiguousarray(captured, dtype)
-    return contiguous_data(DeviceArray.from_host(array.reshape(-1)), array.shape)
+    data = contiguous_data(DeviceArray.from_host(array.reshape(-1)), array.shape)
+    if kept is not None:
+        kept[key] = captured, data
+    return data
 
 
 def _keeper(lists: TileLists | None) -> Any:
@@ -380,6 +407,12 @@ def flash_attention_forward(
     )  # fmt: skip
 
 
+def _mask_gradient(query: Tensor, ds: TensorData, attn_mask: Any) -> Tensor:
+    """The gradient of an additive mask, from that of all scores."""
+    dmask = query._new(_summed(ds, attn_mask.shape))
+    return dmask if dmask.dtype == attn_mask.dtype else query.f.ops.cast(dmask, attn_mask.dtype)
+
+
 def flash_attention_backward(
     grad_out: Tensor,
     grad_logsumexp: Tensor | None,
@@ -438,15 +471,10 @@ def flash_attention_backward(
         architecture, **_workspace(module, "backward", problem, architecture),
     )  # fmt: skip
     captured = _captured_gradients(arguments, variant.score, vectors, module, architecture)
-    dmask = None
-    if ds is not None and attn_mask is not None:
-        dmask = query._new(_summed(ds, attn_mask.shape))
-        if dmask.dtype != attn_mask.dtype:
-            dmask = query.f.ops.cast(dmask, attn_mask.dtype)
     return (
         query._new(_summed_to_heads(dq, query.shape)),
         query._new(_summed_to_heads(dk, key.shape)),
         query._new(_summed_to_heads(dv, value.shape)),
-        dmask,
+        None if ds is None else _mask_gradient(query, ds, attn_mask),
         *(query._new(x) for x in captured),
     )

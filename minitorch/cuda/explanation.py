@@ -14,10 +14,16 @@ from typing import Any
 
 import numpy as np
 
+from ..attention_variants import Variant
+from ..block_mask import BlockMask
 from ..dtypes import BFLOAT16
+from ..kernels.flash_attention.block_lists import BlockLists, TileLists
 from ..kernels.flash_attention.problem import AttentionProblem, Causal, Window
 from ..kernels.flash_attention.schedule import Schedule
 from ..kernels.gpu.runtime import compute_capability, is_available
+from ..kernels.score_bands import hides_by_position
+from ..mask_functions import MaskMod
+from ..score_mods import ScoreMod
 from . import attention as cuda_attention
 from .precision import fp32_precision
 
@@ -35,6 +41,7 @@ class Pass:
         copied: the inputs that are copied first, since their rows do not lie as the kernel needs.
         schedules: by what a kernel computes ("output", "dQ") which tiles of scores it visits;
             empty if the kernel's tiles are cut from the keys that there are.
+        lists: likewise, if a block mask says which tiles are visited: its lists for these tiles.
 
     """
 
@@ -43,11 +50,15 @@ class Pass:
     passed_over: tuple[tuple[str, str], ...]
     copied: tuple[str, ...]
     schedules: dict[str, Schedule]
+    lists: dict[str, BlockLists]
 
     def lines(self) -> list[str]:
         """For people."""
         found = [self.kernel + (f": {self.tiles}" if self.tiles else "")]
-        if self.schedules:
+        for name, lists in self.lists.items():
+            heads = "each head's" if lists.heads == 1 else f"{lists.heads} heads'"
+            found.append(f"    {heads} {name}: {lists.counts()}")
+        if self.schedules and not self.lists:
             counts = (f"{name}: {schedule.counts()}" for name, schedule in self.schedules.items())
             found.append(f"    each head's {'; '.join(counts)}")
         found += [f"    not {name}: {reason}" for name, reason in self.passed_over]
@@ -60,12 +71,21 @@ class Pass:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which kernels compute a call; `print` it."""
+    """Which kernels compute a call; `print` it.
+
+    Args:
+        problem: of the call.
+        architecture: compute capability of the GPU.
+        forward, backward: the passes.
+        notes: of a score function and a block mask: what they are, and what could be better.
+
+    """
 
     problem: AttentionProblem
     architecture: Architecture
     forward: Pass
     backward: Pass
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         p = self.problem
@@ -82,6 +102,7 @@ class Explanation:
             what.append(f"fp32_precision {p.fp32_precision!r}")
         major, minor = self.architecture
         lines = [f"flash attention: {', '.join(what)}; compute capability {major}.{minor}"]
+        lines += [f"  {note}" for note in self.notes]
         for name, found in (("forward", self.forward), ("backward", self.backward)):
             first, *others = found.lines()
             lines += [f"  {name:8} {first}", *(f"  {line}" for line in others)]
@@ -99,6 +120,8 @@ def explain(
     scale: float | None = None,
     window: Window | None = None,
     enable_gqa: bool = False,
+    score_mod: ScoreMod | None = None,
+    block_mask: BlockMask | MaskMod | None = None,
     architecture: str | Architecture | None = None,
 ) -> Explanation:
     """Say which kernels `flash_attention` would take for these arguments, and why no faster ones.
@@ -113,12 +136,14 @@ def explain(
         scale: see there.
         window: see there.
         enable_gqa: see there.
+        score_mod: see there.
+        block_mask: see there.
         architecture: "sm_80" or (8, 0); that of the current GPU if None.
 
     Returns:
         An object to print, whose `forward` and `backward` have `kernel`, `tiles`, `passed_over`,
-        `copied` and `schedules`: `found.forward.schedules["output"].key_tiles(2)` are the numbers
-        of the tiles of keys that the third tile of queries visits.
+        `copied`, `schedules` and `lists`: `found.forward.schedules["output"].key_tiles(2)` are the
+        numbers of the tiles of keys that the third tile of queries visits.
 
     Raises:
         ValueError: arguments that do not fit together, or that no kernel takes.
@@ -145,24 +170,57 @@ def explain(
         fp32_precision=fp32_precision(),
     )
     capability = _capability(architecture)
-    passes = (_explained(problem, capability, inputs, backward) for backward in (False, True))
-    return Explanation(problem, capability, *passes)
+    variant = Variant.of(score_mod, block_mask, problem)
+    problem, given = variant.fused(problem)
+    forward, backward = (
+        _explained(problem, capability, inputs, given.lists, is_backward)
+        for is_backward in (False, True)
+    )
+    return Explanation(problem, capability, forward, backward, _notes(variant, problem))
+
+
+def _notes(variant: Variant, problem: AttentionProblem) -> tuple[str, ...]:
+    """What there is to say of functions and masks."""
+    notes = []
+    if variant.score is not None:
+        notes.append(f"score_mod `{variant.score.name}`: {len(variant.score.graph.nodes)} nodes")
+        if hides_by_position(variant.score.graph):
+            notes.append(
+                "    it returns -inf by position: as a mask_mod, block_mask=..., whole tiles would "
+                "be skipped"
+            )
+    if variant.block_mask is not None:
+        name = variant.block_mask.function.name
+        if problem.mask_mod is None:
+            notes.append(f"block_mask `{name}`: a band, which the kernels have in their loops")
+        else:
+            m, n = variant.block_mask.BLOCK_SIZE
+            skipped = variant.block_mask.sparsity()
+            notes.append(f"block_mask `{name}`: blocks of {m} x {n}, {skipped:.1f}% skipped")
+    return tuple(notes)
 
 
 def _explained(
-    problem: AttentionProblem, capability: Architecture, inputs: dict[str, Any], backward: bool
+    problem: AttentionProblem,
+    capability: Architecture,
+    inputs: dict[str, Any],
+    lists: TileLists | None,
+    backward: bool,
 ) -> Pass:
     module, passed_over = cuda_attention.choose(problem, capability, backward)
     tiles = getattr(module, "tiles", None)
     alignment = getattr(module, "ROW_ALIGNMENT", 1)
     block_sizes = getattr(module, "block_sizes", None)
     sizes = {} if block_sizes is None else block_sizes(problem, capability, backward)
+    band = problem.lower, problem.upper
+    of_tile = {} if lists is None else {name: lists.of(t, *band) for name, t in sizes.items()}
     return Pass(
         module.NAME,
         "" if tiles is None else tiles(problem, capability, backward),
         passed_over,
         tuple(name for name, x in inputs.items() if not _is_aligned(x, alignment)),
         {name: Schedule.of(problem, *blocks) for name, blocks in sizes.items()},
+        of_tile,
     )
 
 

@@ -97,7 +97,10 @@ def flash_attention(query: Any, key: Any, value: Any, **options: Any) -> Any:
     our backward pass, also under `create_graph=True`, checkpointing, `torch.func` and `vmap`; a
     second derivative and forward mode raise RuntimeError. Dropout without a `seed` draws one from
     PyTorch's generator of the device. `torch.compile` breaks its graph around the call. Inside
-    `torch.autocast` the dtypes stay what they are.
+    `torch.autocast` the dtypes stay what they are. Torch tensors that a `score_mod` reads get
+    gradients, too; functions that were written for PyTorch's flex_attention are taken if they use
+    operators and numpy's functions, and so is its BlockMask, which is copied in each call. Under
+    `vmap` a call with functions is computed sample by sample.
 
     Args:
         query: a Tensor; or an array of PyTorch, CuPy, numpy or another library with DLPack, on the

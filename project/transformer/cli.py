@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from .attention import WHOLE
 from .errors import UserError, shown
 from .options import CHANGEABLE, COMPARE_DEFAULTS, DataOptions, ModelOptions, TrainingOptions, flag
 
@@ -68,7 +69,7 @@ def _run(values: dict[str, Any]) -> int:
     if command == "sample":
         return sample_command(**values, terminal=terminal)
     if command == "compare":
-        return compare_command(values, terminal)
+        return compare_command(values, values.pop("kinds"), values.pop("record"), terminal)
     files = {name: values.pop(name) for name in ("out", "resume", "overwrite", "record")}
     return train_command(values, **files, terminal=terminal)
 
@@ -115,7 +116,18 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sample(commands.add_parser("sample", help="write text with a trained model"))
     compare = commands.add_parser(
         "compare",
-        help="train with flash and with standard attention, show loss, time and memory of both",
+        help="train with flash and with standard attention, or other kinds, show loss, time and "
+        "memory of each",
+    )
+    compare.add_argument(
+        "--kinds",
+        nargs="+",
+        metavar="KIND",
+        default=WHOLE,
+        help="kinds of attention, as --attention of train has them (default: flash standard)",
+    )
+    compare.add_argument(
+        "--record", metavar="FILE", default="", help="also write the result as a Markdown page"
     )
     _add_options(compare, COMPARE_DEFAULTS, without=("attention", "eval_every", "save_every"))
     return parser

@@ -19,6 +19,7 @@ from minitorch import (
 )
 from project.weight_decay import decay_groups, decays
 
+from . import attention
 from .errors import UserError
 from .options import ModelOptions, TrainingOptions
 from .tokenizer import Ids
@@ -57,7 +58,7 @@ def build(options: ModelOptions, vocabulary: int, device: str = "cpu") -> Decode
         device: "cpu" or "cuda".
 
     Raises:
-        UserError: there is no GPU.
+        UserError: there is no GPU, or no such kind of attention.
 
     """
     minitorch.set_default_dtype(np.dtype(options.dtype))
@@ -68,7 +69,8 @@ def build(options: ModelOptions, vocabulary: int, device: str = "cpu") -> Decode
         n_positions=options.context,
         p_dropout=options.dropout,
         backend=backend(device),
-        use_flash_attention=options.attention == "flash",
+        use_flash_attention=options.attention != "standard",
+        block_mask=attention.mask_of(options.attention, options.context),
         n_layer=options.layers,
         middle_dim=options.d_middle,
         compute_dtype=COMPUTE_DTYPES[options.precision] if device == "cuda" else None,

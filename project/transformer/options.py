@@ -12,6 +12,7 @@ from typing import Any
 
 from project.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Range
 
+from . import attention
 from .errors import UserError
 
 
@@ -46,7 +47,7 @@ class ModelOptions:
     d_middle: int = option(256, "size of the feed-forward layers in between", COUNT)
     context: int = option(128, "longest sequence, in tokens", COUNT)
     dropout: float = option(0.0, "probability of dropout, everywhere", SHARE)
-    attention: str = option("flash", "kind of attention", choices=("flash", "standard"))
+    attention: str = option("flash", f"kind of attention: {attention.in_words()}")
     dtype: str = option("float32", "type of the weights", choices=("float32", "float64"))
     precision: str = option(
         "",
@@ -160,6 +161,7 @@ class RunOptions:
             raise UserError(
                 f"--heads must divide --d-model = {values['d_model']}, got {values['heads']}"
             )
+        attention.mask_of(values["attention"], values["context"])
         _check_precision(values["precision"], values["dtype"], values["device"])
 
 

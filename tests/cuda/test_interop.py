@@ -233,6 +233,33 @@ def test_torchs_autograd(return_lse: bool) -> None:
 
 
 @needs_torch
+def test_torch_tensors_that_a_score_function_reads() -> None:
+    """Of floating point with a gradient, whole numbers and truth values, where the query is."""
+    q, k, v = (draw(2, 3, 40, 8).requires_grad_() for _ in range(3))
+    table, power = draw(3, 79).requires_grad_(), draw(1)[0].requires_grad_()
+    ids, flags = torch.arange(40, device=DEVICE) // 15, torch.arange(40, device=DEVICE) % 3 > 0
+
+    def mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        near = table[h, q_idx - kv_idx + 39] * (1 + b)
+        return score * power + np.where(flags[kv_idx], near, ids[q_idx])
+
+    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (ids[q_idx] == ids[kv_idx]) | ~flags[kv_idx]
+
+    i = torch.arange(40, device=DEVICE)
+    near = table[:, i[:, None] - i + 39] * torch.arange(1, 3, device=DEVICE)[:, None, None, None]
+    scores = q @ k.transpose(-2, -1) / 8**0.5 * power
+    scores = scores + torch.where(flags, near, ids[:, None].to(near.dtype))
+    allowed = (ids[:, None] == ids) | ~flags
+    expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+    got = minitorch.flash_attention(q, k, v, score_mod=mod, block_mask=mask)
+    leaves, grad = (q, k, v, table, power), draw(*got.shape)
+    theirs, ours = (torch.autograd.grad(x, leaves, grad) for x in (expected, got))
+    for a, b in zip((got, *ours), (expected, *theirs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@needs_torch
 def test_gradients_only_where_wanted() -> None:
     q, k, v = draw(1, 1, 3, 4), draw(1, 1, 3, 4).requires_grad_(), draw(1, 1, 3, 4)
     out = minitorch.flash_attention(q, k, v, is_causal=True)

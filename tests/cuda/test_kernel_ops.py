@@ -9,6 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 import minitorch
+from minitorch.cuda import allocator
+from minitorch.cuda.device_array import DeviceArray
 from minitorch.cuda_kernel_ops import CudaKernelOps
 from minitorch.cuda_ops import CudaOps
 from minitorch.fused_ops import FusedOps
@@ -256,3 +258,48 @@ def test_empty_tensors() -> None:
     np.testing.assert_array_equal(dbeta.to_numpy(), np.zeros(4))
     dweight = CudaKernelOps.embedding_backward(empty, pair(0, "float32", 0)[0], 3)
     np.testing.assert_array_equal(dweight.to_numpy(), np.zeros((3, 4)))
+
+
+# ----- what functions of attention read -----
+
+
+def test_arrays_of_a_block_mask_are_copied_to_the_gpu_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a CUDA graph that is captured afterwards may read them; others it refuses."""
+    copied = []
+    original = DeviceArray.from_host
+
+    def noted(array: Any) -> Any:
+        copied.append(array.dtype)
+        return original(array)
+
+    x, host = pair(3, "float32", 1, 2, 8, 4)
+    ids, slopes = np.arange(8) // 3, np.ones(2, np.float32)
+    mask = minitorch.create_block_mask(
+        minitorch.attention_masks.document(ids), None, None, 8, 8, BLOCK_SIZE=4
+    )
+    alibi = minitorch.score_mods.alibi(slopes)
+    wanted = host.attention(host, host, block_mask=mask)
+    monkeypatch.setattr(DeviceArray, "from_host", staticmethod(noted))
+    for number in range(2):
+        copied.clear()
+        assert_same(x.flash_attention(x, x, block_mask=mask), wanted, "float32")
+        assert bool(copied) == (number == 0)
+    monkeypatch.setattr(allocator, "is_capturing", lambda: True)
+    assert_same(x.flash_attention(x, x, block_mask=mask), wanted, "float32")
+    with pytest.raises(
+        RuntimeError, match=r"reads an array of numpy, and a CUDA graph is captured"
+    ):
+        x.flash_attention(x, x, score_mod=alibi)
+
+
+def test_a_tensor_that_a_score_function_reads_gets_its_gradient() -> None:
+    found, mask = [], minitorch.attention_masks.bigbird(8, 2, 1, 1, 1)
+    for given, x in zip(pair(4, "float32", 2, 4), pair(5, "float32", 1, 2, 8, 4), strict=True):
+        table = given.detach()
+        table.requires_grad_(True)
+        relative = minitorch.score_mods.t5_bias(table.permute(1, 0), 4)
+        out = x.flash_attention(x, x, score_mod=relative, block_mask=mask)
+        (out * x).sum().backward()
+        found.append(table.grad)
+    assert np.abs(found[1].to_numpy()).max() > 1e-2
+    assert_same(found[0], found[1], "float32")

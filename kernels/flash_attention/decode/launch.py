@@ -44,6 +44,7 @@ from ..launch import (
     Matrices,
     argument_types,
     example_functions,
+    functions_of,
     has_vectors,
     heads_of,
     named_type,
@@ -51,7 +52,6 @@ from ..launch import (
 )
 from ..problem import AttentionProblem
 from ..schedule import RULES
-from ..scores import Functions
 from .forward import (
     MERGE_THREADS,
     MOST_SPLITS,
@@ -110,7 +110,7 @@ def kind_of(problem: AttentionProblem, heads: Heads, mask: str, vectors: bool) -
     numbers = precision(problem.dtype.name)
     at_once = 16 // numbers.storage.itemsize if vectors else 1
     sizes = problem.head_dim, problem.value_dim
-    functions = Functions(problem.score_mod, problem.mask_mod)
+    functions = functions_of(problem)
     one = DecodeKind(problem.dtype.name, *sizes, mask, banded, at_once, 1, functions)
     each = sum(one.pieces(size) for size in sizes) * at_once * (numbers.real.bitwidth // 32)
     most_rows = MOST_ROWS_WITH_FUNCTIONS if functions else MOST_ROWS

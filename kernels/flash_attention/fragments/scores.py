@@ -38,6 +38,7 @@ WHOLE = types.int32
 BAND = types.UniTuple(WHOLE, 4)  # lower, upper, seqlen_q, seqlen_k
 PLACE = types.UniTuple(types.int64, 5)  # of `head_place`
 LARGEST = float(np.finfo(np.float32).max)
+NO_WORDS = (0,)  # where there are no functions
 
 
 def mask_number(name: str, number: Any) -> Any:
@@ -107,7 +108,7 @@ class _User:
         tile: of the scores.
         head: batch and head.
         scale: of the scores.
-        is_whole: all columns are inside.
+        is_whole: all scores count, and have a query and a key.
 
     """
 
@@ -138,12 +139,8 @@ class _User:
     def where(self, place: Place) -> Where:
         """Of a score. What is past the end counts as the last one: functions read inside arrays."""
         query, key = self.tile.steps(place)
-        exact_query = self.is_whole and self.tile.keys_are_rows
-        exact_key = self.is_whole and not self.tile.keys_are_rows
-        return Where(
-            *self.head, (self.tile.exactly if exact_query else self.tile.inside)(True, query),
-            (self.tile.exactly if exact_key else self.tile.inside)(False, key),
-        )  # fmt: skip
+        find = self.tile.exactly if self.is_whole else self.tile.inside
+        return Where(*self.head, find(True, query), find(False, key))
 
     def _modified(self, score: Any, where: Where) -> Any:
         natural = mul_rn_f32(score, self.scale)
@@ -244,7 +241,7 @@ def modify_scores(
     approximate: bool = False,
 ) -> Any:
     """Traced `(scores, query, key, band, place, scale, words)`: what the score function makes of
-    scores of which all count, and all columns are inside. Arguments are those of `mask_scores`.
+    scores of which all count, and have a query and a key. Arguments are those of `mask_scores`.
     """
     places, registers = _in_columns(tile), tile.registers * (1 + derives)
     given = (tile.type, WHOLE, WHOLE, BAND, PLACE, types.float32, words_type(functions))
@@ -272,4 +269,4 @@ def exponential(kind: Masked) -> Callable[..., Any]:
     return power
 
 
-__all__ = ["exponential", "least", "mask_number", "mask_scores", "modify_scores"]
+__all__ = ["NO_WORDS", "exponential", "least", "mask_number", "mask_scores", "modify_scores"]

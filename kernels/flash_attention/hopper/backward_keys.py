@@ -46,10 +46,18 @@ from .backward_pipeline import (
     memory_plan,
     own_loader,
     pair_loader,
+    passing_tiles,
     score_product,
 )
 from .backward_prepare import INCOMPLETE
-from .backward_tiles import complete, score_gradients, weigher, write_rows
+from .backward_tiles import (
+    apply_slopes,
+    complete,
+    has_slopes,
+    score_gradients,
+    weigher,
+    write_rows,
+)
 from .tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
@@ -62,16 +70,17 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, True), blocks.passing, types.int32
+    (step, places, row_at), own = passing_tiles(kind, passing), blocks.own
 
     @device_function
-    def bring(base, maps, own_heads, counter, table, count, heads, group, rows, pitch):
+    def bring(base, maps, own_heads, counter, table, count, heads, group, rows, pitch, lists):
         q_heads, do_heads = whole(own_heads.q), whole(own_heads.do)
         turn, number = types.uint32(0), types.uint32(0)
         left, work, stage, full = take_item(base, number, counter, table, count)
         while left:
-            b, first_head = whole(work.batch), whole(work.head)
+            b, first_head, key0 = whole(work.batch), whole(work.head), whole(work.row0)
             load_own(
-                base, stage, maps, full, whole(work.row0), (whole(work.k_head), whole(work.v_head)),
+                base, stage, maps, full, key0, (whole(work.k_head), whole(work.v_head)),
                 (whole(work.k_batch), whole(work.v_batch)),
             )  # fmt: skip
             others = whole(work.q_batch), whole(work.do_batch)
@@ -79,11 +88,11 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
                 of_head = rows + types.uint64(b * heads + h) * pitch
                 # From the last tile to the first: with a causal mask early queries have the
                 # largest P, and a long sum is most accurate when these come last.
-                row = whole((whole(work.end) - 1) * passing)
-                last = whole(whole(work.first) * passing)
-                while row >= last:
+                first, place = places(work.first, work.end, lists, b, h, key0 // whole(own))
+                while place > first:
+                    place -= whole(step)
+                    row, _ = row_at(place, lists)
                     load_pair(base, turn, maps, row, (h * q_heads, h * do_heads), others, of_head)
-                    row -= whole(passing)
                     turn += types.uint32(1)
             number += types.uint32(1)
             left, work, stage, full = take_item(base, number, counter, table, count)
@@ -119,26 +128,29 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     keep_bits, drop_from = keep_bits_of_keys(tile), drop_by_bits(tile)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
-    complete_p, unit, rows_bytes = complete(tile), kind.unit, ROW_BYTES * passing
+    complete_p, unit, rows_bytes = complete(tile), kind.unit_of_products, ROW_BYTES * passing
+    slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
+    (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
+    has_score = kind.functions.score is not None
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_keys_hopper(
-        maps, own_heads, mask, offset, workspace, places, dk_out, dv_out, mask_steps, dk_steps,
-        dv_steps, sizes, scale, seed, threshold, keep,
+        maps, own_heads, mask, offset, workspace, areas, dk_out, dv_out, mask_steps, dk_steps,
+        dv_steps, sizes, scale, seed, threshold, keep, words, lists,
     ):  # fmt: skip
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, group, head_dim, value_dim = sizes
         thread, heads, group = whole(cuda.threadIdx.x), whole(heads), whole(group)
-        counter, table, count, rows, pitch, call = places
+        counter, table, items, rows, pitch, call = areas
         if thread < WARPGROUP:
             give_registers()
             if thread == 0:
                 space = global_address(workspace)
                 bring_tiles(
-                    base, maps, own_heads, space + u64(counter), space + u64(table), count, heads,
-                    group, space + u64(rows), u64(pitch),
+                    base, maps, own_heads, space + u64(counter), space + u64(table), items, heads,
+                    group, space + u64(rows), u64(pitch), lists,
                 )  # fmt: skip
         else:
             take_registers()
@@ -154,17 +166,19 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
             turn, number = types.uint32(0), types.uint32(0)
             left, work, own_stage = read_item(base, number)
             while left:
-                b, first_head, key0, first, end, slot = work
+                b, first_head, key0, first_tile, end_tile, slot = work
+                own_tile = key0 // whole(own)
                 key0 = whole(key0 + consumer * keys)
                 k = of_own(base + k_at + own_stage * k_bytes + consumer * (keys * 128))
                 v = of_own(base + v_at + own_stage * v_bytes + consumer * (keys * 128))
                 dk, dv = zero_dk(), zero_dv()
                 for h in range(first_head, first_head + group):
                     mask_place = head_place(b, h, mask_steps)
-                    words = dropout_words(seed + offset[0], b * heads + h, threshold)
-                    row0, stop = whole(end * passing), whole(first * passing)
-                    while row0 > stop:
-                        row0 -= whole(passing)
+                    random = dropout_words(seed + offset[0], b * heads + h, threshold)
+                    first, place = places(first_tile, end_tile, lists, b, h, own_tile)
+                    while place > first:
+                        place -= whole(step)
+                        row0, full = row_at(place, lists)
                         stage, parity = place_of(turn)
                         q = of_passing(base + q_at + stage * q_bytes)
                         do = of_passing(base + do_at + stage * do_bytes)
@@ -179,20 +193,29 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                             products = products_of(v, do)
                             wgmma_commit_group()
                         # P = exp(S - L),  dS = P * (Z dP - delta)
-                        p = weigh(
-                            scores_done(scores), own_scale, numbers,
-                            is_whole(row0, passing, key0, keys, endless),
-                            row0 + my_column, key0 + my_row, band, mask, mask_place,
+                        is_full = full
+                        if not is_sparse:
+                            is_full = is_whole(row0, passing, key0, keys, endless)
+                            if has_score:  # which reads nothing past the last query or key
+                                inside = row0 + passing <= seqlen_q and key0 + keys <= seqlen_k
+                                is_full = is_full and inside
+                        found = weigh(
+                            scores_done(scores), own_scale, numbers, is_full, row0 + my_column,
+                            key0 + my_row, band, mask, mask_place, words,
                         )  # fmt: skip
+                        p = found[:count]
                         if incomplete:
                             p = complete_p(p, numbers + 128)
                         if dropout:
-                            bits = keep_bits(row0 + my_column, key0 + my_row, words)
+                            bits = keep_bits(row0 + my_column, key0 + my_row, random)
                         if wants_dk:
                             products = products_done(products)
                             if dropout:
                                 products = drop_from(products, bits)
-                            ds = to_factor(to_ds(p, products, keep, numbers + 64))
+                            gradients = to_ds(p, products, keep, numbers + 64)
+                            if derives:
+                                gradients = slopes_apply(gradients, found[count:])
+                            ds = to_factor(gradients)
                         # dV += P^T dO,  dK += dS^T Q
                         if wants_dv:
                             if dropout:

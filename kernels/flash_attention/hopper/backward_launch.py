@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ...gpu.runtime import Instance, ceil_div, launch, multiprocessors, types
 from ...gpu.tensor_map import on_device
 from ..launch import (
@@ -32,6 +34,7 @@ from ..launch import (
     named_type,
     scalars_of,
     sizes_of,
+    tile_lists,
 )
 from ..problem import AttentionProblem
 from ..softmax import next_call
@@ -56,8 +59,9 @@ from .backward_prepare import (
     row_threads,
 )
 from .backward_queries import query_kernel
+from .backward_tiles import has_slopes
 from .maps import each_of, tensor_map
-from .tiles import ARCHITECTURE, NAME, ROWS, Kind, kind_of
+from .tiles import ARCHITECTURE, NAME, ROWS, Kind, kind_of, own_kind
 
 PADDING = 256  # rows of L and delta beyond the last query, which tiles may reach
 AT_ONCE = 24 << 20  # bytes of passing tiles that blocks work with at one time: they stay in the L2
@@ -97,10 +101,23 @@ def backward_blocks(kind: Kind, seqlen_q: int = SHORT + 1) -> tuple[Blocks, Bloc
         if size + 64 * kind.dropout > 192:
             most = 16
         keys_most, queries_most = min(keys_most, most), min(queries_most, most)
+    if kind.functions or kind.is_sparse:
+        of_keys, of_queries = _most_with_functions(kind, size)
+        keys_most, queries_most = min(keys_most, of_keys), min(queries_most, of_queries)
     return (
         replace(for_keys, passing=min(for_keys.passing, keys_most)),
         replace(for_queries, passing=min(for_queries.passing, queries_most)),
     )
+
+
+def _most_with_functions(kind: Kind, size: int) -> tuple[int, int]:
+    """What may pass by with a user's functions, or lists of tiles, which divide blocks of 64."""
+    crowded = has_slopes(kind) + kind.is_sparse + kind.dropout + (kind.mask != "none")
+    if size > 128:
+        return (16, 16) if crowded > 1 else (32, 32)
+    keys = 64 if size == 64 or not crowded else 48 if crowded == 1 else 32
+    queries = 96 if crowded < 2 else 80
+    return (min(keys, 64 if size == 64 else 32), 64) if kind.is_sparse else (keys, queries)
 
 
 def launches_for_keys(kind: Kind) -> tuple[tuple[bool, bool], ...]:
@@ -115,7 +132,7 @@ def launches_for_keys(kind: Kind) -> tuple[tuple[bool, bool], ...]:
 
 
 def _blocks(problem: AttentionProblem) -> tuple[Blocks, Blocks]:
-    return backward_blocks(kind_of(problem, problem.mask_kind, vectors=True), problem.seqlen_q)
+    return backward_blocks(own_kind(problem), problem.seqlen_q)
 
 
 def backward_block_sizes(problem: AttentionProblem) -> dict[str, tuple[int, int]]:
@@ -242,7 +259,9 @@ def backward(
         return
     dq, dk, dv, ds = gradients[:4]
     vectors = has_vectors(problem, (problem.head_dim, problem.value_dim), dq, dk, dv)
-    kind = kind_of(problem, inputs.mask_kind, vectors)
+    kind = kind_of(
+        problem, inputs.mask_kind, vectors, inputs.functions, inputs.lists is not None
+    )  # fmt: skip
     both = for_keys, for_queries = blocks or backward_blocks(kind, problem.seqlen_q)
     space = _workspace(problem, heads, both)
     call = next_call()
@@ -258,6 +277,8 @@ def backward(
     )  # fmt: skip
     own_heads = OwnHeads(each_of(inputs.q).head, each_of(grad_out).head)
     scalars, of_head = scalars_of(problem), ROW_BYTES * space.padded_q
+    key_lists = tile_lists(problem, inputs, (for_keys.passing, for_keys.own), transposed=True)
+    query_lists = tile_lists(problem, inputs, (for_queries.own, for_queries.passing))
 
     def places(number: int) -> Places:
         """Of launch `number`: dK and dV, dV alone where dK was alone, and 2 for dQ."""
@@ -271,7 +292,8 @@ def backward(
                 key_kernel(kind, for_keys, *wanted), min(space.counts[0], multiprocessors()),
                 for_keys.threads, address, own_heads, inputs.mask_array, inputs.offset, workspace,
                 places(number), dk.array, dv.array, inputs.mask_strides, dk.strides, dv.strides,
-                sizes, *scalars, shared_bytes=memory_plan(kind, for_keys).size,
+                sizes, *scalars, inputs.words, key_lists,
+                shared_bytes=memory_plan(kind, for_keys).size,
             )  # fmt: skip
     if problem.seqlen_q:
         address = _maps(problem, heads, for_queries, (q, do), (k, v))
@@ -280,7 +302,8 @@ def backward(
             min(space.counts[1], multiprocessors()),
             for_queries.threads, address, own_heads, inputs.mask_array, inputs.offset, workspace,
             places(2), dq.array, rows if ds is None else ds, inputs.mask_strides, dq.strides, sizes,
-            *scalars, shared_bytes=memory_plan(kind, for_queries).size,
+            *scalars, inputs.words, query_lists,
+            shared_bytes=memory_plan(kind, for_queries).size,
         )  # fmt: skip
 
 
@@ -301,6 +324,7 @@ def _prepare(
         Table(
             space.tables[n], space.counts[n], both[n].own, both[n].passing,
             min(max(AT_ONCE // head_bytes[n], 1), slots[n]),
+            _order_of_items(problem, heads, inputs, both, n == 0),
         )
         for n in (0, 1)
     ]  # fmt: skip
@@ -325,17 +349,41 @@ def _prepare(
     )  # fmt: skip
 
 
+def _order_of_items(
+    problem: AttentionProblem, heads: Heads, inputs: Inputs, both: tuple[Blocks, Blocks],
+    keys_are_own: bool,
+) -> int:  # fmt: skip
+    """The address of the order of a kernel's items: those with the longest lists come first. 0 if
+    there are no lists.
+    """
+    if inputs.lists is None or inputs.on_device is None:
+        return 0
+    lists, blocks = inputs.lists, both[not keys_are_own]
+    group = heads.group if keys_are_own else 1
+    tile = (blocks.passing, blocks.own) if keys_are_own else (blocks.own, blocks.passing)
+    key = tile, problem.lower, problem.upper
+    name = "items", keys_are_own, problem.batch, problem.heads, group, *key
+    if name not in lists.kept:
+        found = (lists.transposed if keys_are_own else lists.of)(*key)
+        of_heads = np.diff(found.offsets).reshape(*lists.shape[:2], found.rows)
+        wide = np.broadcast_to(of_heads, (problem.batch, problem.heads, found.rows))
+        of_slots = wide.reshape(-1, group, found.rows).sum(1).ravel()
+        order = np.argsort(-of_slots, kind="stable").astype(np.int32)
+        lists.kept[name] = inputs.on_device(name, order)
+    return int(lists.kept[name])
+
+
 # ----- for the compile tests -----
 
 
 def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
     """numba types of the kernels' arguments, by their names."""
-    of, whole = argument_types(kind.precision, kind.mask), types.int64
+    of, whole = argument_types(kind.precision, kind.mask, kind.functions), types.int64
     array, rows, strides, sizes = of.array, of.rows, of.strides, named_type(BackwardSizes)
     read = (types.uint64, named_type(OwnHeads), of.mask, of.word, rows, named_type(Places))
     return {
-        "keys": (*read, array, array, *[strides] * 3, sizes, *of.scalars),
-        "queries": (*read, array, rows, *[strides] * 2, sizes, *of.scalars),
+        "keys": (*read, array, array, *[strides] * 3, sizes, *of.scalars, of.words, of.lists),
+        "queries": (*read, array, rows, *[strides] * 2, sizes, *of.scalars, of.words, of.lists),
         "prepare": (
             array, array, rows, rows, strides, strides, named_type(PrepareSizes), rows,
             *[whole] * 4, *[named_type(Table)] * 2,

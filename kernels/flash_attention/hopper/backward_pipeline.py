@@ -38,6 +38,7 @@ from ...gpu.ptx_hopper import (
 )
 from ...gpu.runtime import cuda, device_function, types
 from ...gpu.shared_layout import panels_descriptor, steps_along, steps_down
+from ..schedule_cuda import entry_of, line_of
 from .tiles import ROWS, WARPGROUP, Kind, ring, row_bytes, tile_loader
 
 MAP_BYTES = 128  # of a tensor map
@@ -268,6 +269,36 @@ def item_reader(kind: Kind, blocks: Blocks) -> Any:
     return read
 
 
+@cache
+def passing_tiles(kind: Kind, passing: int) -> tuple[int, Any, Any]:
+    """How the tiles that pass by are gone through: by their first rows, or by places in a list.
+
+    Returns:
+        step: from a place to the next one.
+        places: device function `(first, end, lists, batch, head, own_tile)`: [first, end) of an
+            item's places for a head; `Work` has numbers of tiles, if there are no lists.
+        row_at: device function `(place, lists)`: the first row of the tile, and whether a list says
+            that it is full.
+
+    """
+    is_sparse, whole = kind.is_sparse, types.int32
+
+    @device_function
+    def places(first, end, lists, batch, head, own_tile):
+        if is_sparse:
+            return line_of(lists, batch, head, own_tile)
+        return whole(first * passing), whole(end * passing)
+
+    @device_function
+    def row_at(place, lists):
+        if is_sparse:
+            tile, full = entry_of(lists, place)
+            return whole(tile * passing), full
+        return place, False
+
+    return 1 if is_sparse else passing, places, row_at
+
+
 # ----- tiles -----
 
 
@@ -382,5 +413,6 @@ __all__ = [
     "memory_plan",
     "own_loader",
     "pair_loader",
+    "passing_tiles",
     "score_product",
 ]

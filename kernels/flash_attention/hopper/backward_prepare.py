@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ...gpu.ptx import (
     global_address,
+    ld_global_nc_b32,
     st_global_b32,
     st_global_f32,
     st_global_v4_b32,
@@ -57,6 +58,8 @@ class Table(NamedTuple):
         own: rows of the block's own tiles.
         passing: rows of those that pass by.
         together: heads whose passing tiles the L2 cache holds at once.
+        order: address of the items in the order in which they are taken, tile + tiles * slot, if
+            there are lists of tiles; else 0.
 
     """
 
@@ -65,6 +68,7 @@ class Table(NamedTuple):
     own: int
     passing: int
     together: int
+    order: int
 
 
 @cache
@@ -88,12 +92,15 @@ def put_work(item, space, table, sizes, keys_are_own):
     wide = min(together, sizes.batch * slots - first_slot)
     rest = item - first_slot * tiles
     tile, slot = rest // wide, first_slot + rest % wide
+    if table.order:
+        place = types.int64(ld_global_nc_b32(types.uint64(table.order + 4 * item)))
+        tile, slot = place % tiles, place // tiles
     b, slot = slot // slots, slot % slots
     if keys_are_own:
         row0 = tile * own
         first, end = query_tiles(row0, sizes, table.passing, own)
     else:
-        row0 = (tiles - 1 - tile) * own  # late queries see the most keys
+        row0 = (tile if table.order else tiles - 1 - tile) * own  # late queries see the most keys
         first, end = key_tiles(row0, sizes, own, table.passing)
     h, u32 = slot * group, types.uint32
     work = Work(

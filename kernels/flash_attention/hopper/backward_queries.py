@@ -44,9 +44,10 @@ from .backward_pipeline import (
     memory_plan,
     own_loader,
     pair_loader,
+    passing_tiles,
     score_product,
 )
-from .backward_tiles import score_gradients, weigher, write_rows
+from .backward_tiles import apply_slopes, has_slopes, score_gradients, weigher, write_rows
 from .tiles import ROWS, WARPGROUP, Kind, own_place, ring, row_bytes
 
 
@@ -57,23 +58,25 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     """
     take_item, load_own = item_taker(kind, blocks), own_loader(kind, blocks)
     load_pair, passing, whole = pair_loader(kind, blocks, False), blocks.passing, types.int32
+    (step, places, row_at), own = passing_tiles(kind, passing), blocks.own
 
     @device_function
-    def bring(base, maps, own_heads, counter, table, count):
+    def bring(base, maps, own_heads, counter, table, count, lists):
         turn, number, unused = types.uint32(0), types.uint32(0), types.uint64(0)
         left, work, stage, full = take_item(base, number, counter, table, count)
         while left:
-            h, row, end = whole(work.head), whole(work.first), whole(work.end)
+            h, b, row0 = whole(work.head), whole(work.batch), whole(work.row0)
+            place, end = places(work.first, work.end, lists, b, h, row0 // whole(own))
             load_own(
-                base, stage, maps, full, whole(work.row0), (h * own_heads.q, h * own_heads.do),
+                base, stage, maps, full, row0, (h * own_heads.q, h * own_heads.do),
                 (whole(work.q_batch), whole(work.do_batch)),
             )  # fmt: skip
             heads = whole(work.k_head), whole(work.v_head)
             others = whole(work.k_batch), whole(work.v_batch)
-            row, end = whole(row * passing), whole(end * passing)
-            while row < end:
+            while place < end:
+                row, _ = row_at(place, lists)
                 load_pair(base, turn, maps, row, heads, others, unused)
-                row += whole(passing)
+                place += whole(step)
                 turn += types.uint32(1)
             number += types.uint32(1)
             left, work, stage, full = take_item(base, number, counter, table, count)
@@ -114,24 +117,29 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     to_factor, drop_from, dropout = tile.to_operand(kind.precision), drop(tile), kind.dropout
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_ds = write_scores(tile)
-    queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit
+    slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
+    (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
+    has_score = kind.functions.score is not None
+    queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit_of_products
     scale_dq, scale_ds = of_dq.scale_rows, tile.scale_rows
 
     @kernel(blocks.threads, blocks=1)
     def flash_backward_queries_hopper(
-        maps, own_heads, mask, offset, workspace, places, dq_out, ds_out, mask_steps, dq_steps,
-        sizes, scale, seed, threshold, keep,
+        maps, own_heads, mask, offset, workspace, areas, dq_out, ds_out, mask_steps, dq_steps,
+        sizes, scale, seed, threshold, keep, words, lists,
     ):  # fmt: skip
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, _, head_dim, _ = sizes
-        counter, table, count, rows, pitch, _ = places
+        counter, table, items, rows, pitch, _ = areas
         space = global_address(workspace)
         thread = whole(cuda.threadIdx.x)
         if thread < WARPGROUP:
             give_registers()
             if thread == 0:
-                bring_tiles(base, maps, own_heads, space + u64(counter), space + u64(table), count)
+                bring_tiles(
+                    base, maps, own_heads, space + u64(counter), space + u64(table), items, lists
+                )
         else:
             take_registers()
             band = (whole(lower), whole(upper), whole(seqlen_q), whole(seqlen_k))
@@ -144,6 +152,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
             left, work, own_stage = read_item(base, number)
             while left:
                 b, h, row0, first, end, _ = work
+                first, end = places(first, end, lists, b, h, row0 // whole(own))
                 row0 = whole(row0 + consumer * queries)
                 batch_head = b * types.int64(heads) + h
                 row = whole(row0 + my_row)
@@ -153,8 +162,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 do = of_own(base + do_at + own_stage * do_bytes + consumer * (queries * 128))
                 mask_place = head_place(b, h, mask_steps)
                 dq = zero_dq()
-                for n in range(first, end):
-                    key0 = whole(n * passing)
+                for n in range(first, end, step):
+                    key0, full = row_at(whole(n), lists)
                     stage, parity = place_of(turn)
                     k = of_passing(base + k_at + stage * k_bytes)
                     v = of_passing(base + v_at + stage * v_bytes)
@@ -167,16 +176,20 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                     products = products_of(do, v)
                     wgmma_commit_group()
                     # P = exp(S - L),  dS = P * (Z dP - delta)
-                    p = weigh(
-                        scores_done(scores), own_scale, shifts,
-                        is_whole(row0, queries, key0, passing, limits),
-                        row, key0 + my_column, band, mask, mask_place,
+                    is_full = full
+                    if not is_sparse:
+                        is_full = is_whole(row0, queries, key0, passing, limits)
+                        if has_score:  # which reads nothing past the last query
+                            is_full = is_full and row0 + queries <= seqlen_q
+                    found = weigh(
+                        scores_done(scores), own_scale, shifts, is_full, row, key0 + my_column,
+                        band, mask, mask_place, words,
                     )  # fmt: skip
                     products = products_done(products)
                     if dropout:
-                        words = dropout_words(key, batch_head, threshold)
-                        products = drop_from(products, row, key0 + my_column, words)
-                    ds = to_ds(p, products, keep, delta)
+                        random = dropout_words(key, batch_head, threshold)
+                        products = drop_from(products, row, key0 + my_column, random)
+                    ds = to_ds(found[:count], products, keep, delta)
                     if keep_scores:
                         of_head = u64(4 * batch_head * seqlen_q * seqlen_k)
                         rest = numbers_of(space, rows + batch_head * pitch, row, 2)
@@ -184,6 +197,8 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                             scale_ds(ds, rest), global_address(ds_out) + of_head, row,
                             key0 + my_column, seqlen_q, seqlen_k,
                         )  # fmt: skip
+                    if derives:
+                        ds = slopes_apply(ds, found[count:])
                     # dQ += dS K
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)
                     wgmma_commit_group()

@@ -21,9 +21,11 @@ from typing import Any
 from ...gpu.ptx import ld_shared_v2_f32, mul_rn_f32
 from ...gpu.register_tile import Place, RegisterTile
 from ...gpu.runtime import device_function, types
-from ...gpu.traced import fma, traced
-from ..fragments.scores import exponential, mask_scores
+from ...gpu.traced import fma, select, traced
+from ...score_graph import Node
+from ..fragments.scores import exponential, mask_scores, modify_scores
 from ..fragments.store import store_rows
+from ..variant import derivative_of
 from .backward_pipeline import ROW_BYTES
 from .tiles import Kind
 
@@ -67,27 +69,41 @@ def probabilities(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
     return run
 
 
+def has_slopes(kind: Kind) -> bool:
+    """Whether the score function's derivative by the score is another number than 1."""
+    if kind.functions.score is None:
+        return False
+    graph = derivative_of(kind.functions.score).graph
+    return graph.nodes[graph.outputs[1]] != Node("constant", "real", value="1.0")
+
+
 @cache
 def weigher(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
-    """Device function: P of a tile of scores; `whole` says that the band hides no key of it.
+    """Device function: P of a tile of scores; `whole` says that all of them count. With
+    `has_slopes` the slopes come after P.
 
     `query` and `key` are those of the lane's first score. The scores are scaled and masked as in
     the forward pass, to the last bit.
     """
     scaled_first, has_mask = kind.scaled_first, kind.mask != "none"
     scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
-    masked = mask_scores(kind.mask, tile, scaled_first, keys_are_rows)
+    derives, functions = has_slopes(kind), kind.functions
+    options = functions, derives, True
+    masked = mask_scores(kind.mask, tile, scaled_first, keys_are_rows, True, *options)
     exponentials = probabilities(kind, tile, keys_are_rows)
     # What is computed for keys past the end is not written, where keys are rows.
-    has_edges, one = kind.banded or not keys_are_rows, types.float32(1.0)
+    has_edges, one = kind.banded or kind.is_sparse or not keys_are_rows, types.float32(1.0)
     # Whole tiles may have exponentials of their own, right behind their product. At D = 64 that is
     # 4% faster, with dropout 5% slower; and scaled first, registers spill without.
     apart = not kind.dropout
 
+    if functions.score is not None:
+        return _user_weigher(kind, tile, masked, exponentials, keys_are_rows)
+
     @device_function
-    def weigh(scores, scale, shifts, whole, query, key, band, mask, place):
+    def weigh(scores, scale, shifts, whole, query, key, band, mask, place, words):
         if has_mask or (has_edges and not whole):
-            scores = masked(scores, query, key, band, mask, place, scale)
+            scores = masked(scores, query, key, band, mask, place, scale, words)
         elif scaled_first:
             return exponentials(scale_all(scores, scale), one, shifts)
         elif apart:
@@ -95,6 +111,37 @@ def weigher(kind: Kind, tile: RegisterTile, keys_are_rows: bool) -> Any:
         return exponentials(scores, one if scaled_first else scale, shifts)
 
     return weigh
+
+
+def _user_weigher(
+    kind: Kind, tile: RegisterTile, masked: Any, exponentials: Any, keys_are_rows: bool
+) -> Any:
+    """`weigher` where there is a score function, which acts on whole tiles, too."""
+    derives, count, always_masked = has_slopes(kind), tile.registers, kind.mask != "none"
+    modified = modify_scores(tile, kind.functions, keys_are_rows, derives, True)
+    factor = types.float32(1.0 if kind.additive else kind.unit_of_results)
+
+    @device_function
+    def weigh(scores, scale, shifts, whole, query, key, band, mask, place, words):
+        if always_masked or not whole:
+            found = masked(scores, query, key, band, mask, place, scale, words)
+        else:
+            found = modified(scores, query, key, band, place, scale, words)
+        weights = exponentials(found[:count], factor, shifts)
+        return weights + found[count:] if derives else weights
+
+    return weigh
+
+
+@cache
+def apply_slopes(tile: RegisterTile) -> Any:
+    """Traced `(ds, slopes)`: gradients of what the score function got; 0 where they are 0."""
+
+    @traced(tile.type, tile.type, tile.type)
+    def run(ds, slopes):
+        return [select(x == 0.0, 0.0, x * slope) for x, slope in zip(ds, slopes, strict=True)]
+
+    return run
 
 
 @cache
@@ -151,4 +198,6 @@ def write_rows(precision: str, columns: int, vectors: bool) -> Any:
     return write
 
 
-__all__ = ["complete", "score_gradients", "weigher", "write_rows"]
+__all__ = [
+    "apply_slopes", "complete", "has_slopes", "score_gradients", "weigher", "write_rows",
+]  # fmt: skip

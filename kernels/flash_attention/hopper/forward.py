@@ -61,7 +61,7 @@ from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, types
 from ...gpu.shared_layout import panels_descriptor, steps_along, steps_down
 from ..fragments.dropout import drop, dropout_words
-from ..fragments.scores import exponential, mask_scores
+from ..fragments.scores import NO_WORDS, exponential, mask_scores, modify_scores
 from ..fragments.store import store_rows
 from ..schedule_cuda import is_whole
 from ..scores import LOG2_E
@@ -162,21 +162,21 @@ def box_loader(rows: int, columns: int) -> Any:
 
 @cache
 def loaders(kind: Kind, blocks: Blocks) -> Any:
-    """Device functions `load_queries` and `load_keys` `(memory, maps, order, sizes, shares)`, each
-    of one thread: they load all that the block needs, in the order in which it is used.
+    """Device functions `load_queries` and `load_keys` `(memory, maps, order, sizes, shares,
+    lists)`, each of one thread: they load all that the block needs, in the order of its use.
     """
     plan, block_n = forward_memory(kind, blocks), blocks.block_n
     load_q = box_loader(ROWS, kind.head_dim)
     load_k, load_v = box_loader(block_n, kind.head_dim), box_loader(block_n, kind.value_dim)
-    place_of, (tile_number, tile_of) = ring(blocks.stages), tile_finder(kind, blocks)
+    place_of, (tile_number, tile_of, keys_at) = ring(blocks.stages), tile_finder(kind, blocks)
     warpgroups, u32 = blocks.warpgroups, types.uint32
 
     @device_function
-    def load_queries(memory, maps, order, sizes, shares):
+    def load_queries(memory, maps, order, sizes, shares, lists):
         turn, tiles = u32(0), sizes.tiles
         number, following = tile_number(order, 0), tile_number(order, 1)
         while number < tiles:
-            row0, batch, head, _, _ = tile_of(number, sizes)
+            row0, batch, head, _, _ = tile_of(number, sizes, lists)
             head = quotient(head, shares.q_head_factor, shares.q_head_shift)
             batch = quotient(batch, shares.q_batch_factor, shares.q_batch_shift)
             for n in range(warpgroups):
@@ -189,16 +189,18 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
             number, following = following, tile_number(order, turn + 1)
 
     @device_function
-    def load_keys(memory, maps, order, sizes, shares):
+    def load_keys(memory, maps, order, sizes, shares, lists):
         turn, n, tiles = u32(0), u32(0), sizes.tiles
         number, following = tile_number(order, 0), tile_number(order, 1)
         while number < tiles:
-            _, batch, head, first, end = tile_of(number, sizes)
+            _, batch, head, first, end = tile_of(number, sizes, lists)
+            tile, _ = keys_at(first, lists)
             k_head = quotient(head, shares.k_head_factor, shares.k_head_shift)
             k_batch = quotient(batch, shares.k_batch_factor, shares.k_batch_shift)
             v_head = quotient(head, shares.v_head_factor, shares.v_head_shift)
             v_batch = quotient(batch, shares.v_batch_factor, shares.v_batch_shift)
-            for tile in range(first, end):
+            for turn_of_keys in range(first, end):
+                next_tile, _ = keys_at(turn_of_keys + 1, lists)
                 place, parity = place_of(n)
                 barrier = memory + 8 * place
                 mbarrier_wait_parity(barrier + plan.k_free, parity ^ u32(1))
@@ -211,7 +213,7 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
                     memory + plan.v + place * plan.v_bytes, maps + 2 * MAP_BYTES,
                     barrier + plan.v_full, tile * block_n, v_head, v_batch,
                 )  # fmt: skip
-                n = u32(n + 1)
+                n, tile = u32(n + 1), next_tile
             turn = u32(turn + 1)
             number, following = following, tile_number(order, turn + 1)
 
@@ -246,35 +248,57 @@ def softmax(kind: Kind, block_n: int) -> Any:
     """Device function: from a tile of scores S, and m of its rows so far, to m_new, the weights
     P = exp2(scale S - scale m_new), scale m_new and the lane's part of rowsum(P), in which weights
     count that are dropped from P. Of a row that has seen no key scale m_new is 0 here, so that
-    nothing is subtracted from -inf. With an additive mask S is scaled, and P = exp(S - m_new).
+    nothing is subtracted from -inf. With an additive mask S is scaled, and P = exp(S - m_new). A
+    score function gets S scaled, and scale is log2(e) after it.
     """
     tile = RegisterTile(block_n)
     row_max, shift_of, own_row_sum = tile.row_max, tile.shift, tile.own_row_sum
     exp_of = tile.each(exponential(kind), tile.type, types.float32, tile.rows_type)
     scale_all = tile.each(mul_rn_f32, tile.type, types.float32)
-    masked, drop_some = mask_scores(kind.mask, tile), drop(tile)
-    ended = mask_scores("none", tile, begins=False)
+    functions, is_sparse, has_score = (
+        kind.functions,
+        kind.is_sparse,
+        kind.functions.score is not None,
+    )
+    masked = mask_scores(kind.mask, tile, functions=functions, approximate=True)
+    modified = modify_scores(tile, functions, approximate=True) if has_score else None
+    ended, drop_some = mask_scores("none", tile, begins=False), drop(tile)
+    plain = not functions and not is_sparse
     always_masked, scaled_first, drops = kind.mask != "none", kind.scaled_first, kind.dropout
     additive, f32, i32 = kind.additive, types.float32, types.int32
+    unit_of_results = kind.unit_of_results
 
     @device_function
-    def softmax_of(s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout):
+    def softmax_of(
+        s, m, row0, key0, full, batch, head, scale, sizes, mask, mask_steps, dropout, words
+    ):  # fmt: skip
         heads, seqlen_q, seqlen_k = sizes.heads, sizes.seqlen_q, sizes.seqlen_k
         lower, upper = sizes.lower, sizes.upper
         if row0 >= seqlen_q:  # none of the rows is a query: nothing of this is ever written
             return m, s, m, (f32(0.0), f32(0.0))
         own_row, own_key = own_place()
         own_row, own_key = i32(row0 + own_row), i32(key0 + own_key)
-        if scaled_first and not additive:
+        if scaled_first and not additive and not has_score:
             s, scale = scale_all(s, scale), f32(1.0)
-        if always_masked or not is_whole(row0, ROWS, key0, block_n, sizes):
+        whole = full
+        if not is_sparse:
+            whole = is_whole(row0, ROWS, key0, block_n, sizes)
+            if has_score:  # which reads nothing past the last query
+                whole = whole and row0 + ROWS <= seqlen_q
+        if always_masked or not whole:
             band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
             place = head_place(batch, head, mask_steps)
             begin, _ = keys_of(row0 + (ROWS - 1), lower, upper)
-            if not always_masked and begin <= key0:  # as if causal
-                s = ended(s, own_row, own_key, band, mask, place, scale)
+            if plain and not always_masked and begin <= key0:  # as if causal
+                s = ended(s, own_row, own_key, band, mask, place, scale, NO_WORDS)
             else:
-                s = masked(s, own_row, own_key, band, mask, place, scale)
+                s = masked(s, own_row, own_key, band, mask, place, scale, words)
+        elif has_score:
+            band = i32(lower), i32(upper), i32(seqlen_q), i32(seqlen_k)
+            place = head_place(batch, head, mask_steps)
+            s = modified(s, own_row, own_key, band, place, scale, words)
+        if has_score:
+            scale = f32(unit_of_results)
         m, scale = row_max(s, m), f32(1.0) if additive else scale
         shift = shift_of(m, scale)
         weights = exp_of(s, scale, shift)
@@ -297,12 +321,14 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
     scale_rows, quad_sum = tile.scale_rows, tile.quad_sum
     store = store_rows(kind.precision, kind.value_dim, kind.vectors)
     f32, i32, zero = types.float32, types.int32, types.float32(0.0)
-    _, tile_of = tile_finder(kind, blocks)
+    find_tile = tile_finder(kind, blocks)[1]
     of_m, of_log2 = 1.0 / kind.unit, 1.0 / LOG2_E
 
     @device_function
-    def write(o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep):
-        row0, batch, head, _, _ = tile_of(number, sizes)
+    def write(
+        o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep, lists
+    ):
+        row0, batch, head, _, _ = find_tile(number, sizes, lists)
         heads, seqlen_q = sizes.heads, sizes.seqlen_q
         l = quad_sum(l)
         own_row, _ = own_place()
@@ -338,7 +364,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     output; `logsumexp`; `rows_of`, for m and l; `mask` (any array if there is none); `offset`,
     added to the seed; `out_steps` and `mask_steps`, their `Strides`; `sizes`, `TileSizes`;
     `shares`, `Shares`; `scale`; `seed`; `threshold`, below which a random word drops its weight;
-    `keep`, 1 / (1 - p).
+    `keep`, 1 / (1 - p); `words`, what the functions are given; `lists`, of tiles of keys.
 
     Where a tile of queries ends: m is of the next one from there on; l, scaled_m and O stay those
     of the one that is done until it is written. O is then begun anew by a product that does not
@@ -348,7 +374,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     block_n, head_dim, value_dim = blocks.block_n, kind.head_dim, kind.value_dim
     warpgroups, ping_pong, plan = blocks.warpgroups, blocks.ping_pong, forward_memory(kind, blocks)
     make_barriers, (load_queries, load_keys) = barrier_maker(kind, blocks), loaders(kind, blocks)
-    place_of, (tile_number, tile_of) = ring(blocks.stages), tile_finder(kind, blocks)
+    place_of, (tile_number, tile_of, keys_at) = ring(blocks.stages), tile_finder(kind, blocks)
     # The products, and the wait for the one while the other goes on.
     q_steps, k_steps = steps_along(head_dim, ROWS), steps_along(head_dim, block_n)
     scores = wgmma_ss(block_n, kind.precision, q_steps, k_steps, accumulate=False)
@@ -364,7 +390,8 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     output, as_operand = RegisterTile(value_dim), RegisterTile(block_n).to_operand(kind.precision)
     no_output, scale_rows, exp2 = output.zero, output.scale_rows, ex2_approx_ftz_f32
     softmax_of, write = softmax(kind, block_n), row_writer(kind, blocks)
-    scaled_first, additive, unit, log2_e = kind.scaled_first, kind.additive, kind.unit, LOG2_E
+    scaled_first, additive, log2_e = kind.scaled_first, kind.additive, LOG2_E
+    unit, unit_of_results = kind.unit_of_products, kind.unit_of_results
     give_registers = setmaxnreg("dec", LOADERS_REGISTERS[warpgroups])
     take_registers = setmaxnreg("inc", REGISTERS[warpgroups])
     f32, i32, u32, u64 = types.float32, types.int32, types.uint32, types.uint64
@@ -372,7 +399,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     @kernel(blocks.threads, blocks=1)
     def hopper_forward(
         maps, order, out, logsumexp, rows_of, mask, offset, out_steps, mask_steps, sizes, shares,
-        scale, seed, threshold, keep,
+        scale, seed, threshold, keep, words, lists,
     ):  # fmt: skip
         memory = shared_address(cuda.shared.array(0, types.uint8))
         thread = i32(cuda.threadIdx.x)
@@ -384,9 +411,9 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
         if warpgroup < 0:
             give_registers()
             if thread == 0:
-                load_keys(memory, maps, order, sizes, shares)
+                load_keys(memory, maps, order, sizes, shares, lists)
             elif thread == 32:
-                load_queries(memory, maps, order, sizes, shares)
+                load_queries(memory, maps, order, sizes, shares, lists)
         else:
             take_registers()
             me = u32(warpgroup)
@@ -396,13 +423,13 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 bar_arrive(1, 2 * WARPGROUP)  # the first turn is warpgroup 0's
             q_full, q_free = memory + plan.q_full + 8 * me, memory + plan.q_free + 8 * me
             tiles, scale = sizes.tiles, f32(scale * unit)
-            factor = f32(1.0) if scaled_first else scale  # of scores in the softmax
+            factor = f32(unit_of_results) if scaled_first else scale  # of scores in the softmax
             dropout = seed + offset[0], threshold
             # The first tile of keys: S = Q K^T, P = softmax(S).
             number, following = tile_number(order, 0), tile_number(order, 1)
             turn, n = u32(0), u32(0)
-            row0, batch, head, key, end = tile_of(number, sizes)
-            row0 = i32(row0 + ROWS * warpgroup)
+            row0, batch, head, key, end = tile_of(number, sizes, lists)
+            row0, (tile_of_keys, full) = i32(row0 + ROWS * warpgroup), keys_at(key, lists)
             q = u64(q_tile) | u64((memory + plan.q + me * plan.q_bytes) >> u32(4))
             o, adds, nothing = no_output(), u32(0), (f32(LOWEST), f32(LOWEST))
             mbarrier_wait_parity(q_full, 0)
@@ -415,9 +442,9 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 mbarrier_arrive(memory + plan.k_free)
                 if key + 1 == end:
                     mbarrier_arrive(q_free)
-            m, key0 = nothing, i32(key * block_n)
+            m, key0 = nothing, i32(tile_of_keys * block_n)
             m, weights, _, l = softmax_of(
-                s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout
+                s, m, row0, key0, full, batch, head, scale, sizes, mask, mask_steps, dropout, words
             )
             scaled_m = m[0] * factor, m[1] * factor
             p = as_operand(weights)
@@ -430,9 +457,10 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                         break
                     number, turn = following, u32(turn + 1)
                     following = tile_number(order, turn + 1)
-                    row0, batch, head, key, end = tile_of(number, sizes)
+                    row0, batch, head, key, end = tile_of(number, sizes, lists)
                     row0 = i32(row0 + ROWS * warpgroup)
                     m = nothing
+                tile_of_keys, full = keys_at(key, lists)
                 v_place, v_parity = place_of(n)
                 n = u32(n + 1)
                 k_place, k_parity = place_of(n)
@@ -457,17 +485,18 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                     if key + 1 == end:
                         mbarrier_arrive(q_free)
                 # m, P and its row sums, while O += P V goes on
-                key0 = i32(key * block_n)
+                key0 = i32(tile_of_keys * block_n)
                 m, weights, shift, sums = softmax_of(
-                    s, m, row0, key0, batch, head, scale, sizes, mask, mask_steps, dropout
-                )
+                    s, m, row0, key0, full, batch, head, scale, sizes, mask, mask_steps, dropout,
+                    words,
+                )  # fmt: skip
                 o = wait_after(o, sums[0] + sums[1]) if overlap else wait_o(o)
                 if is_first_lane:
                     mbarrier_arrive(v_barrier + plan.v_free)
                 if is_last:
                     write(
                         o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes,
-                        keep,
+                        keep, lists,
                     )  # fmt: skip
                     l, scaled_m = (f32(0.0), f32(0.0)), nothing
                 adds = u32(0) if is_last else u32(1)  # whether the next P V adds to O, or begins it
@@ -486,7 +515,10 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             o = add_values(o, p, v, adds)
             wgmma_commit_group()
             o = wait_o(o)
-            write(o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes, keep)
+            write(
+                o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes, keep,
+                lists,
+            )  # fmt: skip
 
     return hopper_forward
 

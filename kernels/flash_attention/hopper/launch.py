@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ...gpu.runtime import Instance, launch, multiprocessors, types
 from ...gpu.tensor_map import constant, on_device
 from ..launch import (
@@ -26,6 +28,7 @@ from ..launch import (
     named_type,
     scalars_of,
     sizes_of,
+    tile_lists,
 )
 from ..problem import AttentionProblem
 from ..schedule import Schedule
@@ -33,9 +36,18 @@ from ..tuning import choice
 from .backward_launch import backward, backward_block_sizes, backward_tiles, backward_workspace
 from .forward import Shares, forward_kernel, forward_memory
 from .maps import each_of, tensor_map
-from .schedule import AT_ONCE, TileSizes, order, reciprocal, tile_costs
-from .tiles import ARCHITECTURE, HEAD_SIZES, NAME, ROWS, Blocks, Kind, kind_of
+from .schedule import (
+    AT_ONCE,
+    NO_KEYS,
+    TileSizes,
+    order,
+    order_of_lists,
+    reciprocal,
+    tile_costs,
+)
+from .tiles import ARCHITECTURE, HEAD_SIZES, NAME, ROWS, Blocks, Kind, kind_of, own_kind
 
+TAKES_FUNCTIONS = True
 ROW_ALIGNMENT = 16  # bytes at whose multiples the copy engine's rows begin
 MOST_ROWS = 1 << 30
 
@@ -105,6 +117,8 @@ def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
     elif kind.banded and seqlen_q <= FEW_QUERIES and blocks.warpgroups > 2:
         blocks = Blocks(2, 128)
     # What is done with each score takes registers, of which two warpgroups have more each.
+    if kind.functions or kind.is_sparse:
+        blocks = Blocks(2, min(blocks.block_n, 128))
     if kind.dropout:
         blocks = Blocks(2, min(blocks.block_n, 128 if size == 64 else 112), overlap=False)
     if kind.mask != "none":
@@ -113,7 +127,7 @@ def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
 
 
 def _blocks(problem: AttentionProblem) -> Blocks:
-    return forward_blocks(kind_of(problem, problem.mask_kind, vectors=True), problem.seqlen_q)
+    return forward_blocks(own_kind(problem), problem.seqlen_q)
 
 
 def block_sizes(
@@ -162,12 +176,37 @@ def forward(
     places = tuple((x.address, x.strides) for x in (inputs.q, inputs.k, inputs.v))
     vectors = has_vectors(problem, (problem.value_dim,), out)
     without_seed = replace(problem, seed=0) if problem.dropout_p else problem
-    plan = _planned(without_seed, heads, places, inputs.mask_kind, vectors, blocks)
+    kind = kind_of(
+        without_seed, inputs.mask_kind, vectors, inputs.functions, inputs.lists is not None
+    )
+    blocks = blocks or forward_blocks(kind, problem.seqlen_q)
+    plan = _planned(without_seed, heads, places, kind, blocks)
+    lists = tile_lists(
+        problem, inputs, (blocks.block_m, blocks.block_n), empty=NO_KEYS // blocks.block_n
+    )
+    order_of_tiles = plan.order
+    if kind.is_sparse:
+        order_of_tiles = _order_of_lists(problem, inputs, blocks, plan.grid)
     launch(
-        plan.kernel, plan.grid, plan.threads, plan.maps, plan.order, out.address, logsumexp, rows,
-        inputs.mask_array, inputs.offset, out.strides, inputs.mask_strides, plan.sizes, plan.shares,
-        *scalars_of(problem), shared_bytes=plan.shared_bytes,
+        plan.kernel, plan.grid, plan.threads, plan.maps, order_of_tiles, out.address, logsumexp,
+        rows, inputs.mask_array, inputs.offset, out.strides, inputs.mask_strides, plan.sizes,
+        plan.shares, *scalars_of(problem), inputs.words, lists, shared_bytes=plan.shared_bytes,
     )  # fmt: skip
+
+
+def _order_of_lists(
+    problem: AttentionProblem, inputs: Inputs, blocks: Blocks, processors: int
+) -> int:
+    """The address of the order of the tiles, whose lists differ in length."""
+    assert inputs.lists is not None and inputs.on_device is not None
+    lists, tile = inputs.lists, (blocks.block_m, blocks.block_n)
+    name = "order", tile, problem.lower, problem.upper, problem.batch, problem.heads, processors
+    if name not in lists.kept:
+        lengths = np.diff(lists.of(tile, problem.lower, problem.upper).offsets)
+        of_heads = lengths.reshape(*lists.shape[:2], -1)
+        all_heads = np.broadcast_to(of_heads, (problem.batch, problem.heads, of_heads.shape[2]))
+        lists.kept[name] = inputs.on_device(name, order_of_lists(all_heads.ravel(), processors))
+    return int(lists.kept[name])
 
 
 class Plan(NamedTuple):
@@ -188,15 +227,12 @@ def _planned(
     problem: AttentionProblem,
     heads: Heads,
     places: tuple[tuple[int, Strides], ...],
-    mask_kind: str,
-    vectors: bool,
-    blocks: Blocks | None,
+    kind: Kind,
+    blocks: Blocks,
 ) -> Plan:
     """Remembered: a model's layers ask for the same again and again, and it takes longer than a
     launch. `places` are the addresses and strides of queries, keys and values.
     """
-    kind = kind_of(problem, mask_kind, vectors)
-    blocks = blocks or forward_blocks(kind, problem.seqlen_q)
     keys, head_dim = max(problem.seqlen_k, 1), problem.head_dim
     q, k, v = (Matrices(None, *place) for place in places)
     groups, value_dim = (heads.k_group, heads.v_group), problem.value_dim
@@ -216,7 +252,7 @@ def _planned(
     schedule = Schedule.of(problem, blocks.block_m, blocks.block_n)
     count = schedule.query_tile_count * problem.batch_heads
     grid, table = min(count, multiprocessors()), 0
-    if kind.banded:
+    if kind.banded and not kind.is_sparse:
         head_bytes = 2 * keys * (problem.head_dim + problem.value_dim)
         together = max(heads.k_group * (AT_ONCE // head_bytes), 1)
         table = _order_on_device(schedule, problem.batch_heads, together, grid)
@@ -240,10 +276,10 @@ def _tile_sizes(problem: AttentionProblem, heads: Heads, schedule: Schedule) -> 
 
 def forward_signature(kind: Kind) -> tuple[Any, ...]:
     """numba types of the forward kernel's arguments."""
-    of, whole = argument_types(kind.precision, kind.mask), types.int64
+    of, whole = argument_types(kind.precision, kind.mask, kind.functions), types.int64
     return (
         whole, whole, whole, of.rows, of.rows, of.mask, of.word, of.strides, of.strides,
-        named_type(TileSizes), named_type(Shares), *of.scalars,
+        named_type(TileSizes), named_type(Shares), *of.scalars, of.words, of.lists,
     )  # fmt: skip
 
 

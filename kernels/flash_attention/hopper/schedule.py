@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ...gpu.ptx import ld_global_nc_b32
 from ...gpu.runtime import ceil_div, cuda, device_function, types
 from ..schedule import Schedule, rules
+from ..schedule_cuda import entry_of, line_of
 from .tiles import Blocks, Kind
 
 NO_TILE = 1 << 30  # in `order`: this block has no more
@@ -68,30 +69,40 @@ class TileSizes(NamedTuple):
 @cache
 def tile_finder(kind: Kind, blocks: Blocks) -> Any:
     """Device functions. `tile_number(order, n)`: the number of the block's n-th tile of queries;
-    too large if there is none. `tile_of(number, sizes)`, these being `TileSizes`: its first row,
-    batch and head, and the numbers [first, end) of its tiles of keys, of which there is at least
-    one.
+    too large if there is none. `tile_of(number, sizes, lists)`, these being `TileSizes`: its first
+    row, batch and head, and the places [first, end) of its tiles of keys, of which there is at
+    least one. `keys_at(place, lists)`: number of a tile of keys, and whether a list says that it is
+    full.
     """
-    block_m, block_n, banded = blocks.block_m, blocks.block_n, kind.banded
+    block_m, block_n, is_sparse = blocks.block_m, blocks.block_n, kind.is_sparse
+    ordered = kind.banded or is_sparse
     i32, key_tiles = types.int32, rules(device_function, types.int32).key_tiles
 
     @device_function
     def tile_number(order, n):
         place = i32(n * cuda.gridDim.x + cuda.blockIdx.x)
-        return i32(ld_global_nc_b32(types.int64(order) + 4 * place)) if banded else place
+        return i32(ld_global_nc_b32(types.int64(order) + 4 * place)) if ordered else place
 
     @device_function
-    def tile_of(number, sizes):
+    def tile_of(number, sizes, lists):
         of_head = i32((sizes.seqlen_q + (block_m - 1)) // block_m)
         batch_head = quotient(number, sizes.head_factor, sizes.head_shift)
         batch = quotient(batch_head, sizes.batch_factor, sizes.batch_shift)
-        row0 = i32((number - batch_head * of_head) * block_m)
-        first, end = key_tiles(row0, sizes, block_m, block_n)
-        if first == end:
-            first, end = NO_KEYS // block_n, NO_KEYS // block_n + 1
-        return row0, batch, i32(batch_head - batch * sizes.heads), i32(first), i32(end)
+        tile = i32(number - batch_head * of_head)
+        row0, head = i32(tile * block_m), i32(batch_head - batch * sizes.heads)
+        if is_sparse:
+            first, end = line_of(lists, batch, head, tile)  # none is empty
+        else:
+            first, end = key_tiles(row0, sizes, block_m, block_n)
+            if first == end:
+                first, end = NO_KEYS // block_n, NO_KEYS // block_n + 1
+        return row0, batch, head, i32(first), i32(end)
 
-    return tile_number, tile_of
+    @device_function
+    def keys_at(place, lists):
+        return entry_of(lists, place) if is_sparse else (place, False)
+
+    return tile_number, tile_of, keys_at
 
 
 def tile_costs(schedule: Schedule) -> list[float]:
@@ -99,6 +110,30 @@ def tile_costs(schedule: Schedule) -> list[float]:
     return [
         max(len(schedule.key_tiles(tile)), 1) + SWITCH for tile in range(schedule.query_tile_count)
     ]
+
+
+def order_of_lists(lengths: NDArray[np.int64], processors: int) -> NDArray[np.int32]:
+    """The same for lists of any lengths, one for each tile of queries of all heads."""
+    longest_first = np.argsort(-lengths, kind="stable")
+    if len(lengths) > MOST_TILES:
+        table = np.full((ceil_div(len(lengths), processors) + 2) * processors, NO_TILE, np.int32)
+        table[: len(lengths)] = longest_first
+        return table
+    busy = [(0.0, block) for block in range(processors)]
+    taken: list[list[int]] = [[] for _ in range(processors)]
+    for tile in longest_first.tolist():
+        time, block = busy[0]
+        taken[block].append(tile)
+        heapq.heapreplace(busy, (time + float(lengths[tile]) + SWITCH, block))
+    return _table(taken)
+
+
+def _table(taken: list[list[int]]) -> NDArray[np.int32]:
+    """Two more than there are: a block knows its next tile before it is done with one."""
+    table = np.full((max(map(len, taken)) + 2, len(taken)), NO_TILE, np.int32)
+    for block, tiles in enumerate(taken):
+        table[: len(tiles), block] = tiles
+    return table.ravel()
 
 
 def order(costs: list[float], heads: int, together: int, processors: int) -> NDArray[np.int32]:
@@ -129,11 +164,7 @@ def order(costs: list[float], heads: int, together: int, processors: int) -> NDA
                 time, block = busy[0]
                 taken[block].append(head * len(costs) + tile)
                 heapq.heapreplace(busy, (time + costs[tile], block))
-    # Two more than there are: a block knows its next tile before it is done with one.
-    table = np.full((max(map(len, taken)) + 2, processors), NO_TILE, np.int32)
-    for block, tiles in enumerate(taken):
-        table[: len(tiles), block] = tiles
-    return table.ravel()
+    return _table(taken)
 
 
 __all__ = [
@@ -142,6 +173,7 @@ __all__ = [
     "NO_TILE",
     "TileSizes",
     "order",
+    "order_of_lists",
     "quotient",
     "reciprocal",
     "tile_costs",

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...gpu.ptx_hopper import cp_async_bulk_tensor_4d
 from ...gpu.runtime import cuda, device_function, types
+from ..launch import functions_of
 from ..problem import AttentionProblem
 from ..schedule import RULES
 from ..scores import NO_FUNCTIONS, Functions, Masked, is_additive
@@ -33,8 +34,8 @@ class Kind(Masked):
         value_dim: likewise of a value.
         mask: "none", "bool", or the name of the additive mask's dtype.
         dropout: whether weights are dropped.
-        scaled_first: scores are scaled before the softmax, not within it: with an additive mask,
-            and unless the problem says `scale_in_exponent`.
+        scaled_first: scores are scaled before the softmax, not within it: with an additive mask or
+            a score function, and unless the problem says `scale_in_exponent`.
         banded: some queries do not see all keys: causal masks and windows.
         vectors: rows of the output come in whole pieces of 16 bytes.
         functions: the user's.
@@ -84,8 +85,15 @@ class Blocks:
         return WARPGROUP * (self.warpgroups + 1)
 
 
-def kind_of(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
+def kind_of(
+    problem: AttentionProblem,
+    mask_kind: str,
+    vectors: bool,
+    functions: Functions = NO_FUNCTIONS,
+    is_sparse: bool = False,
+) -> Kind:
     """What the kernels for a problem are compiled for; the other arguments are fields of `Kind`."""
+    scales = is_additive(mask_kind) or functions.score is not None
     lengths = problem.seqlen_q, problem.seqlen_k
     return Kind(
         precision=problem.dtype.name,
@@ -93,10 +101,19 @@ def kind_of(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
         value_dim=padded(problem.value_dim),
         mask=mask_kind,
         dropout=problem.dropout_p > 0,
-        scaled_first=is_additive(mask_kind) or not problem.scale_in_exponent,
+        scaled_first=scales or not problem.scale_in_exponent,
         banded=not RULES.is_whole(0, lengths[0], 0, lengths[1], problem),
         vectors=vectors,
+        functions=functions,
+        is_sparse=is_sparse,
     )
+
+
+def own_kind(problem: AttentionProblem) -> Kind:
+    """The kind for a problem whose rows come in whole pieces."""
+    return kind_of(
+        problem, problem.mask_kind, True, functions_of(problem), problem.is_sparse
+    )  # fmt: skip
 
 
 def padded(size: int) -> int:
@@ -175,6 +192,7 @@ __all__ = [
     "Blocks",
     "Kind",
     "kind_of",
+    "own_kind",
     "own_place",
     "padded",
     "parts",

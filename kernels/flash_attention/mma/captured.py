@@ -7,6 +7,7 @@ what it gave, go through shared memory to the threads that add them up.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,7 @@ from ..launch import (
 )
 from ..problem import AttentionProblem
 from ..schedule_cuda import walk
+from ..scores import Functions
 from ..scores_cuda import head_place
 from ..softmax import next_call
 from .backward import backward_memory
@@ -198,6 +200,8 @@ def captured_gradients(
 ) -> None:
     """Write the gradients of what the score function captured: see simt/captured.py."""
     kind, call = kind_of(problem, inputs.mask_kind, architecture), next_call()
+    # Other kernels do not know which gradients are wanted; this one must.
+    kind = replace(kind, functions=Functions(problem.score_mod, problem.mask_mod))
     tiles = tiles_of(kind, architecture)
     assert tiles is not None
     launch_delta(problem, heads, kind, out, rows, grad_out, grad_logsumexp, workspace, call)

@@ -17,12 +17,13 @@ from ..launch import (
     Heads,
     Inputs,
     Matrices,
+    functions_of,
     scalars_of,
     sizes_of,
     tile_lists,
 )
 from ..problem import AttentionProblem
-from ..scores import Functions, is_additive
+from ..scores import is_additive
 from ..softmax import next_call
 from ..tuning import SHORT, Numbers, choice
 from .backward import backward_memory, key_value_kernel, query_kernel
@@ -79,7 +80,7 @@ def kind_of(problem: AttentionProblem, mask_kind: str, architecture: Architectur
         problem.fp32_precision if name == "float32" else name,
         problem.head_dim, problem.value_dim, mask_kind, problem.dropout_p > 0,
         not problem.scale_in_exponent or is_additive(mask_kind), is_turing(architecture),
-        Functions(problem.score_mod, problem.mask_mod), problem.is_sparse,
+        functions_of(problem), problem.is_sparse,
     )  # fmt: skip
 
 

@@ -25,13 +25,13 @@ WHOLE = types.int32
 
 
 @cache
-def tile_checker(kind: Kind, block_m: int, block_n: int, keys_are_rows: bool) -> Any:
+def tile_checker(kind: Kind, block_m: int, block_n: int) -> Any:
     """Device function `(row0, key0, full, sizes)`: whether all scores of a tile count; `full` is
-    what a list says of it. Queries past the end count, but where they are columns and a score
-    function reads arrays for them.
+    what a list says of it. Queries past the end count, but where a score function reads arrays for
+    them.
     """
     is_sparse, has_mask_mod = kind.is_sparse, kind.functions.mask is not None
-    no_query_past_the_end = keys_are_rows and kind.functions.score is not None
+    no_query_past_the_end = kind.functions.score is not None
 
     @device_function
     def all_count(row0, key0, full, sizes):
@@ -64,7 +64,7 @@ def score_rule(
     masked = mask_scores(kind.mask, tile, kind.scaled_first, keys_are_rows, True, *options)
     modified = modify_scores(tile, functions, keys_are_rows, *options[1:]) if has_score else None
     always = kind.mask != "none" or (kind.scaled_first and not has_score)
-    all_count = tile_checker(kind, *block, keys_are_rows)
+    all_count = tile_checker(kind, *block)
 
     @device_function
     def rule(s, query, key, row0, key0, full, sizes, band, mask, place, scale, words):

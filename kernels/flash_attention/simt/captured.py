@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..launch import (
 from ..problem import AttentionProblem
 from ..schedule import Band
 from ..schedule_cuda import walk
+from ..scores import Functions
 from ..scores_cuda import head_place
 from .backward import backward_memory, row_loader, score_gradients, tile_pair
 from .dropout import keep_maker
@@ -131,6 +133,8 @@ def captured_gradients(
 
     """
     kind = kind_of(problem, inputs.mask_kind, has_whole_vectors(problem, inputs, grad_out))
+    # Other kernels do not know which gradients are wanted; this one must.
+    kind = replace(kind, functions=Functions(problem.score_mod, problem.mask_mod))
     _, blocks = backward_blocks(kind, architecture)
     launch_delta(problem, heads, out, rows, grad_out, grad_logsumexp, workspace)
     delta, shift, inverse = workspace

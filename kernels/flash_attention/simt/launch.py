@@ -20,6 +20,7 @@ from ..launch import (
     Matrices,
     argument_types,
     example_functions,
+    functions_of,
     has_vectors,
     instances_of,
     scalars_of,
@@ -27,7 +28,6 @@ from ..launch import (
     tile_lists,
 )
 from ..problem import AttentionProblem
-from ..scores import Functions
 from .backward import (
     DELTA_ROWS,
     DELTA_THREADS,
@@ -152,7 +152,7 @@ def backward_blocks(kind: Kind, architecture: Architecture) -> tuple[Blocks, Blo
 def kind_of(problem: AttentionProblem, mask_kind: str, vectors: bool) -> Kind:
     return Kind(
         problem.dtype.name, problem.head_dim, problem.value_dim, mask_kind,
-        problem.dropout_p > 0, vectors, Functions(problem.score_mod, problem.mask_mod),
+        problem.dropout_p > 0, vectors, functions_of(problem),
         problem.is_sparse,
     )  # fmt: skip
 
