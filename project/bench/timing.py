@@ -30,25 +30,32 @@ CALLS = 5  # of ours between two events
 # ----- on the CPU -----
 
 
-def in_turn(functions: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+def in_turn(
+    functions: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    clock: Callable[[], float] | None = None,
+) -> dict[str, list[float]]:
     """Seconds of each call, in rounds that call every function in turn; at least 3 rounds.
 
     Args:
         functions: by name; each is called once before, for what happens only then.
         seconds: that all rounds are to take together.
+        clock: that times a call, `time.perf_counter` if None; `time.process_time` counts what all
+            threads work, and not what other programs take.
 
     """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
+    now = clock or time.perf_counter
     end = time.perf_counter() + seconds
     for number in range(MOST_ROUNDS):
         if number >= FEWEST_ROUNDS and time.perf_counter() > end:
             break
         for name, function in functions.items():
-            start = time.perf_counter()
+            start = now()
             function()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now() - start)
     return times
 
 

@@ -9,7 +9,10 @@ tiles of keys and values pass by, and for each tile and each smaller tile of the
     l = exp(m - m_new) l + rowsum(P)
     O = diag(exp(m - m_new)) O + P V            (tile_q, value_dim)
 
-and in the end O = diag(1/l) O and logsumexp = m + log(l). Neither S nor P is ever larger than a
+With a score function S goes through it, row by row, before the rest. With lists of tiles only those
+pass by that are in the list of one of the block's queries.
+
+In the end O = diag(1/l) O and logsumexp = m + log(l). Neither S nor P is ever larger than a
 tile. Exponentials are powers of two, of log2(e) (S - m): the difference is exact where it matters,
 and no product is larger than a number can be.
 """
