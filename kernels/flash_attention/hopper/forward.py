@@ -38,10 +38,12 @@ from ...gpu.ptx import (
     bar_sync,
     div_full_f32,
     ex2_approx_ftz_f32,
+    global_address,
     lg2_approx_ftz_f32,
     mul_rn_f32,
     shared_address,
     shfl_sync_idx_b32,
+    st_global_f32,
 )
 from ...gpu.ptx_hopper import (
     mbarrier_arrive,
@@ -59,12 +61,12 @@ from ...gpu.runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, typ
 from ...gpu.shared_layout import panels_descriptor, steps_along, steps_down
 from ..fragments.dropout import drop, dropout_words
 from ..fragments.scores import NO_WORDS, exponential, mask_scores, modify_scores
-from ..fragments.store import store_rows
+from ..fragments.store import store_rows, write_scores
 from ..schedule_cuda import is_whole
 from ..scores import LOG2_E
 from ..scores_cuda import head_place, keys_of
 from .forward_loaders import barrier_maker, forward_memory, loaders
-from .schedule import tile_finder
+from .schedule import piece_at, tile_finder
 from .tiles import (
     ROWS,
     WARPGROUP,
@@ -160,18 +162,32 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
     tile = RegisterTile(kind.value_dim)
     scale_rows, quad_sum = tile.scale_rows, tile.quad_sum
     store = store_rows(kind.precision, kind.value_dim, kind.vectors)
-    f32, i32, zero = types.float32, types.int32, types.float32(0.0)
+    f32, i32, zero, u64 = types.float32, types.int32, types.float32(0.0), types.uint64
+    is_sparse, block_m, put = kind.is_sparse, blocks.block_m, write_scores(tile)
     find_tile = tile_finder(kind, blocks)[1]
     of_m, of_log2 = 1.0 / kind.unit, 1.0 / LOG2_E
 
     @device_function
     def write(
-        o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep, lists
+        o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep, lists, space
     ):
         row0, batch, head, _, _ = find_tile(number, sizes, lists)
         heads, seqlen_q = sizes.heads, sizes.seqlen_q
         l = quad_sum(l)
-        own_row, _ = own_place()
+        own_row, own_column = own_place()
+        if is_sparse:
+            part = piece_at(lists.table, number).part
+            if part >= 0:  # of a list in pieces: hopper/parts.py puts them together
+                row, lane = i32(ROWS * warpgroup + own_row), i32(cuda.threadIdx.x) & i32(31)
+                first, columns = types.int64(part) * block_m, i32(sizes.value_dim)
+                target = space + u64(lists.outputs + 4 * first * columns)
+                put(o, target, row, own_column, i32(block_m), columns)
+                if lane & i32(3) == 0:
+                    for r in range(2):
+                        own = space + u64(lists.rows + 8 * (first + row + 8 * r))
+                        st_global_f32(own, scaled_m[r])
+                        st_global_f32(own + u64(4), l[r])
+                return
         row, lane = row0 + ROWS * warpgroup + own_row, i32(cuda.threadIdx.x) & i32(31)
         inside = (row < seqlen_q, row + 8 < seqlen_q)
         # A row that sees no key: 0, and a logsumexp of -inf, which log2(0) is. One with an infinite
@@ -204,7 +220,8 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     output; `logsumexp`; `rows_of`, for m and l; `mask` (any array if there is none); `offset`,
     added to the seed; `out_steps` and `mask_steps`, their `Strides`; `sizes`, `TileSizes`;
     `shares`, `Shares`; `scale`; `seed`; `threshold`, below which a random word drops its weight;
-    `keep`, 1 / (1 - p); `words`, what the functions are given; `lists`, of tiles of keys.
+    `keep`, 1 / (1 - p); `words`, what the functions are given; `lists`,
+    `PiecesOnDevice`; `workspace`, for parts (any array if there are no lists).
 
     Where a tile of queries ends: m is of the next one from there on; l, scaled_m and O stay those
     of the one that is done until it is written. O is then begun anew by a product that does not
@@ -239,7 +256,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     @kernel(blocks.threads, blocks=1)
     def hopper_forward(
         maps, order, out, logsumexp, rows_of, mask, offset, out_steps, mask_steps, sizes, shares,
-        scale, seed, threshold, keep, words, lists,
+        scale, seed, threshold, keep, words, lists, workspace,
     ):  # fmt: skip
         memory = shared_address(cuda.shared.array(0, types.uint8))
         thread = i32(cuda.threadIdx.x)
@@ -261,6 +278,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             own_turn, next_turn = 1 + me, 1 + (me + 1) % u32(warpgroups)
             if ping_pong and me == warpgroups - 1:
                 bar_arrive(1, 2 * WARPGROUP)  # the first turn is warpgroup 0's
+            space = global_address(workspace)
             q_full, q_free = memory + plan.q_full + 8 * me, memory + plan.q_free + 8 * me
             tiles, scale = sizes.tiles, f32(scale * unit)
             factor = f32(unit_of_results) if scaled_first else scale  # of scores in the softmax
@@ -336,7 +354,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 if is_last:
                     write(
                         o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes,
-                        keep, lists,
+                        keep, lists, space,
                     )  # fmt: skip
                     l, scaled_m = (f32(0.0), f32(0.0)), nothing
                 adds = u32(0) if is_last else u32(1)  # whether the next P V adds to O, or begins it
@@ -357,7 +375,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             o = wait_o(o)
             write(
                 o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes, keep,
-                lists,
+                lists, space,
             )  # fmt: skip
 
     return hopper_forward
