@@ -118,6 +118,7 @@ bench-gpu: $(VENV)/gpu.stamp
 	$(PIP) install 'torch>=2.9'
 	$(BIN)/python project/bench/ops_cuda.py
 	$(BIN)/python project/bench/attention_cuda.py
+	$(BIN)/python project/bench/attention_variants_cuda.py
 	$(BIN)/python project/bench/training_cuda.py
 	$(BIN)/python project/bench/results.py
 

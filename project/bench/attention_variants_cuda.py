@@ -185,6 +185,7 @@ def flex(
         block_mask = flex.create_block_mask(functions["mask"], None, None, length, length)
     else:
         block_mask = None
+    torch._dynamo.reset()  # after eight functions it would compile no more
     compiled = torch.compile(flex.flex_attention, dynamic=False)
     score = functions.get("score")
     forward = recorder.torch_graph(

@@ -10,18 +10,21 @@ The backward pass leaves sums of gradients, which are added up. A warp computes 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 from ...gpu.ptx import ex2_approx_ftz_f32, ld_global_nc_b32
 from ...gpu.runtime import (
     NEGATIVE_INFINITY,
+    Instance,
     cuda,
     device_function,
     kernel,
     precision,
     types,
 )
+from ..launch import argument_types, named_type
 from ..scores import LOG2_E
 from .tiles import Kind
 
@@ -138,4 +141,26 @@ def sum_kernel(precision_name: str, rows: int) -> Any:
     return hopper_sum
 
 
-__all__ = ["THREADS", "WARPS", "Splits", "merge_kernel", "sum_kernel"]
+# ----- for the compile tests -----
+
+
+def instances() -> Iterator[Instance]:
+    """Both kernels."""
+    kind, whole, real = Kind("bfloat16", 128, 128), types.int64, types.float64
+    of, splits = argument_types(kind.precision, kind.mask), named_type(Splits)
+    for name, kernel_of_it, signature in (
+        (
+            "merge", merge_kernel(kind, 128),
+            (of.rows, splits, of.array, of.rows, of.rows, of.strides, whole, whole, whole, real),
+        ),
+        (
+            "sum", sum_kernel(kind.precision, 128),
+            (of.rows, splits, of.array, of.strides, whole, whole, whole, real),
+        ),
+    ):  # fmt: skip
+        yield Instance(
+            f"hopper_{name}_parts[bfloat16]", kernel_of_it, signature, architectures=("sm_90a",)
+        )
+
+
+__all__ = ["THREADS", "WARPS", "Splits", "instances", "merge_kernel", "sum_kernel"]
