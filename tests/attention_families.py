@@ -26,6 +26,7 @@ from minitorch.kernels.flash_attention.standard import (
 from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability
 from tests.attention import FEATURES
 from tests.attention_calls import Call, Family, Results, place_on_cpu, real_dtype
+from tests.attention_functions import COMBINATIONS
 from tests.cuda.attention import by_cuda, on_gpu
 
 # ----- families of the CPU -----
@@ -165,11 +166,14 @@ OF_THE_HOST = tuple(
 )  # fmt: skip
 # There SIMT's tests show these rules in `make test`, which are the same code or take long.
 IN_THE_SIMULATOR = ("causal", "window", "heads share keys", "causal, mask, dropout")
+COMBINED_FUNCTIONS = tuple(f"test_functions[{name}]" for name in COMBINATIONS)
 SLOW_IN_THE_SIMULATOR = (
+    *COMBINED_FUNCTIONS,
     *(f"test_feature[{name}]" for name in FEATURES if name not in IN_THE_SIMULATOR),
     "test_every_dtype", "test_rows_that_see_no_key", "test_dropout_keeps_what_the_mask_says",
     "test_nothing_outside_of_the_inputs_is_used",
 )  # fmt: skip
+BACKWARD_OF_SIMT = tuple(f"test_functions[{name}]" for name in ("pairs", "slopes and blocks"))
 SIZES = (1, 16, 40, 64, 96, 128, 160, 256)
 LAYOUTS = ("plain", "heads", "transposed", "part")
 BATCHES = (60, 4)  # leading dimensions of the calls that are repeated
@@ -181,6 +185,7 @@ SIMT = Family(
     columns=st.integers(1, 12 if SIMULATED else 100),
     value_columns=st.integers(0, 12 if SIMULATED else 100),
     layouts=LAYOUTS, examples=3 if SIMULATED else 6, lengths=LENGTHS,
+    thorough=COMBINED_FUNCTIONS if SIMULATED else (),
     head_sizes=tuple((n, n) for n in SIZES) + tuple((64, n) for n in SIZES),
     extreme=(10, 22) if SIMULATED else (150, 700),
     extreme_dtypes=(("float32", "float32"), ("float32", "float64")) if SIMULATED else (
@@ -227,7 +232,9 @@ HOPPER = replace(
 )  # fmt: skip
 DECODE = replace(
     SIMT, name="decode", compute=by_decode, force=use(decode, simt), dropout=False,
-    thorough=SLOW_IN_THE_SIMULATOR if SIMULATED else (*OF_THE_HOST, "test_every_dtype"),
+    thorough=(*SLOW_IN_THE_SIMULATOR, *BACKWARD_OF_SIMT) if SIMULATED else (
+        *OF_THE_HOST, "test_every_dtype",
+    ),
     shape=(3, 40, 7, 4) if SIMULATED else (3, 1500, 59, 64),
     longest=(decode.MOST_QUERIES, 40 if SIMULATED else 1500),
     columns=st.sampled_from((1, 4, 7) if SIMULATED else (1, 59, 64, 96, 128, 256)),
