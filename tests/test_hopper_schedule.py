@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minitorch.kernels.flash_attention.hopper import launch as hopper
 from minitorch.kernels.flash_attention.hopper import schedule as hopper_schedule
-from minitorch.kernels.flash_attention.hopper.forward import forward_memory
+from minitorch.kernels.flash_attention.hopper.forward_loaders import forward_memory
 from minitorch.kernels.flash_attention.hopper.schedule import NO_TILE, order, reciprocal, tile_costs
 from minitorch.kernels.flash_attention.hopper.tiles import HEAD_SIZES, Blocks, Kind, padded, parts
 from minitorch.kernels.flash_attention.problem import AttentionProblem

@@ -14,8 +14,9 @@ and if need be
 
     ROW_ALIGNMENT                      bytes at whose multiples the rows that it reads begin: of
                                        queries, keys, values and dO. Their last stride is 1 then
-    forward_workspace, backward_workspace    (problem, heads, architecture) -> bytes of device
-                                       memory, which the pass gets as `workspace`, flat, in float32
+    forward_workspace, backward_workspace    (problem, heads, inputs, architecture) -> bytes of
+                                       device memory, which the pass gets as `workspace`, flat, in
+                                       float32
                                        (float64 if the problem is in float64); without them it has
                                        no such argument
     tiles(problem, architecture, backward)      says the sizes of its tiles, for people

@@ -97,14 +97,18 @@ def _why_not(
 
 
 def _workspace(
-    module: Any, which: str, problem: AttentionProblem, architecture: tuple[int, int]
+    module: Any,
+    which: str,
+    problem: AttentionProblem,
+    inputs: Inputs,
+    architecture: tuple[int, int],
 ) -> dict[str, Any]:
     """The argument `workspace` of a module that wants one for a pass."""
     size_of = getattr(module, f"{which}_workspace", None)
     if size_of is None:
         return {}
     dtype = _exact(problem)
-    size = -(-size_of(problem, heads_of(problem), architecture) // dtype.itemsize)
+    size = -(-size_of(problem, heads_of(problem), inputs, architecture) // dtype.itemsize)
     return {"workspace": DeviceArray.empty(max(size, 1), dtype).array}
 
 
@@ -396,7 +400,7 @@ def flash_attention_forward(
     module.forward(
         problem, heads_of(problem), inputs, _matrices(out, problem.leading), logsumexp.array,
         *([] if rows is None else [rows.array]), architecture,
-        **_workspace(module, "forward", problem, architecture),
+        **_workspace(module, "forward", problem, inputs, architecture),
     )  # fmt: skip
     return (
         query._new(out),
@@ -457,7 +461,7 @@ def flash_attention_backward(
         module.forward(
             problem, heads, inputs, _matrices(result, leading), workspace[0].array,
             numbers.array, architecture,
-            **_workspace(module, "forward", problem, architecture),
+            **_workspace(module, "forward", problem, inputs, architecture),
         )  # fmt: skip
     do = _matrices(grad_out._tensor.broadcast_to(problem.out_shape), leading, alignment)
     grad_lse = None if grad_rows is None else grad_rows.array
@@ -468,7 +472,7 @@ def flash_attention_backward(
     targets = _matrices(dq, leading), _matrices(dk, kept), _matrices(dv, kept)
     module.backward(
         *arguments, Gradients(*targets, None if ds is None else device_storage(ds).array, vectors),
-        architecture, **_workspace(module, "backward", problem, architecture),
+        architecture, **_workspace(module, "backward", problem, inputs, architecture),
     )  # fmt: skip
     captured = _captured_gradients(arguments, variant.score, vectors, module, architecture)
     return (

@@ -99,8 +99,8 @@ def test_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, size in (("float16", 4), ("float64", 8)):
         spy = use(
             monkeypatch,
-            forward_workspace=lambda problem, heads, architecture: 40,
-            backward_workspace=lambda problem, heads, architecture: 8 * heads.heads,
+            forward_workspace=lambda problem, heads, inputs, architecture: 40,
+            backward_workspace=lambda problem, heads, inputs, architecture: 8 * heads.heads,
         )
         check(SIMT, [(1, 2, 9, 8)] * 3, dtype)
         sizes = [(array.size, array.dtype.itemsize) for array in spy.workspaces]

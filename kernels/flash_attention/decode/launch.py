@@ -121,7 +121,9 @@ def kind_of(problem: AttentionProblem, heads: Heads, mask: str, vectors: bool) -
     return replace(one, rows=rows)
 
 
-def forward_workspace(problem: AttentionProblem, heads: Heads, architecture: Architecture) -> int:
+def forward_workspace(
+    problem: AttentionProblem, heads: Heads, inputs: Inputs, architecture: Architecture
+) -> int:
     """Bytes for the output (Nq, Dv) and two numbers of each row, of each split."""
     splits = cuts_of(problem, heads).splits
     itemsize = 8 if problem.dtype.name == "float64" else 4

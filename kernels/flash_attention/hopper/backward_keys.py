@@ -32,6 +32,7 @@ from ...gpu.ptx_hopper import (
 from ...gpu.register_tile import RegisterTile
 from ...gpu.runtime import cuda, device_function, kernel, types
 from ..fragments.dropout import drop_by_bits, dropout_words, keep_bits_of_keys
+from ..fragments.store import write_scores
 from ..schedule import Band
 from ..schedule_cuda import is_whole
 from ..scores_cuda import head_place
@@ -73,22 +74,25 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
     (step, places, row_at), own = passing_tiles(kind, passing), blocks.own
 
     @device_function
-    def bring(base, maps, own_heads, counter, table, count, heads, group, rows, pitch, lists):
+    def bring(base, maps, own_heads, counter, table, count, heads, rows, pitch, lists):
         q_heads, do_heads = whole(own_heads.q), whole(own_heads.do)
         turn, number = types.uint32(0), types.uint32(0)
         left, work, stage, full = take_item(base, number, counter, table, count)
         while left:
             b, first_head, key0 = whole(work.batch), whole(work.head), whole(work.row0)
+            item_heads = whole(work.heads)
             load_own(
                 base, stage, maps, full, key0, (whole(work.k_head), whole(work.v_head)),
                 (whole(work.k_batch), whole(work.v_batch)),
             )  # fmt: skip
             others = whole(work.q_batch), whole(work.do_batch)
-            for h in range(first_head, first_head + group):
+            for h in range(first_head, first_head + item_heads):
                 of_head = rows + types.uint64(b * heads + h) * pitch
                 # From the last tile to the first: with a causal mask early queries have the
                 # largest P, and a long sum is most accurate when these come last.
-                first, place = places(work.first, work.end, lists, b, h, key0 // whole(own))
+                first, place = places(
+                    work.first, work.end, lists, b, h, key0 // whole(own), item_heads
+                )
                 while place > first:
                     place -= whole(step)
                     row, _ = row_at(place, lists)
@@ -128,6 +132,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     keep_bits, drop_from = keep_bits_of_keys(tile), drop_by_bits(tile)
     write_dk = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
+    put_dk, put_dv = (write_scores(RegisterTile(n)) for n in (kind.head_dim, kind.value_dim))
     complete_p, unit, rows_bytes = complete(tile), kind.unit_of_products, ROW_BYTES * passing
     slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
     (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
@@ -141,16 +146,16 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     ):  # fmt: skip
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
-        heads, seqlen_q, seqlen_k, lower, upper, group, head_dim, value_dim = sizes
-        thread, heads, group = whole(cuda.threadIdx.x), whole(heads), whole(group)
-        counter, table, items, rows, pitch, call = areas
+        heads, seqlen_q, seqlen_k, lower, upper, _, head_dim, value_dim = sizes
+        thread, heads = whole(cuda.threadIdx.x), whole(heads)
+        counter, table, items, rows, pitch, call, parts = areas
         if thread < WARPGROUP:
             give_registers()
             if thread == 0:
                 space = global_address(workspace)
                 bring_tiles(
                     base, maps, own_heads, space + u64(counter), space + u64(table), items, heads,
-                    group, space + u64(rows), u64(pitch), lists,
+                    space + u64(rows), u64(pitch), lists,
                 )  # fmt: skip
         else:
             take_registers()
@@ -164,18 +169,18 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                 global_address(workspace) + u64(INCOMPLETE)
             ) == types.float32(call)
             turn, number = types.uint32(0), types.uint32(0)
-            left, work, own_stage = read_item(base, number)
-            while left:
+            item_heads, work, part, own_stage = read_item(base, number)
+            while item_heads:
                 b, first_head, key0, first_tile, end_tile, slot = work
                 own_tile = key0 // whole(own)
                 key0 = whole(key0 + consumer * keys)
                 k = of_own(base + k_at + own_stage * k_bytes + consumer * (keys * 128))
                 v = of_own(base + v_at + own_stage * v_bytes + consumer * (keys * 128))
                 dk, dv = zero_dk(), zero_dv()
-                for h in range(first_head, first_head + group):
+                for h in range(first_head, first_head + item_heads):
                     mask_place = head_place(b, h, mask_steps)
                     random = dropout_words(seed + offset[0], b * heads + h, threshold)
-                    first, place = places(first_tile, end_tile, lists, b, h, own_tile)
+                    first, place = places(first_tile, end_tile, lists, b, h, own_tile, item_heads)
                     while place > first:
                         place -= whole(step)
                         row0, full = row_at(place, lists)
@@ -232,6 +237,18 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         turn += types.uint32(1)
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
                 row = key0 + my_row
+                if is_sparse and part:  # of a list in pieces: parts.py adds them up
+                    first_part = u64(4 * (part - 1) * own * types.int64(head_dim + value_dim))
+                    target = global_address(workspace) + u64(parts) + first_part
+                    own_row = whole(consumer * keys + my_row)
+                    if wants_dk:
+                        put_dk(dk, target, own_row, my_column, whole(own), whole(head_dim))
+                    if wants_dv:
+                        target += u64(4 * own * types.int64(head_dim))
+                        put_dv(dv, target, own_row, my_column, whole(own), whole(value_dim))
+                    number += types.uint32(1)
+                    item_heads, work, part, own_stage = read_item(base, number)
+                    continue
                 if wants_dk:
                     place = b * dk_steps.batch + slot * dk_steps.head + row * dk_steps.row
                     write_dk(
@@ -245,7 +262,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                         2 * dv_steps.row, band[3] - row, value_dim, lane,
                     )  # fmt: skip
                 number += types.uint32(1)
-                left, work, own_stage = read_item(base, number)
+                item_heads, work, part, own_stage = read_item(base, number)
 
     return flash_backward_keys_hopper
 

@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ...gpu.runtime import Instance, ceil_div, launch, multiprocessors, types
 from ...gpu.tensor_map import on_device
 from ..launch import (
@@ -60,7 +58,11 @@ from .backward_prepare import (
 )
 from .backward_queries import query_kernel
 from .backward_tiles import has_slopes
+from .lists import CutLists, cut_lists
 from .maps import each_of, tensor_map
+from .parts import THREADS as PART_THREADS
+from .parts import WARPS as PART_WARPS
+from .parts import Splits, sum_kernel
 from .tiles import ARCHITECTURE, NAME, ROWS, Kind, kind_of, own_kind
 
 PADDING = 256  # rows of L and delta beyond the last query, which tiles may reach
@@ -165,6 +167,8 @@ class Workspace(NamedTuple):
         counts: entries of these.
         size: of all.
         padded_q: queries of a head in `rows`.
+        parts: of dK and dV, and of dQ, of long lists.
+        lists: in pieces, of both kernels; None without lists.
 
     """
 
@@ -173,26 +177,47 @@ class Workspace(NamedTuple):
     counts: tuple[int, int]
     size: int
     padded_q: int
+    parts: tuple[int, int]
+    lists: tuple[CutLists, CutLists] | None
 
 
-def _workspace(problem: AttentionProblem, heads: Heads, both: tuple[Blocks, Blocks]) -> Workspace:
+def _workspace(
+    problem: AttentionProblem, heads: Heads, inputs: Inputs, both: tuple[Blocks, Blocks]
+) -> Workspace:
     padded_q = ceil_div(problem.seqlen_q, 64) * 64 + PADDING
     counts = (
         ceil_div(problem.seqlen_k, both[0].own) * (problem.batch_heads // heads.group),
         ceil_div(problem.seqlen_q, both[1].own) * problem.batch_heads,
     )
+    lists = None
+    if inputs.lists is not None:
+        for_keys, for_queries = both
+        lists = (
+            cut_lists(problem, inputs, (for_keys.passing, for_keys.own), True, heads.group),
+            cut_lists(problem, inputs, (for_queries.own, for_queries.passing)),
+        )
+        counts = lists[0].pieces, lists[1].pieces
     first = INCOMPLETE + COUNTER_BYTES
     tables = first, first + WORK_BYTES * counts[0]
     rows = tables[1] + WORK_BYTES * counts[1]
     rows = ceil_div(rows, 128) * 128
     size = rows + ROW_BYTES * problem.batch_heads * padded_q
-    return Workspace(rows, tables, counts, size, padded_q)
+    parts = size, size
+    if lists is not None:
+        columns = problem.head_dim + problem.value_dim
+        of_queries = size + 4 * lists[0].parts * both[0].own * columns
+        size = of_queries + 4 * lists[1].parts * both[1].own * problem.head_dim
+        parts = parts[0], of_queries
+    return Workspace(rows, tables, counts, size, padded_q, parts, lists)
 
 
-def backward_workspace(problem: AttentionProblem, heads: Heads, architecture: Architecture) -> int:
+def backward_workspace(
+    problem: AttentionProblem, heads: Heads, inputs: Inputs, architecture: Architecture
+) -> int:
     """Bytes of memory that `backward` needs."""
     smallest = Blocks(ROWS, ROWS)  # own tiles, of which there are the most then
-    return _workspace(problem, heads, (smallest, smallest)).size
+    both = (smallest, smallest) if inputs.lists is None else _blocks(problem)
+    return _workspace(problem, heads, inputs, both).size
 
 
 class Operand(NamedTuple):
@@ -263,7 +288,7 @@ def backward(
         problem, inputs.mask_kind, vectors, inputs.functions, inputs.lists is not None
     )  # fmt: skip
     both = for_keys, for_queries = blocks or backward_blocks(kind, problem.seqlen_q)
-    space = _workspace(problem, heads, both)
+    space = _workspace(problem, heads, inputs, both)
     call = next_call()
     _prepare(
         problem, heads, inputs, kind, both, space, workspace, out, grad_out, rows, grad_logsumexp,
@@ -279,11 +304,16 @@ def backward(
     scalars, of_head = scalars_of(problem), ROW_BYTES * space.padded_q
     key_lists = tile_lists(problem, inputs, (for_keys.passing, for_keys.own), transposed=True)
     query_lists = tile_lists(problem, inputs, (for_queries.own, for_queries.passing))
+    if space.lists is not None:  # of which the pieces tell places
+        entries = [x.entries for x in space.lists]
+        key_lists = key_lists._replace(entries=entries[0])
+        query_lists = query_lists._replace(entries=entries[1])
 
     def places(number: int) -> Places:
         """Of launch `number`: dK and dV, dV alone where dK was alone, and 2 for dQ."""
         table = space.tables[number > 1], space.counts[number > 1]
-        return Places(COUNTER_BYTES * number, *table, space.rows, of_head, call)
+        parts = space.parts[number > 1]
+        return Places(COUNTER_BYTES * number, *table, space.rows, of_head, call, parts)
 
     if problem.seqlen_k:
         address = _maps(problem, heads, for_keys, (k, v), (q, do))
@@ -305,6 +335,32 @@ def backward(
             *scalars, inputs.words, query_lists,
             shared_bytes=memory_plan(kind, for_queries).size,
         )  # fmt: skip
+    if space.lists is not None:
+        _add_parts(problem, heads, kind, both, space, workspace, gradients)
+
+
+def _add_parts(
+    problem: AttentionProblem, heads: Heads, kind: Kind, both: tuple[Blocks, Blocks],
+    space: Workspace, workspace: Any, gradients: Gradients,
+) -> None:  # fmt: skip
+    """Write the gradients of tiles whose lists were cut."""
+    assert space.lists is not None
+    head_dim, columns = problem.head_dim, problem.head_dim + problem.value_dim
+    for n, target, width, begin, scale, length in (
+        (0, gradients.dk, head_dim, 0, problem.scale, problem.seqlen_k),
+        (0, gradients.dv, problem.value_dim, both[0].own * head_dim, problem.keep_scale,
+         problem.seqlen_k),
+        (1, gradients.dq, head_dim, 0, problem.scale, problem.seqlen_q),
+    ):  # fmt: skip
+        lists, own = space.lists[n], both[n].own
+        size = own * (columns if n == 0 else head_dim)
+        splits = Splits(lists.splits, space.parts[n] // 4 + begin, 0, size, ceil_div(length, own))
+        slots = heads.heads // (heads.group if n == 0 else 1)
+        launch(
+            sum_kernel(kind.precision, own), lists.split_count * ceil_div(own, PART_WARPS),
+            PART_THREADS, workspace, splits, target.array, target.strides, slots, length, width,
+            scale,
+        )  # fmt: skip
 
 
 def _prepare(
@@ -324,7 +380,7 @@ def _prepare(
         Table(
             space.tables[n], space.counts[n], both[n].own, both[n].passing,
             min(max(AT_ONCE // head_bytes[n], 1), slots[n]),
-            _order_of_items(problem, heads, inputs, both, n == 0),
+            0 if space.lists is None else space.lists[n].table,
         )
         for n in (0, 1)
     ]  # fmt: skip
@@ -347,30 +403,6 @@ def _prepare(
         grad_out.strides, sizes, workspace, space.rows, call, space.padded_q, problem.value_dim,
         *tables,
     )  # fmt: skip
-
-
-def _order_of_items(
-    problem: AttentionProblem, heads: Heads, inputs: Inputs, both: tuple[Blocks, Blocks],
-    keys_are_own: bool,
-) -> int:  # fmt: skip
-    """The address of the order of a kernel's items: those with the longest lists come first. 0 if
-    there are no lists.
-    """
-    if inputs.lists is None or inputs.on_device is None:
-        return 0
-    lists, blocks = inputs.lists, both[not keys_are_own]
-    group = heads.group if keys_are_own else 1
-    tile = (blocks.passing, blocks.own) if keys_are_own else (blocks.own, blocks.passing)
-    key = tile, problem.lower, problem.upper
-    name = "items", keys_are_own, problem.batch, problem.heads, group, *key
-    if name not in lists.kept:
-        found = (lists.transposed if keys_are_own else lists.of)(*key)
-        of_heads = np.diff(found.offsets).reshape(*lists.shape[:2], found.rows)
-        wide = np.broadcast_to(of_heads, (problem.batch, problem.heads, found.rows))
-        of_slots = wide.reshape(-1, group, found.rows).sum(1).ravel()
-        order = np.argsort(-of_slots, kind="stable").astype(np.int32)
-        lists.kept[name] = inputs.on_device(name, order)
-    return int(lists.kept[name])
 
 
 # ----- for the compile tests -----

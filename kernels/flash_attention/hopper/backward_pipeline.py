@@ -176,6 +176,7 @@ class Places(NamedTuple):
         rows: numbers of all queries.
         pitch: from a head's to the next one's.
         call: the number of this call.
+        parts: sums of the parts of long lists, float32.
 
     """
 
@@ -185,6 +186,7 @@ class Places(NamedTuple):
     rows: int
     pitch: int
     call: int
+    parts: int
 
 
 # ----- items of work -----
@@ -194,7 +196,7 @@ class Places(NamedTuple):
 
 
 class Work(NamedTuple):
-    """An item of work, twelve int32: where the block's own tiles are, and which tiles pass by."""
+    """An item of work, sixteen int32: where the block's own tiles are, and which tiles pass by."""
 
     batch: Any
     head: Any  # of the queries, the first if a group of them shares keys
@@ -208,6 +210,10 @@ class Work(NamedTuple):
     v_batch: Any
     q_batch: Any
     do_batch: Any
+    heads: Any  # of queries, whose tiles pass by
+    part: Any  # where the sums go, plus 1; 0 if they are the results
+    unused: Any
+    unused_too: Any
 
 
 WORK_BYTES = 4 * len(Work._fields)
@@ -230,15 +236,18 @@ def item_taker(kind: Kind, blocks: Blocks) -> Any:
         left = item < count
         entry = table + types.uint64(item if left else 0) * types.uint64(WORK_BYTES)
         first, second = ld_global_v4_b32(entry), ld_global_v4_b32(entry + types.uint64(16))
-        third = ld_global_v4_b32(entry + types.uint64(32))
-        work = Work(*(first + second + third))
+        third, last = (
+            ld_global_v4_b32(entry + types.uint64(32)), ld_global_v4_b32(entry + types.uint64(48)),
+        )  # fmt: skip
+        work = Work(*(first + second + third + last))
         mbarrier_wait_parity(base + own_empty + 8 * stage, parity ^ types.uint32(1))
         # Each of the consumers' threads has read what was here, and has arrived. What is written
         # now they read after the phase of `full`, which does not end before the arrival below.
         target = types.uint32(base + items + ITEM_BYTES * stage)
         st_shared_v4_b32(target, first)
-        # Of the others the consumers need two numbers, and whether there is an item.
-        st_shared_v4_b32(target + 16, (work.end, work.slot, types.uint32(left), types.uint32(0)))
+        # Of the others the consumers need four numbers; no heads: there is no item.
+        heads = work.heads if left else types.uint32(0)
+        st_shared_v4_b32(target + 16, (work.end, work.slot, types.uint32(heads), work.part))
         full = types.uint32(base + own_full + 8 * stage)
         mbarrier_arrive_expect_tx(full, own_bytes if left else 0)
         return left, work, stage, full
@@ -249,7 +258,8 @@ def item_taker(kind: Kind, blocks: Blocks) -> Any:
 @cache
 def item_reader(kind: Kind, blocks: Blocks) -> Any:
     """Device function `(base, turn)`: wait for the own tiles of the block's item number `turn`.
-    Whether there is one, the first six numbers of its `Work`, and the ring's place.
+    How many heads it has, 0 if there is none; the first six numbers of its `Work`; its part; and
+    the ring's place.
     """
     plan, place_of = memory_plan(kind, blocks), ring(blocks.own_stages)
     own_full, items, whole = plan.own_full, plan.items, types.int32
@@ -264,7 +274,7 @@ def item_reader(kind: Kind, blocks: Blocks) -> Any:
             whole(ld_shared_b32(source + 8)), whole(ld_shared_b32(source + 12)),
             whole(ld_shared_b32(source + 16)), whole(ld_shared_b32(source + 20)),
         )  # fmt: skip
-        return ld_shared_b32(source + 24) != 0, work, stage
+        return whole(ld_shared_b32(source + 24)), work, whole(ld_shared_b32(source + 28)), stage
 
     return read
 
@@ -275,8 +285,9 @@ def passing_tiles(kind: Kind, passing: int) -> tuple[int, Any, Any]:
 
     Returns:
         step: from a place to the next one.
-        places: device function `(first, end, lists, batch, head, own_tile)`: [first, end) of an
-            item's places for a head; `Work` has numbers of tiles, if there are no lists.
+        places: device function `(first, end, lists, batch, head, own_tile, heads)`: [first, end) of
+            an item's places for a head. `Work` has them for an item of one head; numbers of tiles,
+            if there are no lists.
         row_at: device function `(place, lists)`: the first row of the tile, and whether a list says
             that it is full.
 
@@ -284,10 +295,12 @@ def passing_tiles(kind: Kind, passing: int) -> tuple[int, Any, Any]:
     is_sparse, whole = kind.is_sparse, types.int32
 
     @device_function
-    def places(first, end, lists, batch, head, own_tile):
-        if is_sparse:
-            return line_of(lists, batch, head, own_tile)
-        return whole(first * passing), whole(end * passing)
+    def places(first, end, lists, batch, head, own_tile, heads):
+        if not is_sparse:
+            return whole(first * passing), whole(end * passing)
+        if heads == 1:
+            return whole(first), whole(end)
+        return line_of(lists, batch, head, own_tile)
 
     @device_function
     def row_at(place, lists):

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from ...gpu.ptx import (
     global_address,
-    ld_global_nc_b32,
     st_global_b32,
     st_global_f32,
     st_global_v4_b32,
@@ -24,6 +23,7 @@ from ...gpu.vectors import vector_access
 from ..schedule_cuda import key_tiles, query_tiles
 from ..softmax import shift_and_rest
 from .backward_pipeline import COUNTER_BYTES, ROW_BYTES, WORK_BYTES, Work
+from .schedule import piece_at
 
 THREADS = 256
 COUNTERS = 3  # of items taken, one for each launch
@@ -58,8 +58,8 @@ class Table(NamedTuple):
         own: rows of the block's own tiles.
         passing: rows of those that pass by.
         together: heads whose passing tiles the L2 cache holds at once.
-        order: address of the items in the order in which they are taken, tile + tiles * slot, if
-            there are lists of tiles; else 0.
+        pieces: address of the pieces (pieces.py) of lists, of which an item is one; 0 if there are
+            no lists.
 
     """
 
@@ -68,7 +68,7 @@ class Table(NamedTuple):
     own: int
     passing: int
     together: int
-    order: int
+    pieces: int
 
 
 @cache
@@ -92,26 +92,35 @@ def put_work(item, space, table, sizes, keys_are_own):
     wide = min(together, sizes.batch * slots - first_slot)
     rest = item - first_slot * tiles
     tile, slot = rest // wide, first_slot + rest % wide
-    if table.order:
-        place = types.int64(ld_global_nc_b32(types.uint64(table.order + 4 * item)))
-        tile, slot = place % tiles, place // tiles
+    head, item_heads, part = types.int64(0), types.int64(group), types.int64(-1)
+    piece_first, piece_end = types.int64(0), types.int64(0)
+    if table.pieces:
+        piece = piece_at(table.pieces, item)
+        tile, slot = types.int64(piece.line) % tiles, types.int64(piece.line) // tiles
+        head, item_heads = types.int64(piece.head), types.int64(piece.heads)
+        piece_first, piece_end = types.int64(piece.first), types.int64(piece.end)
+        part = types.int64(piece.part)
     b, slot = slot // slots, slot % slots
     if keys_are_own:
         row0 = tile * own
         first, end = query_tiles(row0, sizes, table.passing, own)
     else:
-        row0 = (tile if table.order else tiles - 1 - tile) * own  # late queries see the most keys
+        row0 = (tile if table.pieces else tiles - 1 - tile) * own  # late queries see most keys
         first, end = key_tiles(row0, sizes, own, table.passing)
-    h, u32 = slot * group, types.uint32
+    if table.pieces:
+        first, end = piece_first, piece_end
+    h, u32 = slot * group + head, types.uint32
     work = Work(
         u32(b), u32(h), u32(row0), u32(first), u32(end), u32(slot), u32(h // sizes.k_group),
         u32(h // sizes.v_group), u32(b * sizes.k_each), u32(b * sizes.v_each),
-        u32(b * sizes.q_each), u32(b * sizes.do_each),
+        u32(b * sizes.q_each), u32(b * sizes.do_each), u32(item_heads), u32(part + 1), u32(0),
+        u32(0),
     )  # fmt: skip
     entry = space + types.uint64(table.start) + types.uint64(item * WORK_BYTES)
     st_global_v4_b32(entry, work[0:4])
     st_global_v4_b32(entry + types.uint64(16), work[4:8])
     st_global_v4_b32(entry + types.uint64(32), work[8:12])
+    st_global_v4_b32(entry + types.uint64(48), work[12:16])
 
 
 @cache

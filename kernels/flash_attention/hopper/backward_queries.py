@@ -66,7 +66,7 @@ def tile_bringer(kind: Kind, blocks: Blocks) -> Any:
         left, work, stage, full = take_item(base, number, counter, table, count)
         while left:
             h, b, row0 = whole(work.head), whole(work.batch), whole(work.row0)
-            place, end = places(work.first, work.end, lists, b, h, row0 // whole(own))
+            place, end = places(work.first, work.end, lists, b, h, row0 // whole(own), 1)
             load_own(
                 base, stage, maps, full, row0, (h * own_heads.q, h * own_heads.do),
                 (whole(work.q_batch), whole(work.do_batch)),
@@ -116,7 +116,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     weigh, to_ds = weigher(kind, tile, False), score_gradients(tile, False)
     to_factor, drop_from, dropout = tile.to_operand(kind.precision), drop(tile), kind.dropout
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
-    write_ds = write_scores(tile)
+    write_ds, put_part = write_scores(tile), write_scores(of_dq)
     slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
     (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
     has_score = kind.functions.score is not None
@@ -131,7 +131,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
         base = shared_address(cuda.shared.array(0, types.uint8))
         init_barriers(base)
         heads, seqlen_q, seqlen_k, lower, upper, _, head_dim, _ = sizes
-        counter, table, items, rows, pitch, _ = areas
+        counter, table, items, rows, pitch, _, parts = areas
         space = global_address(workspace)
         thread = whole(cuda.threadIdx.x)
         if thread < WARPGROUP:
@@ -149,10 +149,10 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
             my_row, my_column = own_place()
             own_scale = types.float32(scale * unit)
             turn, number = types.uint32(0), types.uint32(0)
-            left, work, own_stage = read_item(base, number)
-            while left:
+            item_heads, work, part, own_stage = read_item(base, number)
+            while item_heads:
                 b, h, row0, first, end, _ = work
-                first, end = places(first, end, lists, b, h, row0 // whole(own))
+                first, end = places(first, end, lists, b, h, row0 // whole(own), 1)
                 row0 = whole(row0 + consumer * queries)
                 batch_head = b * types.int64(heads) + h
                 row = whole(row0 + my_row)
@@ -208,13 +208,22 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                 mbarrier_arrive(base + own_empty + 8 * own_stage)
                 rest = numbers_of(space, rows + batch_head * pitch, row, 2)
                 dq = scale_dq(dq, rest)
+                if is_sparse and part:  # of a list in pieces: parts.py adds them up
+                    target = space + u64(parts + 4 * (part - 1) * own * types.int64(head_dim))
+                    put_part(
+                        dq, target, whole(consumer * queries + my_row), my_column, whole(own),
+                        whole(head_dim),
+                    )  # fmt: skip
+                    number += types.uint32(1)
+                    item_heads, work, part, own_stage = read_item(base, number)
+                    continue
                 place = b * dq_steps.batch + h * dq_steps.head + row * dq_steps.row
                 write_dq(
                     dq, scale, global_address(dq_out) + types.uint64(2 * place), 2 * dq_steps.row,
                     band[2] - row, head_dim, lane,
                 )  # fmt: skip
                 number += types.uint32(1)
-                left, work, own_stage = read_item(base, number)
+                item_heads, work, part, own_stage = read_item(base, number)
 
     return flash_backward_queries_hopper
 

@@ -31,23 +31,22 @@ and p are S_next and P_cur of Algorithm 2; the barriers own_turn and next_turn a
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...gpu.ptx import (
     bar_arrive,
     bar_sync,
     div_full_f32,
     ex2_approx_ftz_f32,
+    global_address,
     lg2_approx_ftz_f32,
     mul_rn_f32,
     shared_address,
     shfl_sync_idx_b32,
+    st_global_f32,
 )
 from ...gpu.ptx_hopper import (
-    fence_mbarrier_init_release_cluster,
     mbarrier_arrive,
-    mbarrier_arrive_expect_tx,
-    mbarrier_init,
     mbarrier_wait_parity,
     setmaxnreg,
     wgmma_commit_group,
@@ -62,11 +61,12 @@ from ...gpu.runtime import NEGATIVE_INFINITY, cuda, device_function, kernel, typ
 from ...gpu.shared_layout import panels_descriptor, steps_along, steps_down
 from ..fragments.dropout import drop, dropout_words
 from ..fragments.scores import NO_WORDS, exponential, mask_scores, modify_scores
-from ..fragments.store import store_rows
+from ..fragments.store import store_rows, write_scores
 from ..schedule_cuda import is_whole
 from ..scores import LOG2_E
 from ..scores_cuda import head_place, keys_of
-from .schedule import quotient, tile_finder
+from .forward_loaders import barrier_maker, forward_memory, loaders
+from .schedule import piece_at, tile_finder
 from .tiles import (
     ROWS,
     WARPGROUP,
@@ -74,173 +74,15 @@ from .tiles import (
     Kind,
     own_place,
     ring,
-    row_bytes,
-    tile_loader,
 )
 
 LOWEST = NEGATIVE_INFINITY
-WARPS = 4  # of a warpgroup
 # 128 threads of each warpgroup: together at most the 65,536 registers of a multiprocessor.
 LOADERS_REGISTERS = {2: 56, 3: 32}  # of a loading thread, by the number of computing warpgroups
 REGISTERS = {2: 224, 3: 160}  # of a computing thread
-MAP_BYTES = 128  # of a tensor map
-
-
-class ForwardMemory(NamedTuple):
-    """Where tiles and barriers begin in shared memory, in bytes.
-
-    A barrier has 8 bytes. Each warpgroup has its own tile of queries and its own pair of barriers
-    for it; the others are one for each place of the ring.
-    """
-
-    q: int
-    k: int
-    v: int
-    q_full: int
-    q_free: int
-    k_full: int
-    k_free: int
-    v_full: int
-    v_free: int
-    size: int
-    q_bytes: int  # of a warpgroup's tile
-    k_bytes: int  # of a tile
-    v_bytes: int
-
-
-@cache
-def forward_memory(kind: Kind, blocks: Blocks) -> ForwardMemory:
-    """The forward kernel's plan of shared memory."""
-    q_bytes = ROWS * row_bytes(kind.head_dim)
-    k_bytes = blocks.block_n * row_bytes(kind.head_dim)
-    v_bytes = blocks.block_n * row_bytes(kind.value_dim)
-    k = blocks.warpgroups * q_bytes
-    v = k + blocks.stages * k_bytes
-    q_full = v + blocks.stages * v_bytes
-    q_free = q_full + 8 * blocks.warpgroups
-    k_full = q_free + 8 * blocks.warpgroups
-    k_free, v_full, v_free, size = (k_full + 8 * n * blocks.stages for n in (1, 2, 3, 4))
-    return ForwardMemory(
-        0, k, v, q_full, q_free, k_full, k_free, v_full, v_free, size, q_bytes, k_bytes, v_bytes
-    )
-
-
-# ----- the threads that load -----
-
-
-class Shares(NamedTuple):
-    """How many batches, and heads, of queries there are to one of the matrices of Q, of K and of V,
-    all where a dimension is repeated: their reciprocals (see hopper/schedule.py).
-    """
-
-    q_batch_factor: int
-    q_batch_shift: int
-    q_head_factor: int
-    q_head_shift: int
-    k_batch_factor: int
-    k_batch_shift: int
-    k_head_factor: int
-    k_head_shift: int
-    v_batch_factor: int
-    v_batch_shift: int
-    v_head_factor: int
-    v_head_shift: int
-
-
-@cache
-def box_loader(rows: int, columns: int) -> Any:
-    """`tile_loader` that also tells the barrier `full` how many bytes to wait for."""
-    load_tile, tile_bytes = tile_loader(rows, columns), rows * row_bytes(columns)
-
-    @device_function
-    def load(target, tensor_map, full, row, head, batch):
-        mbarrier_arrive_expect_tx(full, tile_bytes)
-        load_tile(target, tensor_map, full, row, head, batch)
-
-    return load
-
-
-@cache
-def loaders(kind: Kind, blocks: Blocks) -> Any:
-    """Device functions `load_queries` and `load_keys` `(memory, maps, order, sizes, shares,
-    lists)`, each of one thread: they load all that the block needs, in the order of its use.
-    """
-    plan, block_n = forward_memory(kind, blocks), blocks.block_n
-    load_q = box_loader(ROWS, kind.head_dim)
-    load_k, load_v = box_loader(block_n, kind.head_dim), box_loader(block_n, kind.value_dim)
-    place_of, (tile_number, tile_of, keys_at) = ring(blocks.stages), tile_finder(kind, blocks)
-    warpgroups, u32 = blocks.warpgroups, types.uint32
-
-    @device_function
-    def load_queries(memory, maps, order, sizes, shares, lists):
-        turn, tiles = u32(0), sizes.tiles
-        number, following = tile_number(order, 0), tile_number(order, 1)
-        while number < tiles:
-            row0, batch, head, _, _ = tile_of(number, sizes, lists)
-            head = quotient(head, shares.q_head_factor, shares.q_head_shift)
-            batch = quotient(batch, shares.q_batch_factor, shares.q_batch_shift)
-            for n in range(warpgroups):
-                mbarrier_wait_parity(memory + plan.q_free + 8 * n, (turn & u32(1)) ^ u32(1))
-                load_q(
-                    memory + plan.q + n * plan.q_bytes, maps, memory + plan.q_full + 8 * n,
-                    row0 + ROWS * n, head, batch,
-                )  # fmt: skip
-            turn = u32(turn + 1)
-            number, following = following, tile_number(order, turn + 1)
-
-    @device_function
-    def load_keys(memory, maps, order, sizes, shares, lists):
-        turn, n, tiles = u32(0), u32(0), sizes.tiles
-        number, following = tile_number(order, 0), tile_number(order, 1)
-        while number < tiles:
-            _, batch, head, first, end = tile_of(number, sizes, lists)
-            tile, _ = keys_at(first, lists)
-            k_head = quotient(head, shares.k_head_factor, shares.k_head_shift)
-            k_batch = quotient(batch, shares.k_batch_factor, shares.k_batch_shift)
-            v_head = quotient(head, shares.v_head_factor, shares.v_head_shift)
-            v_batch = quotient(batch, shares.v_batch_factor, shares.v_batch_shift)
-            for turn_of_keys in range(first, end):
-                next_tile, _ = keys_at(turn_of_keys + 1, lists)
-                place, parity = place_of(n)
-                barrier = memory + 8 * place
-                mbarrier_wait_parity(barrier + plan.k_free, parity ^ u32(1))
-                load_k(
-                    memory + plan.k + place * plan.k_bytes, maps + MAP_BYTES, barrier + plan.k_full,
-                    tile * block_n, k_head, k_batch,
-                )  # fmt: skip
-                mbarrier_wait_parity(barrier + plan.v_free, parity ^ u32(1))
-                load_v(
-                    memory + plan.v + place * plan.v_bytes, maps + 2 * MAP_BYTES,
-                    barrier + plan.v_full, tile * block_n, v_head, v_batch,
-                )  # fmt: skip
-                n, tile = u32(n + 1), next_tile
-            turn = u32(turn + 1)
-            number, following = following, tile_number(order, turn + 1)
-
-    return load_queries, load_keys
 
 
 # ----- the warpgroups that compute -----
-
-
-@cache
-def barrier_maker(kind: Kind, blocks: Blocks) -> Any:
-    """Device function `(memory)` of one thread: makes the barriers."""
-    plan, warpgroups, stages = forward_memory(kind, blocks), blocks.warpgroups, blocks.stages
-
-    @device_function
-    def make(memory):
-        for n in range(warpgroups):
-            mbarrier_init(memory + plan.q_full + 8 * n, 1)
-            mbarrier_init(memory + plan.q_free + 8 * n, WARPS)
-        for n in range(stages):
-            mbarrier_init(memory + plan.k_full + 8 * n, 1)
-            mbarrier_init(memory + plan.v_full + 8 * n, 1)
-            mbarrier_init(memory + plan.k_free + 8 * n, WARPS * warpgroups)
-            mbarrier_init(memory + plan.v_free + 8 * n, WARPS * warpgroups)
-        fence_mbarrier_init_release_cluster()
-
-    return make
 
 
 @cache
@@ -320,18 +162,32 @@ def row_writer(kind: Kind, blocks: Blocks) -> Any:
     tile = RegisterTile(kind.value_dim)
     scale_rows, quad_sum = tile.scale_rows, tile.quad_sum
     store = store_rows(kind.precision, kind.value_dim, kind.vectors)
-    f32, i32, zero = types.float32, types.int32, types.float32(0.0)
+    f32, i32, zero, u64 = types.float32, types.int32, types.float32(0.0), types.uint64
+    is_sparse, block_m, put = kind.is_sparse, blocks.block_m, write_scores(tile)
     find_tile = tile_finder(kind, blocks)[1]
     of_m, of_log2 = 1.0 / kind.unit, 1.0 / LOG2_E
 
     @device_function
     def write(
-        o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep, lists
+        o, l, scaled_m, number, warpgroup, out, steps, logsumexp, rows_of, sizes, keep, lists, space
     ):
         row0, batch, head, _, _ = find_tile(number, sizes, lists)
         heads, seqlen_q = sizes.heads, sizes.seqlen_q
         l = quad_sum(l)
-        own_row, _ = own_place()
+        own_row, own_column = own_place()
+        if is_sparse:
+            part = piece_at(lists.table, number).part
+            if part >= 0:  # of a list in pieces: hopper/parts.py puts them together
+                row, lane = i32(ROWS * warpgroup + own_row), i32(cuda.threadIdx.x) & i32(31)
+                first, columns = types.int64(part) * block_m, i32(sizes.value_dim)
+                target = space + u64(lists.outputs + 4 * first * columns)
+                put(o, target, row, own_column, i32(block_m), columns)
+                if lane & i32(3) == 0:
+                    for r in range(2):
+                        own = space + u64(lists.rows + 8 * (first + row + 8 * r))
+                        st_global_f32(own, scaled_m[r])
+                        st_global_f32(own + u64(4), l[r])
+                return
         row, lane = row0 + ROWS * warpgroup + own_row, i32(cuda.threadIdx.x) & i32(31)
         inside = (row < seqlen_q, row + 8 < seqlen_q)
         # A row that sees no key: 0, and a logsumexp of -inf, which log2(0) is. One with an infinite
@@ -364,7 +220,8 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     output; `logsumexp`; `rows_of`, for m and l; `mask` (any array if there is none); `offset`,
     added to the seed; `out_steps` and `mask_steps`, their `Strides`; `sizes`, `TileSizes`;
     `shares`, `Shares`; `scale`; `seed`; `threshold`, below which a random word drops its weight;
-    `keep`, 1 / (1 - p); `words`, what the functions are given; `lists`, of tiles of keys.
+    `keep`, 1 / (1 - p); `words`, what the functions are given; `lists`,
+    `PiecesOnDevice`; `workspace`, for parts (any array if there are no lists).
 
     Where a tile of queries ends: m is of the next one from there on; l, scaled_m and O stay those
     of the one that is done until it is written. O is then begun anew by a product that does not
@@ -399,7 +256,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     @kernel(blocks.threads, blocks=1)
     def hopper_forward(
         maps, order, out, logsumexp, rows_of, mask, offset, out_steps, mask_steps, sizes, shares,
-        scale, seed, threshold, keep, words, lists,
+        scale, seed, threshold, keep, words, lists, workspace,
     ):  # fmt: skip
         memory = shared_address(cuda.shared.array(0, types.uint8))
         thread = i32(cuda.threadIdx.x)
@@ -421,6 +278,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             own_turn, next_turn = 1 + me, 1 + (me + 1) % u32(warpgroups)
             if ping_pong and me == warpgroups - 1:
                 bar_arrive(1, 2 * WARPGROUP)  # the first turn is warpgroup 0's
+            space = global_address(workspace)
             q_full, q_free = memory + plan.q_full + 8 * me, memory + plan.q_free + 8 * me
             tiles, scale = sizes.tiles, f32(scale * unit)
             factor = f32(unit_of_results) if scaled_first else scale  # of scores in the softmax
@@ -496,7 +354,7 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
                 if is_last:
                     write(
                         o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes,
-                        keep, lists,
+                        keep, lists, space,
                     )  # fmt: skip
                     l, scaled_m = (f32(0.0), f32(0.0)), nothing
                 adds = u32(0) if is_last else u32(1)  # whether the next P V adds to O, or begins it
@@ -517,10 +375,10 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
             o = wait_o(o)
             write(
                 o, l, scaled_m, done, warpgroup, out, out_steps, logsumexp, rows_of, sizes, keep,
-                lists,
+                lists, space,
             )  # fmt: skip
 
     return hopper_forward
 
 
-__all__ = ["Shares", "forward_kernel", "forward_memory"]
+__all__ = ["forward_kernel"]

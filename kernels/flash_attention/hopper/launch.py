@@ -12,9 +12,7 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from ...gpu.runtime import Instance, launch, multiprocessors, types
+from ...gpu.runtime import Instance, ceil_div, launch, multiprocessors, types
 from ...gpu.tensor_map import constant, on_device
 from ..launch import (
     Architecture,
@@ -28,20 +26,23 @@ from ..launch import (
     named_type,
     scalars_of,
     sizes_of,
-    tile_lists,
 )
 from ..problem import AttentionProblem
 from ..schedule import Schedule
 from ..tuning import choice
 from .backward_launch import backward, backward_block_sizes, backward_tiles, backward_workspace
-from .forward import Shares, forward_kernel, forward_memory
+from .forward import forward_kernel
+from .forward_loaders import Shares, forward_memory
+from .lists import CutLists, cut_lists
 from .maps import each_of, tensor_map
+from .parts import THREADS, WARPS, Splits, merge_kernel
 from .schedule import (
     AT_ONCE,
     NO_KEYS,
+    NO_PIECES,
+    PiecesOnDevice,
     TileSizes,
     order,
-    order_of_lists,
     reciprocal,
     tile_costs,
 )
@@ -169,6 +170,7 @@ def forward(
     rows: Any,
     architecture: Architecture,
     blocks: Blocks | None = None,
+    workspace: Any = None,
 ) -> None:
     """Write the output, the logsumexp and rows: see launch.py."""
     if not problem.batch_heads * problem.seqlen_q:
@@ -181,32 +183,49 @@ def forward(
     )
     blocks = blocks or forward_blocks(kind, problem.seqlen_q)
     plan = _planned(without_seed, heads, places, kind, blocks)
-    lists = tile_lists(
-        problem, inputs, (blocks.block_m, blocks.block_n), empty=NO_KEYS // blocks.block_n
-    )
-    order_of_tiles = plan.order
+    pieces, sizes, order_of_tiles, grid = None, plan.sizes, plan.order, plan.grid
+    lists = NO_PIECES
     if kind.is_sparse:
-        order_of_tiles = _order_of_lists(problem, inputs, blocks, plan.grid)
+        pieces = _pieces_of(problem, inputs, blocks)
+        grid = min(pieces.pieces, multiprocessors())
+        order_of_tiles = pieces.order(inputs, grid)
+        sizes = sizes._replace(tiles=pieces.pieces)
+        lists = PiecesOnDevice(
+            pieces.table, pieces.entries, 0, 4 * pieces.parts * blocks.block_m * problem.value_dim
+        )
     launch(
-        plan.kernel, plan.grid, plan.threads, plan.maps, order_of_tiles, out.address, logsumexp,
-        rows, inputs.mask_array, inputs.offset, out.strides, inputs.mask_strides, plan.sizes,
-        plan.shares, *scalars_of(problem), inputs.words, lists, shared_bytes=plan.shared_bytes,
+        plan.kernel, grid, plan.threads, plan.maps, order_of_tiles, out.address, logsumexp,
+        rows, inputs.mask_array, inputs.offset, out.strides, inputs.mask_strides, sizes,
+        plan.shares, *scalars_of(problem), inputs.words, lists,
+        rows if workspace is None else workspace, shared_bytes=plan.shared_bytes,
     )  # fmt: skip
+    if pieces is not None and pieces.split_count:
+        size = blocks.block_m * problem.value_dim
+        splits = Splits(
+            pieces.splits, 0, pieces.parts * size, size, -(-problem.seqlen_q // blocks.block_m)
+        )
+        launch(
+            merge_kernel(kind, blocks.block_m),
+            pieces.split_count * ceil_div(blocks.block_m, WARPS), THREADS,
+            workspace, splits, out.array, logsumexp, rows, out.strides, heads.heads,
+            problem.seqlen_q, problem.value_dim, problem.keep_scale,
+        )  # fmt: skip
 
 
-def _order_of_lists(
-    problem: AttentionProblem, inputs: Inputs, blocks: Blocks, processors: int
+def forward_workspace(
+    problem: AttentionProblem, heads: Heads, inputs: Inputs, architecture: Architecture
 ) -> int:
-    """The address of the order of the tiles, whose lists differ in length."""
-    assert inputs.lists is not None and inputs.on_device is not None
-    lists, tile = inputs.lists, (blocks.block_m, blocks.block_n)
-    name = "order", tile, problem.lower, problem.upper, problem.batch, problem.heads, processors
-    if name not in lists.kept:
-        lengths = np.diff(lists.of(tile, problem.lower, problem.upper).offsets)
-        of_heads = lengths.reshape(*lists.shape[:2], -1)
-        all_heads = np.broadcast_to(of_heads, (problem.batch, problem.heads, of_heads.shape[2]))
-        lists.kept[name] = inputs.on_device(name, order_of_lists(all_heads.ravel(), processors))
-    return int(lists.kept[name])
+    """Bytes for parts of long lists: O, m and l."""
+    if inputs.lists is None:
+        return 0
+    blocks = _blocks(problem)
+    parts = _pieces_of(problem, inputs, blocks).parts
+    return 4 * parts * blocks.block_m * (problem.value_dim + 2)
+
+
+def _pieces_of(problem: AttentionProblem, inputs: Inputs, blocks: Blocks) -> CutLists:
+    empty = NO_KEYS // blocks.block_n
+    return cut_lists(problem, inputs, (blocks.block_m, blocks.block_n), empty=empty)
 
 
 class Plan(NamedTuple):
@@ -279,7 +298,8 @@ def forward_signature(kind: Kind) -> tuple[Any, ...]:
     of, whole = argument_types(kind.precision, kind.mask, kind.functions), types.int64
     return (
         whole, whole, whole, of.rows, of.rows, of.mask, of.word, of.strides, of.strides,
-        named_type(TileSizes), named_type(Shares), *of.scalars, of.words, of.lists,
+        named_type(TileSizes), named_type(Shares), *of.scalars, of.words,
+        named_type(PiecesOnDevice), of.rows,
     )  # fmt: skip
 
 
@@ -310,6 +330,7 @@ def instances() -> Iterator[Instance]:
 
 
 __all__ = [
-    "Blocks", "Kind", "backward", "backward_workspace", "block_sizes", "forward", "instances",
+    "Blocks", "Kind", "backward", "backward_workspace", "block_sizes", "forward",
+    "forward_workspace", "instances",
     "why_not",
 ]  # fmt: skip

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...gpu.ptx import ld_global_nc_b32
+from ...gpu.ptx import ld_global_nc_b32, ld_global_v4_b32
 from ...gpu.runtime import ceil_div, cuda, device_function, types
+from ..pieces import Piece
 from ..schedule import Schedule, rules
-from ..schedule_cuda import entry_of, line_of
+from ..schedule_cuda import entry_of
 from .tiles import Blocks, Kind
 
 NO_TILE = 1 << 30  # in `order`: this block has no more
@@ -66,13 +67,46 @@ class TileSizes(NamedTuple):
     batch_shift: int
 
 
+class PiecesOnDevice(NamedTuple):
+    """What the forward kernel is told of lists; 0 where there are none.
+
+    Args:
+        table: address of the `Piece`s.
+        entries: of the lists' entries.
+        outputs: where in the workspace, in bytes, O of parts goes, float32, (parts, block_m,
+            value_dim).
+        rows: and their m and l, (parts, block_m, 2).
+
+    """
+
+    table: int
+    entries: int
+    outputs: int
+    rows: int
+
+
+NO_PIECES = PiecesOnDevice(0, 0, 0, 0)
+
+
+@device_function
+def piece_at(table, number):
+    """A piece of the table at an address."""
+    address = types.uint64(table + 32 * types.int64(number))
+    first, second = ld_global_v4_b32(address), ld_global_v4_b32(address + types.uint64(16))
+    i32 = types.int32
+    return Piece(
+        i32(first[0]), i32(first[1]), i32(first[2]), i32(first[3]), i32(second[0]),
+        i32(second[1]), i32(0), i32(0),
+    )  # fmt: skip
+
+
 @cache
 def tile_finder(kind: Kind, blocks: Blocks) -> Any:
-    """Device functions. `tile_number(order, n)`: the number of the block's n-th tile of queries;
-    too large if there is none. `tile_of(number, sizes, lists)`, these being `TileSizes`: its first
-    row, batch and head, and the places [first, end) of its tiles of keys, of which there is at
-    least one. `keys_at(place, lists)`: number of a tile of keys, and whether a list says that it is
-    full.
+    """Device functions. `tile_number(order, n)`: the number of the block's n-th tile of queries, or
+    piece of its list; too large if there is none. `tile_of(number, sizes, lists)`, these being
+    `TileSizes` and `PiecesOnDevice`: its first row, batch and head, and the places [first, end) of
+    its tiles of keys, of which there is at least one. `keys_at(place, lists)`: number of a tile of
+    keys, and whether a list says that it is full.
     """
     block_m, block_n, is_sparse = blocks.block_m, blocks.block_n, kind.is_sparse
     ordered = kind.banded or is_sparse
@@ -86,12 +120,15 @@ def tile_finder(kind: Kind, blocks: Blocks) -> Any:
     @device_function
     def tile_of(number, sizes, lists):
         of_head = i32((sizes.seqlen_q + (block_m - 1)) // block_m)
+        if is_sparse:
+            piece = piece_at(lists.table, number)
+            number = piece.line
         batch_head = quotient(number, sizes.head_factor, sizes.head_shift)
         batch = quotient(batch_head, sizes.batch_factor, sizes.batch_shift)
         tile = i32(number - batch_head * of_head)
         row0, head = i32(tile * block_m), i32(batch_head - batch * sizes.heads)
         if is_sparse:
-            first, end = line_of(lists, batch, head, tile)  # none is empty
+            first, end = piece.first, piece.end
         else:
             first, end = key_tiles(row0, sizes, block_m, block_n)
             if first == end:
@@ -112,9 +149,9 @@ def tile_costs(schedule: Schedule) -> list[float]:
     ]
 
 
-def order_of_lists(lengths: NDArray[np.int64], processors: int) -> NDArray[np.int32]:
-    """The same for lists of any lengths, one for each tile of queries of all heads."""
-    longest_first = np.argsort(-lengths, kind="stable")
+def order_of_pieces(lengths: NDArray[np.int64], processors: int) -> NDArray[np.int32]:
+    """The same for pieces of lists, the longest of which come first."""
+    longest_first = np.arange(len(lengths))
     if len(lengths) > MOST_TILES:
         table = np.full((ceil_div(len(lengths), processors) + 2) * processors, NO_TILE, np.int32)
         table[: len(lengths)] = longest_first
@@ -170,10 +207,13 @@ def order(costs: list[float], heads: int, together: int, processors: int) -> NDA
 __all__ = [
     "AT_ONCE",
     "NO_KEYS",
+    "NO_PIECES",
     "NO_TILE",
+    "PiecesOnDevice",
     "TileSizes",
     "order",
-    "order_of_lists",
+    "order_of_pieces",
+    "piece_at",
     "quotient",
     "reciprocal",
     "tile_costs",

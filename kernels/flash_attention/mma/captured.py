@@ -109,7 +109,7 @@ def captured_kernel(kind: Kind, tiles: Tiles, measures: bool) -> Any:
         kind.functions, "float32", (block_m, block_n), tiles.threads, measures, kind.approximate
     )
 
-    @kernel(tiles.threads)
+    @kernel(tiles.threads, blocks=tiles.at_once)
     def flash_captured_mma(
         q, k, v, mask, offset, grad_out, shift, delta, rest, largest, units, sums_of, q_steps,
         k_steps, v_steps, mask_steps, grad_steps, sizes, scale, seed, threshold, keep, words, lists,
