@@ -257,11 +257,11 @@ class BlockMask:
         if len(index) > 2:
             raise IndexError(f"a BlockMask is indexed by [b] or [b, h], got {len(index)} indices")
         numbers = np.arange(self._shape[0] * self._shape[1]).reshape(self._shape[:2])
-        index = tuple(i if isinstance(i, slice) else as_int(i, "index") for i in index)
-        whole = tuple(i if isinstance(i, slice) else slice(i, i + 1 or None) for i in index)
-        for i, size in zip(index, self._shape, strict=False):
-            if not isinstance(i, slice) and not -size <= i < size:
-                raise IndexError(f"index {i} of a BlockMask is outside of its size {size}")
+        index = tuple(
+            i if isinstance(i, slice) else _place(i, size)
+            for i, size in zip(index, self._shape, strict=False)
+        )
+        whole = tuple(i if isinstance(i, slice) else slice(i, i + 1) for i in index)
         chosen = numbers[whole]
         if not chosen.size:
             raise IndexError(f"index {index} of a BlockMask leaves no batch, or no head")
@@ -352,16 +352,26 @@ class BlockMask:
 
         Raises:
             ImportError: matplotlib is not installed.
+            IndexError: no such batch or head.
 
         """
         from matplotlib.figure import Figure
 
+        b, h = _place(b, self._shape[0]), _place(h, self._shape[1])
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.subplots()
         axes.imshow(self._states[b, h], cmap="Blues", vmin=EMPTY, vmax=FULL + 1, aspect="auto")
         axes.set(xlabel="block of keys", ylabel="block of queries")
         axes.set_title(f"{self.sparsity():.0f}% skipped")
         return figure
+
+
+def _place(given: Any, size: int) -> int:
+    """A number of a batch or head; negative ones count from the end."""
+    index = as_int(given, "index")
+    if not -size <= index < size:
+        raise IndexError(f"index {index} of a BlockMask is outside of its size {size}")
+    return index % size
 
 
 def _enter(states: Array, name: str, counts: Any, indices: Array, state: int) -> None:

@@ -186,7 +186,8 @@ def test_no_batch_no_head_and_no_other_dimension() -> None:
             out = getattr(q, name)(k, v, score_mod=mod, block_mask=mask)
             out.sum().backward()
             assert out.shape == (*leading, NQ, D)
-            found.append([out.to_numpy(), *(x.grad.to_numpy() for x in (*given, table))])
+            gradients = [x.grad.to_numpy() for x in (*given, table)]  # type: ignore[union-attr]
+            found.append([out.to_numpy(), *gradients])
         for dense, fused in zip(*found, strict=True):
             np.testing.assert_allclose(dense, fused, atol=1e-12)
 

@@ -243,6 +243,8 @@ def test_text_and_picture() -> None:
     pytest.importorskip("matplotlib")
     figure = mask.picture()
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), mask.lists.states()[0])
+    with pytest.raises(IndexError, match="index 1 of a BlockMask is outside of its size 1"):
+        mask.picture(1)
 
 
 @pytest.mark.parametrize(
