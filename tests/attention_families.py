@@ -168,12 +168,11 @@ OF_THE_HOST = tuple(
 IN_THE_SIMULATOR = ("causal", "window", "heads share keys", "causal, mask, dropout")
 COMBINED_FUNCTIONS = tuple(f"test_functions[{name}]" for name in COMBINATIONS)
 SLOW_IN_THE_SIMULATOR = (
-    *COMBINED_FUNCTIONS,
+    *COMBINED_FUNCTIONS, "test_functions[pairs]",
     *(f"test_feature[{name}]" for name in FEATURES if name not in IN_THE_SIMULATOR),
     "test_every_dtype", "test_rows_that_see_no_key", "test_dropout_keeps_what_the_mask_says",
     "test_nothing_outside_of_the_inputs_is_used",
 )  # fmt: skip
-BACKWARD_OF_SIMT = tuple(f"test_functions[{name}]" for name in ("pairs", "slopes and blocks"))
 SIZES = (1, 16, 40, 64, 96, 128, 160, 256)
 LAYOUTS = ("plain", "heads", "transposed", "part")
 BATCHES = (60, 4)  # leading dimensions of the calls that are repeated
@@ -232,9 +231,7 @@ HOPPER = replace(
 )  # fmt: skip
 DECODE = replace(
     SIMT, name="decode", compute=by_decode, force=use(decode, simt), dropout=False,
-    thorough=(*SLOW_IN_THE_SIMULATOR, *BACKWARD_OF_SIMT) if SIMULATED else (
-        *OF_THE_HOST, "test_every_dtype",
-    ),
+    thorough=SLOW_IN_THE_SIMULATOR if SIMULATED else (*OF_THE_HOST, "test_every_dtype"),
     shape=(3, 40, 7, 4) if SIMULATED else (3, 1500, 59, 64),
     longest=(decode.MOST_QUERIES, 40 if SIMULATED else 1500),
     columns=st.sampled_from((1, 4, 7) if SIMULATED else (1, 59, 64, 96, 128, 256)),
