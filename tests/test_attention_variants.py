@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -216,3 +217,33 @@ def test_numbers_without_end(number: float) -> None:
             )
             (dense.sum() + fused.sum()).backward()
             np.testing.assert_allclose(fused.to_numpy(), dense.to_numpy(), atol=1e-12)
+
+
+def test_an_array_that_is_written_to_after_the_forward_pass() -> None:
+    """Gradients are those of the numbers that the output was computed with."""
+    table, found = TABLE.copy(), []
+    for writes in (False, True):
+        q, k, v = leaves(BACKENDS[1], Q, K, V)
+        out = q.flash_attention(k, v, score_mod=lambda s, b, h, i, j: s * table[h, (i + j) % 7])
+        table[...] = np.nan if writes else table
+        out.sum().backward()
+        found.append([x.grad.to_numpy() for x in (q, k, v)])  # type: ignore[union-attr]
+    for kept, written in zip(*found, strict=True):
+        np.testing.assert_array_equal(kept, written)
+
+
+def test_threads_that_call_with_functions_of_their_own() -> None:
+    def call(number: int) -> Any:
+        q, k, v, bias = leaves(BACKENDS[1], Q, K, V, TABLE[0] * number)
+        out = q.flash_attention(
+            k, v, score_mod=lambda s, b, h, i, j: np.tanh(s / number) + bias[(i + number * j) % 7],
+            block_mask=lambda b, h, i, j: (i + j) % (number + 2) > 0,
+        )  # fmt: skip
+        out.sum().backward()
+        return out.to_numpy(), bias.grad.to_numpy()  # type: ignore[union-attr]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(call, [1, 2, 3, 4] * 8))
+    for n, results in enumerate(found):
+        for mine, alone in zip(results, call(n % 4 + 1), strict=True):
+            np.testing.assert_array_equal(mine, alone)
