@@ -311,7 +311,7 @@ def measure_variants(recorder: Recorder, arguments: argparse.Namespace) -> Itera
 
 def measure_block_sparse(recorder: Recorder, arguments: argparse.Namespace) -> Iterator[Cell]:
     """Random blocks by density, and bigbird beside causal attention at 65,536 tokens."""
-    for head_dim in arguments.head_dims:
+    for head_dim in () if arguments.long_only else arguments.head_dims:
         shape = Shape(HIDDEN // head_dim, TOKENS, head_dim)
         for density in DENSITIES:
             mask = None if density == 1.0 else random_mask(shape, density)
@@ -395,6 +395,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     add("--cases", nargs="+", choices=CASES, default=list(CASES), help="of the part variants")
     add("--head-dims", type=count, nargs="+", default=[64, 128], metavar="D")
     add("--rounds", type=count, default=12, help="default: %(default)s")
+    add("--long-only", action="store_true", help="of the part block_sparse, 65,536 tokens alone")
     add("--no-flex", dest="flex", action="store_false", help="without PyTorch's")
     pages.add_out(parser, kept="other parts of the file")
     return parser.parse_args(words)

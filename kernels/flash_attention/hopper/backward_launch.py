@@ -106,6 +106,8 @@ def backward_blocks(kind: Kind, seqlen_q: int = SHORT + 1) -> tuple[Blocks, Bloc
     if kind.functions or kind.is_sparse:
         of_keys, of_queries = _most_with_functions(kind, size)
         keys_most, queries_most = min(keys_most, of_keys), min(queries_most, of_queries)
+    if kind.is_sparse and size > 64:  # a thread that goes through lists needs some more
+        for_keys = replace(for_keys, registers_to_load=64)
     return (
         replace(for_keys, passing=min(for_keys.passing, keys_most)),
         replace(for_queries, passing=min(for_queries.passing, queries_most)),

@@ -80,6 +80,7 @@ LOWEST = NEGATIVE_INFINITY
 # 128 threads of each warpgroup: together at most the 65,536 registers of a multiprocessor.
 LOADERS_REGISTERS = {2: 56, 3: 32}  # of a loading thread, by the number of computing warpgroups
 REGISTERS = {2: 224, 3: 160}  # of a computing thread
+WITH_FUNCTIONS = {2: (56, 224), 3: (40, 152)}  # both, with a user's functions
 
 
 # ----- the warpgroups that compute -----
@@ -249,8 +250,10 @@ def forward_kernel(kind: Kind, blocks: Blocks) -> Any:
     softmax_of, write = softmax(kind, block_n), row_writer(kind, blocks)
     scaled_first, additive, log2_e = kind.scaled_first, kind.additive, LOG2_E
     unit, unit_of_results = kind.unit_of_products, kind.unit_of_results
-    give_registers = setmaxnreg("dec", LOADERS_REGISTERS[warpgroups])
-    take_registers = setmaxnreg("inc", REGISTERS[warpgroups])
+    to_load, to_compute = LOADERS_REGISTERS[warpgroups], REGISTERS[warpgroups]
+    if kind.functions:
+        to_load, to_compute = WITH_FUNCTIONS[warpgroups]
+    give_registers, take_registers = setmaxnreg("dec", to_load), setmaxnreg("inc", to_compute)
     f32, i32, u32, u64 = types.float32, types.int32, types.uint32, types.uint64
 
     @kernel(blocks.threads, blocks=1)

@@ -120,6 +120,8 @@ def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
     # What is done with each score takes registers, of which two warpgroups have more each.
     if kind.functions or kind.is_sparse:
         blocks = Blocks(2, min(blocks.block_n, 128))
+        if size == 64 and not kind.is_sparse:
+            blocks = Blocks(3, 96, overlap=False)
     if kind.dropout:
         blocks = Blocks(2, min(blocks.block_n, 128 if size == 64 else 112), overlap=False)
     if kind.mask != "none":
