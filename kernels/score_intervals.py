@@ -249,6 +249,8 @@ def _numbers(x: Array) -> Array:
     """As the walk computes with them: float64, int64 or bool."""
     if x.dtype.kind == "b":
         return x
+    if x.dtype == np.uint64:  # the largest of which would become negative
+        x = np.minimum(x, np.uint64(np.iinfo(np.int64).max))
     return x.astype(np.int64 if x.dtype.kind in "iu" else np.float64)
 
 
@@ -297,6 +299,16 @@ def _table(array: Array, most: int) -> tuple[Array, Array]:
     return tables[0], tables[1]
 
 
+def intervals_of(
+    graph: Graph, operations: IntervalOperations, inputs: dict[str, Interval]
+) -> list[Any]:
+    """The outputs of a graph for ranges of its inputs. Ends that are infinite, or no numbers, are
+    nothing to warn of.
+    """
+    with np.errstate(all="ignore"):
+        return evaluate(graph, operations, inputs)
+
+
 # ----- what could go wrong in a kernel -----
 
 
@@ -330,7 +342,7 @@ def complaint(
     every = Graph(graph.nodes, tuple(range(len(graph.nodes))), graph.captured, graph.parameters)
     found = [
         (float(np.min(low)), float(np.max(high)))
-        for low, high in evaluate(every, operations, inputs)
+        for low, high in intervals_of(every, operations, inputs)
     ]
     for node, (low, high) in zip(graph.nodes, found, strict=True):
         if node.kind == "whole" and not INT32.min <= low <= high <= INT32.max:
@@ -413,5 +425,6 @@ def _of_positions(graph: Graph, n: int) -> bool:
 
 
 __all__ = [
-    "Interval", "IntervalOperations", "complaint", "complaint_of_shapes", "reads_values",
+    "Interval", "IntervalOperations", "complaint", "complaint_of_shapes", "intervals_of",
+    "reads_values",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ soft-capping comes before a bias, as in Gemma 2.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -123,7 +124,7 @@ def sizes_of(problem: AttentionProblem) -> tuple[int, int, int, int]:
 def _checked_mask(
     block_mask: BlockMask | MaskMod | None, sizes: tuple[int, int, int, int]
 ) -> BlockMask | None:
-    if block_mask is None or not sizes[2] * sizes[3]:
+    if block_mask is None or not math.prod(sizes):
         return None
     if callable(block_mask):
         return block_mask_of_call(block_mask, sizes)

@@ -235,7 +235,7 @@ class BlockMask:
             )
         batch, heads, rows, columns = indices.shape
         lengths = (rows * block[0], columns * block[1]) if seq_lengths is None else seq_lengths
-        seqlen_q, seqlen_k = (as_size(n, "seq_lengths") for n in lengths)
+        seqlen_q, seqlen_k = _pair("seq_lengths", lengths, "(Q_LEN, KV_LEN)", 0)
         if (-(-seqlen_q // block[0]), -(-seqlen_k // block[1])) != (rows, columns):
             raise ValueError(
                 f"seq_lengths {(seqlen_q, seqlen_k)} in blocks of {block} are not the {rows} x "
@@ -257,12 +257,14 @@ class BlockMask:
         if len(index) > 2:
             raise IndexError(f"a BlockMask is indexed by [b] or [b, h], got {len(index)} indices")
         numbers = np.arange(self._shape[0] * self._shape[1]).reshape(self._shape[:2])
-        index = tuple(i if isinstance(i, slice) else as_int(i, "index") for i in index)
-        whole = tuple(i if isinstance(i, slice) else slice(i, i + 1 or None) for i in index)
-        for i, size in zip(index, self._shape, strict=False):
-            if not isinstance(i, slice) and not -size <= i < size:
-                raise IndexError(f"index {i} of a BlockMask is outside of its size {size}")
+        index = tuple(
+            i if isinstance(i, slice) else _place(i, size)
+            for i, size in zip(index, self._shape, strict=False)
+        )
+        whole = tuple(i if isinstance(i, slice) else slice(i, i + 1) for i in index)
         chosen = numbers[whole]
+        if not chosen.size:
+            raise IndexError(f"index {index} of a BlockMask leaves no batch, or no head")
         lists = self.lists
         states = BlockLists.from_states(lists.states()[chosen.ravel()])
         picked = _with_heads(self.mask_mod, chosen, self._shape[1])
@@ -350,16 +352,26 @@ class BlockMask:
 
         Raises:
             ImportError: matplotlib is not installed.
+            IndexError: no such batch or head.
 
         """
         from matplotlib.figure import Figure
 
+        b, h = _place(b, self._shape[0]), _place(h, self._shape[1])
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.subplots()
         axes.imshow(self._states[b, h], cmap="Blues", vmin=EMPTY, vmax=FULL + 1, aspect="auto")
         axes.set(xlabel="block of keys", ylabel="block of queries")
         axes.set_title(f"{self.sparsity():.0f}% skipped")
         return figure
+
+
+def _place(given: Any, size: int) -> int:
+    """A number of a batch or head; negative ones count from the end."""
+    index = as_int(given, "index")
+    if not -size <= index < size:
+        raise IndexError(f"index {index} of a BlockMask is outside of its size {size}")
+    return index % size
 
 
 def _enter(states: Array, name: str, counts: Any, indices: Array, state: int) -> None:
@@ -391,8 +403,10 @@ def _with_heads(mask_mod: MaskMod | None, chosen: Array, heads: int) -> MaskMod 
     """A mask function whose b and h count among the chosen ones."""
     if mask_mod is None:
         return None
-    batches = (chosen[:, 0] // heads).astype(np.int32) if chosen.size else np.zeros(1, np.int32)
-    of_head = (chosen[0] % heads).astype(np.int32) if chosen.size else np.zeros(1, np.int32)
+    batches, of_head = (
+        (chosen[:, 0] // heads).astype(np.int32),
+        (chosen[0] % heads).astype(np.int32),
+    )
 
     def picked(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return mask_mod(batches[b], of_head[h], q_idx, kv_idx)
@@ -475,9 +489,13 @@ def block_mask_of_call(mask_mod: MaskMod, shape: tuple[int, int, int, int]) -> B
 
 def _block_size(given_size: int | BlockSize) -> BlockSize:
     sizes = given_size if isinstance(given_size, tuple | list) else (given_size, given_size)
-    if len(sizes) != 2:
-        raise ValueError(f"BLOCK_SIZE is {given_size!r}; wanted a number, or (queries, keys)")
-    return as_size(sizes[0], "BLOCK_SIZE", 1), as_size(sizes[1], "BLOCK_SIZE", 1)
+    return _pair("BLOCK_SIZE", sizes, "a number, or (queries, keys)", 1)
+
+
+def _pair(name: str, given: Any, wanted: str, least: int) -> tuple[int, int]:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ValueError(f"{name} is {given!r}; wanted {wanted}")
+    return as_size(given[0], name, least), as_size(given[1], name, least)
 
 
 __all__ = ["BlockMask", "block_mask_of_call", "create_block_mask"]

@@ -26,6 +26,7 @@ from minitorch.kernels.flash_attention.standard import (
 from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability
 from tests.attention import FEATURES
 from tests.attention_calls import Call, Family, Results, place_on_cpu, real_dtype
+from tests.attention_functions import COMBINATIONS
 from tests.cuda.attention import by_cuda, on_gpu
 
 # ----- families of the CPU -----
@@ -165,7 +166,9 @@ OF_THE_HOST = tuple(
 )  # fmt: skip
 # There SIMT's tests show these rules in `make test`, which are the same code or take long.
 IN_THE_SIMULATOR = ("causal", "window", "heads share keys", "causal, mask, dropout")
+COMBINED_FUNCTIONS = tuple(f"test_functions[{name}]" for name in COMBINATIONS)
 SLOW_IN_THE_SIMULATOR = (
+    *COMBINED_FUNCTIONS, "test_functions[pairs]",
     *(f"test_feature[{name}]" for name in FEATURES if name not in IN_THE_SIMULATOR),
     "test_every_dtype", "test_rows_that_see_no_key", "test_dropout_keeps_what_the_mask_says",
     "test_nothing_outside_of_the_inputs_is_used",
@@ -181,6 +184,7 @@ SIMT = Family(
     columns=st.integers(1, 12 if SIMULATED else 100),
     value_columns=st.integers(0, 12 if SIMULATED else 100),
     layouts=LAYOUTS, examples=3 if SIMULATED else 6, lengths=LENGTHS,
+    thorough=COMBINED_FUNCTIONS if SIMULATED else (),
     head_sizes=tuple((n, n) for n in SIZES) + tuple((64, n) for n in SIZES),
     extreme=(10, 22) if SIMULATED else (150, 700),
     extreme_dtypes=(("float32", "float32"), ("float32", "float64")) if SIMULATED else (

@@ -151,6 +151,16 @@ FUNCTION_FEATURES: dict[str, tuple[Make, dict[str, Any]]] = {
         both(neighbours, documents), {"layouts": ("heads", "part", "transposed", "heads")},
     ),
 }  # fmt: skip
+# Each thing that these do is done in one of the others, too; in the simulator they take long.
+COMBINATIONS = (
+    "soft cap",
+    "scattered, a mask is added",
+    "documents, dropout",
+    "heads of their own",
+    "blocks, a boolean mask",
+    "scattered and heads of their own",
+    "layouts",
+)
 
 
 def reference_with_functions(call: Call) -> tuple[Array, ...]:

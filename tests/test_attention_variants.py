@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ B, H, NQ, NK, D = 2, 4, 5, 6, 3
 Q, K, V = (RNG.normal(size=(B, H, n, D)) for n in (NQ, NK, NK))
 SLOPES, TABLE = RNG.normal(size=H), RNG.normal(size=(H, 7))
 LENGTHS = np.array([3, 6])
+LARGE = np.full(NQ, 2**64 - 1, np.uint64)
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -158,9 +160,90 @@ def test_heads_that_share_keys() -> None:
         ),
         ({"score_mod": score_mods.alibi(2)}, ValueError, "index of `of_head` runs from 0 to 3"),
         ({"block_mask": attention_masks.document([0] * 5)}, ValueError, "its size is 5"),
+        ({"score_mod": lambda s, b, h, q, k: s + LARGE[q]}, ValueError, "more than the 32 bits"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: Any, message: str) -> None:
     q, k, v = leaves(BACKENDS[1], Q, K, V)
     with pytest.raises(error, match=message):
         q.attention(k, v, **arguments)
+
+
+def test_no_batch_no_head_and_no_other_dimension() -> None:
+    """Both functions go along; scores of two dimensions, too, have b and h, which are 0."""
+
+    def mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return score * table[b, h, q_idx - kv_idx + 5]
+
+    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (q_idx + h) % 3 != kv_idx % 3
+
+    for leading in ((0, 2), (2, 0), ()):
+        arrays = [RNG.normal(size=(*leading, n, D)) for n in (NQ, NK, NK)]
+        found = []
+        for name in ("attention", "flash_attention"):
+            *given, table = leaves(BACKENDS[1], *arrays, np.full((2, 2, 11), 0.5))
+            q, k, v = given
+            out = getattr(q, name)(k, v, score_mod=mod, block_mask=mask)
+            out.sum().backward()
+            assert out.shape == (*leading, NQ, D)
+            gradients = [x.grad.to_numpy() for x in (*given, table)]  # type: ignore[union-attr]
+            found.append([out.to_numpy(), *gradients])
+        for dense, fused in zip(*found, strict=True):
+            np.testing.assert_allclose(dense, fused, atol=1e-12)
+
+
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+def test_numbers_without_end(number: float) -> None:
+    """In a table and in the inputs: the same output, and no warning on the way."""
+    table = np.array([0.5, number, -1.0, 0.0, 2.0, 0.1])
+    for place in range(4):
+        arrays = [Q, K, V]
+        if place < 3:
+            arrays[place] = arrays[place].copy()
+            arrays[place][0, 1, 2, 1] = number
+        q, k, v, bias = leaves(BACKENDS[1], *arrays, table if place == 3 else np.ones(6))
+
+        def mod(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, bias: Any = bias) -> Any:
+            return score + bias[kv_idx] + np.log(abs(bias[q_idx])) * np.inf
+
+        def finite(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, bias: Any = bias) -> Any:
+            return score + bias[kv_idx]
+
+        for function in (mod, finite):
+            dense, fused = (
+                f(k, v, score_mod=function, block_mask=attention_masks.causal(1))
+                for f in (q.attention, q.flash_attention)
+            )
+            (dense.sum() + fused.sum()).backward()
+            np.testing.assert_allclose(fused.to_numpy(), dense.to_numpy(), atol=1e-12)
+
+
+def test_an_array_that_is_written_to_after_the_forward_pass() -> None:
+    """Gradients are those of the numbers that the output was computed with."""
+    table, found = TABLE.copy(), []
+    for writes in (False, True):
+        q, k, v = leaves(BACKENDS[1], Q, K, V)
+        out = q.flash_attention(k, v, score_mod=lambda s, b, h, i, j: s * table[h, (i + j) % 7])
+        table[...] = np.nan if writes else table
+        out.sum().backward()
+        found.append([x.grad.to_numpy() for x in (q, k, v)])  # type: ignore[union-attr]
+    for kept, written in zip(*found, strict=True):
+        np.testing.assert_array_equal(kept, written)
+
+
+def test_threads_that_call_with_functions_of_their_own() -> None:
+    def call(number: int) -> Any:
+        q, k, v, bias = leaves(BACKENDS[1], Q, K, V, TABLE[0] * number)
+        out = q.flash_attention(
+            k, v, score_mod=lambda s, b, h, i, j: np.tanh(s / number) + bias[(i + number * j) % 7],
+            block_mask=lambda b, h, i, j: (i + j) % (number + 2) > 0,
+        )  # fmt: skip
+        out.sum().backward()
+        return out.to_numpy(), bias.grad.to_numpy()  # type: ignore[union-attr]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(call, [1, 2, 3, 4] * 8))
+    for n, results in enumerate(found):
+        for mine, alone in zip(results, call(n % 4 + 1), strict=True):
+            np.testing.assert_array_equal(mine, alone)

@@ -202,6 +202,8 @@ def test_from_kv_blocks_and_back() -> None:
         ({"BLOCK_SIZE": 0}, "BLOCK_SIZE"),
         ({"BLOCK_SIZE": (1, 2, 3)}, "wanted a number, or"),
         ({"seq_lengths": (99, 8)}, "are not the 2 x 2 blocks"),
+        ({"seq_lengths": 8}, "seq_lengths is 8; wanted .Q_LEN, KV_LEN."),
+        ({"seq_lengths": (8, 8, 8)}, "seq_lengths is .8, 8, 8.; wanted"),
     ],
 )
 def test_blocks_that_are_none(change: dict[str, Any], message: str) -> None:
@@ -241,6 +243,8 @@ def test_text_and_picture() -> None:
     pytest.importorskip("matplotlib")
     figure = mask.picture()
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), mask.lists.states()[0])
+    with pytest.raises(IndexError, match="index 1 of a BlockMask is outside of its size 1"):
+        mask.picture(1)
 
 
 @pytest.mark.parametrize(
@@ -262,13 +266,15 @@ def test_text_and_picture() -> None:
         (lambda: attention_masks.prefix_lm(-3), "prefix must be lengths"),
         (lambda: attention_masks.bigbird(64, 16, seed=-1), "seed must be at least 0"),
         (lambda: attention_masks.bigbird(64, 16)["x"], "index must be a whole number"),
+        (lambda: attention_masks.bigbird(64, 16)[0:0], "leaves no batch"),
+        (lambda: attention_masks.bigbird(64, 16)[0, 3:], "or no head"),
         (lambda: score_mods.softcap(0.0), "above 0"),
         (lambda: score_mods.softcap(math.nan), "above 0"),
         (lambda: score_mods.relative_bias(np.zeros((2, 4))), "2 n . 1"),
     ],
 )
 def test_bad_arguments(call: Any, message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError, IndexError), match=message):
         call()
 
 

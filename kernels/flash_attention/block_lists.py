@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..score_graph import Graph, evaluate
-from ..score_intervals import IntervalOperations
+from ..score_graph import Graph
+from ..score_intervals import IntervalOperations, intervals_of
 from .schedule import RULES, Band, TileCounts
 
 Array = NDArray[Any]
@@ -337,8 +337,7 @@ class _Looker:
             "q": (ranges.q0, ranges.q1),
             "k": (ranges.k0, ranges.k1),
         }
-        with np.errstate(all="ignore"):
-            ((surely, possibly),) = evaluate(self.graph, self.operations, inputs)
+        ((surely, possibly),) = intervals_of(self.graph, self.operations, inputs)
         shape = ranges.q0.shape
         return np.broadcast_to(surely, shape), np.broadcast_to(possibly, shape)
 

@@ -34,7 +34,7 @@ from ..gpu.traced import traced
 from ..gpu.traced_math import as_kind, constant, whole
 from ..score_bands import of_difference
 from .fixed_point import BITS
-from .launch import Ints, argument_types
+from .launch import ArgumentTypes, Ints, argument_types
 from .score_values import Evaluation, words_type
 from .scores import Functions, Where
 from .scores_cuda import Asked
@@ -307,7 +307,11 @@ def result_kernel(name: str) -> Any:
 
 
 def add_up(
-    run: Callable[[bool], int],
+    kernel_of: Callable[[bool], Any],
+    grid: int,
+    threads: int,
+    arguments: tuple[Any, ...],
+    shared_bytes: int,
     real_name: str,
     sums: CapturedSums,
     gradients: list[tuple[Any, int, str]],
@@ -315,18 +319,23 @@ def add_up(
     """Write the gradients.
 
     Args:
-        run: launches a kernel that measures, or adds, and says how many threads it has in all.
+        kernel_of: the kernel that measures, or that adds.
+        grid: blocks of either.
+        threads: of a block.
+        arguments: of either.
+        shared_bytes: of a block of either.
         real_name: the scores' type.
         sums: where they are added up.
         gradients: of each array of `wanted_gradients` a flat array, its size and its dtype's name.
 
     """
-    count, threads = len(gradients), run(True)
+    count = len(gradients)
+    launch(kernel_of(True), grid, threads, *arguments, shared_bytes=shared_bytes)
     launch(
         unit_kernel(real_name), ceil_div(count, THREADS), THREADS, sums.largest, sums.units, count,
-        threads,
+        grid * threads,
     )  # fmt: skip
-    run(False)
+    launch(kernel_of(False), grid, threads, *arguments, shared_bytes=shared_bytes)
     for n, (array, size, dtype) in enumerate(gradients):
         if size:
             launch(
@@ -335,8 +344,29 @@ def add_up(
             )  # fmt: skip
 
 
+# ----- for the compile tests -----
+
+
+def pair_of_instances(
+    name: str,
+    kernel_of: Callable[[bool], Any],
+    of: ArgumentTypes,
+    architectures: tuple[str, ...] = (),
+) -> Iterator[Instance]:
+    """The kernels that measure and that add, of a family; `of` are the types of its arguments."""
+    wholes = types.Array(types.int64, 1, "C")
+    signature = (
+        *of.inputs, of.array, *[of.rows] * 5, wholes, *[of.strides] * 5, of.sizes, *of.scalars,
+        of.words, of.lists, types.UniTuple(types.int64, 1),
+    )  # fmt: skip
+    for measures, does in ((True, "measures"), (False, "adds")):
+        yield Instance(
+            name.format(does), kernel_of(measures), signature, architectures=architectures
+        )
+
+
 def instances() -> Iterator[Instance]:
-    """Units, and results of all dtypes, for the compile tests."""
+    """Units, and results of all dtypes."""
     wholes, whole_number = types.Array(types.int64, 1, "C"), types.int64
     for name in ("float32", "float64"):
         of = argument_types(name, "none")
@@ -352,4 +382,7 @@ def instances() -> Iterator[Instance]:
         )  # fmt: skip
 
 
-__all__ = ["Adder", "CapturedSums", "Place", "add_up", "adder", "instances", "order_of"]
+__all__ = [
+    "Adder", "CapturedSums", "Place", "add_up", "adder", "instances", "order_of",
+    "pair_of_instances",
+]  # fmt: skip

@@ -14,8 +14,8 @@ from functools import cache
 
 import numpy as np
 
-from ..score_graph import Builder, Derivative, Graph, evaluate
-from ..score_intervals import Interval, IntervalOperations
+from ..score_graph import Builder, Derivative, Graph
+from ..score_intervals import Interval, IntervalOperations, intervals_of
 from .problem import AttentionProblem
 from .variant import Captured
 
@@ -63,8 +63,7 @@ def _largest_partials(
     }
     inputs["score"] = np.float64(-largest_score), np.float64(largest_score)
     operations = IntervalOperations(given.arrays, given.parameters)
-    with np.errstate(all="ignore"):
-        outputs = evaluate(_partials(derivative), operations, inputs)
+    outputs = intervals_of(_partials(derivative), operations, inputs)
     found = [0.0] * len(given.arrays)
     for load, partial in zip(derivative.loads, outputs, strict=True):
         ends = [float(np.abs(np.asarray(end)).max()) for end in partial]

@@ -10,9 +10,9 @@ as they are, `cpu/tiles.py` compiles them for the CPU, `schedule_cuda.py` for th
 is what the host reads: the user's `explain`, the order in which Hopper's blocks take their tiles,
 tests, and whatever shows a pass step by step.
 
-Lists of blocks, for masks that are no band, have their place here, too: `key_tiles` and
-`query_tiles` then give a range of places in a list, and `tile_start` looks up which tile stands
-there; a kernel's loops stay as they are.
+A mask that is no band has lists of tiles (block_lists.py). A kernel then goes through places in a
+list where it would go through a range: by `walk` of schedule_cuda.py on a GPU, by `next_tile` and
+`query_places` of cpu/tiles.py on the CPU.
 """
 
 from __future__ import annotations

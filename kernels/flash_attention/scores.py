@@ -11,13 +11,16 @@ The band: query i sees keys i + lower ... i + upper - 1; so key j is seen by que
 
 The functions consist of arithmetic, comparisons and `&`, and can be made into any family's code:
 
-    compiled by numba, a score at a time           simt/tiles.py, decode/forward.py
+    compiled by numba, a score at a time           scores_cuda.py (SIMT and decode)
     compiled by numba, row by row                  cpu/tiles.py
     traced over a tile in registers                fragments/scores.py (mma and Hopper)
     called as they are, on numpy's arrays          `mask_numbers`, and tests
 
-What these do in their own way, as to choose without a branch, they say in `Tools`. Which tiles have
-a score that counts follows from the band: schedule.py.
+What these do in their own way, as to choose without a branch, they say in `Tools`.
+
+A user's functions are graphs (score_graph.py), which become instructions for a score in
+score_values.py, on GPUs, and loops over a row in cpu/score_rows.py, on CPUs. Which tiles have a
+score that counts follows from the band (schedule.py) or from lists (block_lists.py).
 """
 
 from __future__ import annotations

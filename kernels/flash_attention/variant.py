@@ -85,12 +85,12 @@ def derivative_of(graph: Graph) -> Derivative:
 
 def positions(shape: Sequence[int]) -> dict[str, Array]:
     """b, h, q and k of each score of (..., H, Nq, Nk), that broadcast to this shape."""
-    shape = (1,) * (3 - len(shape)) + tuple(shape)
-    *batches, heads, seqlen_q, seqlen_k = shape
-    b = np.arange(math.prod(batches)).reshape(*batches, 1, 1, 1)
+    *leading, seqlen_q, seqlen_k = shape
+    batches, heads = leading[:-1], leading[-1:]
     return {
-        "b": b, "h": np.arange(heads)[:, None, None], "q": np.arange(seqlen_q)[:, None],
-        "k": np.arange(seqlen_k),
+        "b": np.arange(math.prod(batches)).reshape(*batches, *[1] * len(heads), 1, 1),
+        "h": np.arange(math.prod(heads)).reshape(*heads, 1, 1),
+        "q": np.arange(seqlen_q)[:, None], "k": np.arange(seqlen_k),
     }  # fmt: skip
 
 
@@ -120,15 +120,15 @@ def captured_gradients(
     found = evaluated(derivative.graph, given, scores)
 
     def times(x: Any) -> Array:
-        with np.errstate(invalid="ignore", over="ignore"):
-            return np.where(gradient == 0, 0, gradient * x)
+        return np.where(gradient == 0, 0, gradient * x)
 
     sums = {n: np.zeros(given.arrays[n].shape) for n in wanted_gradients(graph)}
-    for load in derivative.loads:
-        total, part = sums[load.captured], times(found[load.partial])
-        places = clamped([found[i] for i in load.indices], total.shape)
-        np.add.at(total, tuple(np.broadcast_to(x, part.shape) for x in places), part)
-    return times(found[1]), list(sums.values())
+    with np.errstate(invalid="ignore", over="ignore"):
+        for load in derivative.loads:
+            total, part = sums[load.captured], times(found[load.partial])
+            places = clamped([found[i] for i in load.indices], total.shape)
+            np.add.at(total, tuple(np.broadcast_to(x, part.shape) for x in places), part)
+        return times(found[1]), list(sums.values())
 
 
 __all__ = [

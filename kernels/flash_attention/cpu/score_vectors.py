@@ -21,13 +21,20 @@ from ...score_graph import Graph, Kind
 I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 # Of float32: x times one polynomial of x**2 over another, up to where it is 1 (Eigen, `ptanh`).
+# Both are divided by what the first one is at 0: a small x times that would be no normal number.
 TANH_END = 7.90531110763549805
-TANH_ABOVE_FLOAT32 = (
-    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-8,
-    1.48572235717979e-5, 6.37261928875436e-4, 4.89352455891786e-3,
+TANH_ABOVE_FLOAT32 = tuple(
+    number / 4.89352455891786e-3
+    for number in (
+        -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-8,
+        1.48572235717979e-5, 6.37261928875436e-4, 4.89352455891786e-3,
+    )
 )  # fmt: skip
-TANH_BELOW_FLOAT32 = (
-    1.19825839466702e-6, 1.18534705686654e-4, 2.26843463243900e-3, 4.89352518554385e-3,
+TANH_BELOW_FLOAT32 = tuple(
+    number / 4.89352455891786e-3
+    for number in (
+        1.19825839466702e-6, 1.18534705686654e-4, 2.26843463243900e-3, 4.89352518554385e-3,
+    )
 )  # fmt: skip
 TANH_ABOVE = (-9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3)
 TANH_BELOW = (

@@ -246,7 +246,7 @@ def split_kernel(kind: DecodeKind, whole: bool) -> Any:
     write = store if whole else precision(real.name).store
     nothing = NEGATIVE_INFINITY
 
-    @kernel(threads, blocks=AT_ONCE if rows == 1 else 1)
+    @kernel(threads, blocks=AT_ONCE if rows == 1 and not kind.functions else 1)
     def flash_decode(
         q, k, v, mask, out, logsumexp, q_steps, k_steps, v_steps, mask_steps, out_steps, sizes,
         group, cuts, rows_of_all, sums_start, scale, words,

@@ -184,8 +184,9 @@ def instances() -> Iterator[Instance]:
         (DecodeKind("float16", 64, 64, "bool", False, 8, 2, example_functions()), True),
     ):
         of = argument_types(kind.precision, kind.mask, kind.functions)
+        functions = ", functions" if kind.functions else ""
         yield Instance(
-            f"flash_decode[{kind.precision}, {kind.head_dim}, {kind.mask}, {kind.rows}]",
+            f"flash_decode[{kind.precision}, {kind.head_dim}, {kind.mask}, {kind.rows}{functions}]",
             split_kernel(kind, one_split),
             (
                 *[of.array] * 3, of.mask, of.array if one_split else of.rows, of.rows,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ...gpu.ptx import shared_address, st_shared_b32
 from ...gpu.register_tile import RegisterTile
-from ...gpu.runtime import SIMULATED, Instance, ceil_div, cuda, kernel, launch, precision, types
+from ...gpu.runtime import SIMULATED, Instance, ceil_div, cuda, kernel, precision, types
 from ...gpu.traced import traced, word_of
-from ..captured import CapturedSums, Place, add_up, adder
+from ..captured import CapturedSums, Place, add_up, adder, pair_of_instances
 from ..fragments.dropout import dropout_words
 from ..launch import (
     Architecture,
@@ -212,15 +212,10 @@ def captured_gradients(
         *inputs.strides, grad_out.strides, sizes_of(problem, heads), *scalars_of(problem),
         inputs.words, tile_lists(problem, inputs, (tiles.rows, tiles.columns)), sums.starts,
     )  # fmt: skip
-
-    def run(measures: bool) -> int:
-        launch(
-            captured_kernel(kind, tiles, measures), grid, tiles.threads, *arguments,
-            shared_bytes=shared_bytes(kind, tiles),
-        )  # fmt: skip
-        return grid * tiles.threads
-
-    add_up(run, "float32", sums, gradients)
+    add_up(
+        partial(captured_kernel, kind, tiles), grid, tiles.threads, arguments,
+        shared_bytes(kind, tiles), "float32", sums, gradients,
+    )  # fmt: skip
 
 
 # ----- for the compile tests -----
@@ -228,7 +223,7 @@ def captured_gradients(
 
 def instances() -> Iterator[Instance]:
     """With lists, with dropout, and of wide heads."""
-    functions, wholes = example_functions(), types.Array(types.int64, 1, "C")
+    functions = example_functions()
     for kind, name in (
         (Kind("float16", 64, 64, "none", False, False, False, functions, True), "sm_90a"),
         (Kind("float16", 128, 128, "none", True, False, False, functions), "sm_86"),
@@ -239,17 +234,11 @@ def instances() -> Iterator[Instance]:
     ):
         tiles = tiles_of(kind, ARCHITECTURES[name])
         assert tiles is not None
-        of = argument_types(kind.precision, kind.mask, functions)
-        signature = (
-            *of.inputs, of.array, *[of.rows] * 5, wholes, *[of.strides] * 5, of.sizes,
-            *of.scalars, of.words, of.lists, types.UniTuple(types.int64, 1),
+        yield from pair_of_instances(
+            f"mma_captured[{kind.numbers}, {kind.head_dim}, {{}}, {name}]",
+            partial(captured_kernel, kind, tiles),
+            argument_types(kind.precision, kind.mask, functions), (name,),
         )  # fmt: skip
-        for measures in (True, False):
-            label = f"{kind.numbers}, {kind.head_dim}, {'measures' if measures else 'adds'}, {name}"
-            yield Instance(
-                f"mma_captured[{label}]", captured_kernel(kind, tiles, measures), signature,
-                architectures=(name,),
-            )  # fmt: skip
 
 
 __all__ = ["captured_gradients", "instances", "takes"]

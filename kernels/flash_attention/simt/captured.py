@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from ...gpu.runtime import Instance, ceil_div, cuda, kernel, launch, precision, types
-from ..captured import CapturedSums, Place, add_up, adder
+from ...gpu.runtime import Instance, ceil_div, cuda, kernel, precision, types
+from ..captured import CapturedSums, Place, add_up, adder, pair_of_instances
 from ..launch import (
     Architecture,
     Heads,
@@ -144,15 +144,10 @@ def captured_gradients(
         *inputs.strides, grad_out.strides, sizes_of(problem, heads), *scalars_of(problem),
         inputs.words, tile_lists(problem, inputs, (blocks.block_m, blocks.block_n)), sums.starts,
     )  # fmt: skip
-
-    def run(measures: bool) -> int:
-        launch(
-            captured_kernel(kind, blocks, measures), grid, blocks.threads, *arguments,
-            shared_bytes=backward_bytes(kind, blocks, True),
-        )  # fmt: skip
-        return grid * blocks.threads
-
-    add_up(run, precision(kind.precision).real.name, sums, gradients)
+    add_up(
+        partial(captured_kernel, kind, blocks), grid, blocks.threads, arguments,
+        backward_bytes(kind, blocks, True), precision(kind.precision).real.name, sums, gradients,
+    )  # fmt: skip
 
 
 # ----- for the compile tests -----
@@ -161,23 +156,17 @@ def captured_gradients(
 def instances() -> Iterator[Instance]:
     """With dropout and lists, and without; a double precision of each."""
     functions = example_functions()
-    wholes = types.Array(types.int64, 1, "C")
     for kind in (
         Kind("float16", 64, 64, "none", True, True, functions, is_sparse=True),
         Kind("float32", 128, 128, "none", False, True, functions),
         Kind("float64", 64, 64, "float64", False, False, functions),
     ):
-        of = argument_types(kind.precision, kind.mask, functions)
-        signature = (
-            *of.inputs, of.array, *[of.rows] * 5, wholes, *[of.strides] * 5, of.sizes,
-            *of.scalars, of.words, of.lists, types.UniTuple(types.int64, 1),
+        _, blocks = backward_blocks(kind, (8, 0))
+        yield from pair_of_instances(
+            f"flash_captured[{kind.precision}, {kind.head_dim}, {{}}]",
+            partial(captured_kernel, kind, blocks),
+            argument_types(kind.precision, kind.mask, functions),
         )  # fmt: skip
-        for measures in (True, False):
-            name = f"{kind.precision}, {kind.head_dim}, {'measures' if measures else 'adds'}"
-            _, blocks = backward_blocks(kind, (8, 0))
-            yield Instance(
-                f"flash_captured[{name}]", captured_kernel(kind, blocks, measures), signature
-            )
 
 
 __all__ = ["captured_gradients", "instances"]
