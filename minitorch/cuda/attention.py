@@ -90,8 +90,6 @@ def _why_not(
 ) -> str | None:
     if backward and not hasattr(module, "backward"):
         return "it has a forward pass alone"
-    if problem.has_functions and not getattr(module, "TAKES_FUNCTIONS", False):
-        return "it has no score functions and mask functions"
     reason: str | None = module.why_not(problem, architecture)
     return reason
 

@@ -64,7 +64,6 @@ from .forward import (
 )
 
 NAME = "decode"
-TAKES_FUNCTIONS = True
 MOST_QUERIES = 8
 MOST_COLUMNS = 256
 MOST_ROWS = 4  # of a block: more are in other blocks, which read the same keys

@@ -48,7 +48,6 @@ from .schedule import (
 )
 from .tiles import ARCHITECTURE, HEAD_SIZES, NAME, ROWS, Blocks, Kind, kind_of, own_kind
 
-TAKES_FUNCTIONS = True
 ROW_ALIGNMENT = 16  # bytes at whose multiples the copy engine's rows begin
 MOST_ROWS = 1 << 30
 

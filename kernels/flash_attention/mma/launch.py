@@ -37,7 +37,6 @@ from .memory import copy_team
 from .tiles import Kind, Tiles
 
 NAME = "mma"
-TAKES_FUNCTIONS = True
 ROW_ALIGNMENT = 16  # bytes: where rows of queries, keys, values and dO begin
 MOST_COLUMNS = 256  # of a query, a key or a value
 FIRST, FIRST_WITH_ALL = (7, 5), (8, 0)  # with tensor cores for this; with bfloat16 and cp.async

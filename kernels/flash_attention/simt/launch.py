@@ -40,7 +40,6 @@ from .forward import forward_kernel, forward_memory
 from .tiles import Blocks, Kind, tile_width, vector_lanes
 
 NAME = "simt"
-TAKES_FUNCTIONS = True
 PRECISIONS = ("float32", "float64", "float16", "bfloat16")
 MOST_COLUMNS = 256  # of a query, a key or a value
 
