@@ -403,10 +403,8 @@ def _with_heads(mask_mod: MaskMod | None, chosen: Array, heads: int) -> MaskMod 
     """A mask function whose b and h count among the chosen ones."""
     if mask_mod is None:
         return None
-    batches, of_head = (
-        (chosen[:, 0] // heads).astype(np.int32),
-        (chosen[0] % heads).astype(np.int32),
-    )
+    batches = (chosen[:, 0] // heads).astype(np.int32)
+    of_head = (chosen[0] % heads).astype(np.int32)
 
     def picked(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return mask_mod(batches[b], of_head[h], q_idx, kv_idx)

@@ -26,7 +26,7 @@ from minitorch.kernels.flash_attention.standard import (
 from minitorch.kernels.gpu.runtime import SIMULATED, compute_capability
 from tests.attention import FEATURES
 from tests.attention_calls import Call, Family, Results, place_on_cpu, real_dtype
-from tests.attention_functions import COMBINATIONS
+from tests.attention_functions import COMBINATIONS, FUNCTION_FEATURES
 from tests.cuda.attention import by_cuda, on_gpu
 
 # ----- families of the CPU -----
@@ -167,6 +167,9 @@ OF_THE_HOST = tuple(
 # There SIMT's tests show these rules in `make test`, which are the same code or take long.
 IN_THE_SIMULATOR = ("causal", "window", "heads share keys", "causal, mask, dropout")
 COMBINED_FUNCTIONS = tuple(f"test_functions[{name}]" for name in COMBINATIONS)
+MORE_FUNCTIONS = tuple(  # that Hopper's kernels have from where mma's have them
+    f"test_functions[{name}]" for name in FUNCTION_FEATURES if "dropout" not in name
+)
 SLOW_IN_THE_SIMULATOR = (
     *COMBINED_FUNCTIONS, "test_functions[pairs]",
     *(f"test_feature[{name}]" for name in FEATURES if name not in IN_THE_SIMULATOR),
@@ -211,11 +214,10 @@ MMA = replace(
 )  # fmt: skip
 HOPPER = replace(
     SIMT, name="hopper", force=use_hopper, gradient_factor=2.0, dtypes=("bfloat16", "float16"),
-    functions=False,
     shape=(20, 70, 64, 40) if SIMULATED else (150, 339, 64, 40),
     longest=(400, 400), columns=st.sampled_from([16, 64]), value_columns=st.sampled_from([16, 64]),
     examples=0 if SIMULATED else 14,
-    thorough=SLOW_IN_THE_SIMULATOR if SIMULATED else (),
+    thorough=(*SLOW_IN_THE_SIMULATOR, *MORE_FUNCTIONS) if SIMULATED else (),
     head_sizes=(
         *((n, n) for n in (8, 32, 40, 59, 64, 72, 96, 111, 128, 160, 192, 224, 256)),
         (192, 128), (128, 100), (59, 96),

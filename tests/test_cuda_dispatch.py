@@ -202,13 +202,6 @@ def test_explain_says_which_keys_a_query_sees() -> None:
 # ----- precision of float32 -----
 
 
-@pytest.fixture
-def all_take_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in cuda_attention.FLASH_ATTENTION:
-        monkeypatch.setattr(module, "TAKES_FUNCTIONS", True, raising=False)
-
-
-@pytest.mark.usefixtures("all_take_functions")
 def test_explain_names_functions_and_counts_the_tiles_of_lists() -> None:
     q = np.zeros((2, 4, 1024, 64), np.float16)
     mask = minitorch.attention_masks.bigbird(1024, 64, heads=4, seed=1)
@@ -231,7 +224,6 @@ def test_explain_names_functions_and_counts_the_tiles_of_lists() -> None:
     assert found.forward.lists and found.backward.lists
 
 
-@pytest.mark.usefixtures("all_take_functions")
 def test_explain_says_what_could_be_better() -> None:
     q = np.zeros((2, 4, 256, 64), np.float16)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from minitorch.cuda.device_array import DeviceArray
+from minitorch.kernels.flash_attention import pieces
 from minitorch.kernels.flash_attention.fragments.dropout import (
     drop,
     drop_by_bits,
@@ -55,6 +56,14 @@ class TestHopper(Rules):
     def test_sizes(self, name: str) -> None:
         nq, nk, d, dv = SIZES[name]
         check(HOPPER, [(1, 1, nq, d), (1, 1, nk, d), (1, 1, nk, dv)], "float16")
+
+    @pytest.mark.parametrize("name", ["slopes and blocks", "scattered and heads of their own"])
+    def test_lists_in_pieces(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each tile of a list is a piece of its own."""
+        if SIMULATED and name != "slopes and blocks":
+            pytest.skip("the other one takes 40 s there")
+        monkeypatch.setattr(pieces, "FEWEST", 1)
+        self.test_functions(name)
 
     def test_two_warpgroups_in_the_backward_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Blocks of 384 threads: one warpgroup loads, and two have 64 rows each."""
