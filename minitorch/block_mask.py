@@ -330,19 +330,14 @@ class BlockMask:
         lines = [f"BlockMask(shape={self._shape}, sparsity={self.sparsity():.2f}%)"]
         lists = self.lists
         step = max(-(-max(lists.rows, lists.columns) // WIDEST), 1)
-        pages = [(b, h) for b in range(self._shape[0]) for h in range(self._shape[1])]
-        for b, h in pages[:1]:
-            states = self._states[b, h]
-            if len(pages) > 1:
-                lines.append(f"[{b}, {h}] of {len(pages)}:")
-            for r in range(0, lists.rows, step):
-                line = ""
-                for c in range(0, lists.columns, step):
-                    part = states[r : r + step, c : c + step]
-                    line += SYMBOLS[
-                        FULL if (part == FULL).all() else PARTIAL if part.any() else EMPTY
-                    ]
-                lines.append(line.rstrip())
+        if lists.heads > 1:
+            lines.append(f"[0, 0] of {lists.heads}:")
+        for r in range(0, lists.rows if lists.heads else 0, step):
+            line = ""
+            for c in range(0, lists.columns, step):
+                part = self._states[0, 0, r : r + step, c : c + step]
+                line += SYMBOLS[FULL if (part == FULL).all() else PARTIAL if part.any() else EMPTY]
+            lines.append(line.rstrip())
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -139,6 +139,18 @@ def test_masks_per_batch_and_head() -> None:
         mask[2]
 
 
+def test_one_mask_for_all_batches_and_heads() -> None:
+    one, many = (
+        create_block_mask(attention_masks.longformer(9, [0, 50], N), *sizes, N, N - 3, 8)
+        for sizes in ((None, None), (2, 3))
+    )
+    assert many.shape == (2, 3, N, N - 3)
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_indices", "q_indices"):
+        found, wanted = getattr(many, name), getattr(one, name)
+        np.testing.assert_array_equal(found, np.broadcast_to(wanted, found.shape))
+    assert str(many).splitlines()[1:3] == ["[0, 0] of 6:", str(one).splitlines()[1]]
+
+
 def test_what_is_captured_is_copied() -> None:
     ids = IDS.copy()
     mask = create_block_mask(attention_masks.document(ids), None, None, N, N, 16)

@@ -118,6 +118,12 @@ class BlockLists:
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(lengths, 1))])
         return replace(self, offsets=offsets, entries=entries)
 
+    def repeated(self, heads: int) -> BlockLists:
+        """The lists of one matrix for several."""
+        ends = np.arange(heads)[:, None] * len(self.entries) + self.offsets[1:]
+        offsets = np.concatenate([np.zeros(1, np.int64), ends.ravel()])
+        return replace(self, offsets=offsets, entries=np.tile(self.entries, heads), heads=heads)
+
     def transposed(self) -> BlockLists:
         """For each column of blocks its rows."""
         head, row, column, full = self.places
@@ -270,6 +276,9 @@ def lists_of_mask(
 
     """
     batch, heads, seqlen_q, seqlen_k = sizes
+    if batch * heads > 1 and not any(graph.depends_on("b", "h")):
+        one = lists_of_mask(graph, arrays, parameters, (1, 1, *sizes[2:]), block)
+        return one.repeated(batch * heads)
     rows, columns = -(-seqlen_q // block[0]), -(-seqlen_k // block[1])
     look = _Looker(graph, arrays, parameters, heads)
     found: list[Runs] = []
