@@ -152,4 +152,16 @@ def hides_by_position(graph: Graph) -> bool:
     )
 
 
-__all__ = ["Band", "band_of", "hides_by_position", "of_difference"]
+def reads_scattered(graph: Graph) -> bool:
+    """Whether an index of an array depends on the key by more than sums: then neighbours among the
+    keys do not read neighbours in the array.
+    """
+    of_key, sums = graph.depends_on("k"), list[bool]()
+    for n, node in enumerate(graph.nodes):
+        is_sum = node.name in ("add", "subtract") and all(sums[x] for x in node.operands)
+        sums.append(node.name == "k" or is_sum or not of_key[n])
+    loads = (node for node in graph.nodes if node.name == "load")
+    return not all(sums[index] for node in loads for index in node.operands)
+
+
+__all__ = ["Band", "band_of", "hides_by_position", "of_difference", "reads_scattered"]

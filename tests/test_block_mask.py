@@ -140,10 +140,9 @@ def test_masks_per_batch_and_head() -> None:
 
 
 def test_one_mask_for_all_batches_and_heads() -> None:
-    one, many = (
-        create_block_mask(attention_masks.longformer(9, [0, 50], N), *sizes, N, N - 3, 8)
-        for sizes in ((None, None), (2, 3))
-    )
+    mask = attention_masks.longformer(9, [0, 50], N)
+    one = create_block_mask(mask, None, None, N, N - 3, 8)
+    many = create_block_mask(mask, 2, 3, N, N - 3, 8)
     assert many.shape == (2, 3, N, N - 3)
     for name in ("kv_num_blocks", "kv_indices", "full_kv_indices", "q_indices"):
         found, wanted = getattr(many, name), getattr(one, name)

@@ -59,7 +59,8 @@ def is_rare(instance: Instance) -> bool:
     """Whether few users meet it: float64 on a GPU; rows of more than 10,000 columns, but for the
     classes of a cross entropy; attention in bfloat16 on Turing, which has no instructions for that,
     with heads of more than 128 columns, or without tensor cores, and with every feature, in the
-    tiles of the GPUs of data centres; and Hopper's without a band, whose code that with one has.
+    tiles of the GPUs of data centres; gradients of captured arrays on some; and Hopper's without a
+    band, whose code that with one has.
     """
     name, architectures = instance.name, instance.architectures
     if not name.startswith(("flash_", "mma_", "hopper_")):
@@ -67,8 +68,11 @@ def is_rare(instance: Instance) -> bool:
     on_turing = "bfloat16" in name and architectures == ("sm_75",)
     large_heads = re.search(r"\b(192|256)\b", name) is not None
     other_tiles = "80, 40, bool, dropout" in name and "sm_75" not in architectures
+    captured = "_captured[" in name and re.search(r"float32|tf32|sm_75|sm_86", name) is not None
+    functions = name.startswith("flash_") and re.search(r"functions, .*sm_90a\]", name) is not None
     without_band = name in ("hopper_forward[float16, 64, 64]", "hopper_forward[bfloat16, 128, 128]")
-    return "float64" in name or on_turing or large_heads or other_tiles or without_band
+    rare = on_turing, large_heads, other_tiles, captured, functions, without_band
+    return "float64" in name or any(rare)
 
 
 def kernel_of(instance: Instance) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import minitorch
 from minitorch import attention_masks
-from minitorch.kernels.score_bands import band_of, of_difference
+from minitorch.kernels.score_bands import band_of, of_difference, reads_scattered
 from minitorch.score_trace import trace
 
 N = 12
@@ -108,3 +108,11 @@ def test_what_is_the_same_along_diagonals(index: Any, same: bool) -> None:
     graph = trace(lambda s, b, h, q, k: s + table[index(q, k)], "score_mod").graph
     (load,) = (n for n, node in enumerate(graph.nodes) if node.name == "load")
     assert of_difference(graph)[load] is same
+
+
+def test_an_array_that_is_read_at_scattered_places() -> None:
+    table = np.zeros(40)
+    beside: Any = lambda s, b, h, q, k: s + table[q - k + 3 + h * 2]  # noqa: E731
+    scattered: Any = lambda s, b, h, q, k: s + table[abs(q - k)]  # noqa: E731
+    for function, wanted in ((beside, False), (scattered, True)):
+        assert reads_scattered(trace(function, "score_mod").graph) == wanted

@@ -28,6 +28,7 @@ from ..launch import (
     Ints,
     Matrices,
     argument_types,
+    example_functions,
     has_vectors,
     named_type,
     scalars_of,
@@ -35,6 +36,7 @@ from ..launch import (
     tile_lists,
 )
 from ..problem import AttentionProblem
+from ..scores import Functions
 from ..softmax import next_call
 from ..tuning import SHORT, choice
 from .backward_keys import key_kernel
@@ -428,15 +430,19 @@ def _signatures(kind: Kind) -> dict[str, tuple[Any, ...]]:
 def instances() -> Iterator[Instance]:
     """Of each head size that has its own tiles one kind, and one with all that takes registers."""
     crowded = Kind("bfloat16", 128, 128, "bfloat16", dropout=True, banded=True, vectors=False)
+    both = example_functions()
     for kind in (
         Kind("float16", 64, 64),
         Kind("float16", 64, 64, dropout=True),
         Kind("bfloat16", 128, 128, banded=True),
         Kind("float16", 256, 256),
+        Kind("float16", 64, 64, scaled_first=True, banded=True, functions=Functions(both.score)),
+        Kind("bfloat16", 128, 128, scaled_first=True, functions=both, is_sparse=True),
         crowded,
     ):
         signatures, (for_keys, for_queries) = _signatures(kind), backward_blocks(kind)
         name = f"{kind.precision}, {kind.head_dim}" + ", dropout" * kind.dropout
+        name += ", functions" * bool(kind.functions) + ", lists" * kind.is_sparse
         name += ", all features" * (kind == crowded)
         kernels = {
             "keys": key_kernel(kind, for_keys, *launches_for_keys(kind)[0]),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ...gpu.runtime import Instance, ceil_div, launch, multiprocessors, types
 from ...gpu.tensor_map import constant, on_device
+from ...score_bands import reads_scattered
 from ..launch import (
     Architecture,
     Heads,
@@ -22,6 +23,7 @@ from ..launch import (
     Matrices,
     Strides,
     argument_types,
+    example_functions,
     has_vectors,
     named_type,
     scalars_of,
@@ -29,6 +31,7 @@ from ..launch import (
 )
 from ..problem import AttentionProblem
 from ..schedule import Schedule
+from ..scores import Functions
 from ..tuning import choice
 from .backward_launch import backward, backward_block_sizes, backward_tiles, backward_workspace
 from .forward import forward_kernel
@@ -118,14 +121,24 @@ def forward_blocks(kind: Kind, seqlen_q: int) -> Blocks:
         blocks = Blocks(2, 128)
     # What is done with each score takes registers, of which two warpgroups have more each.
     if kind.functions or kind.is_sparse:
-        blocks = Blocks(2, min(blocks.block_n, 128))
-        if size == 64 and not kind.is_sparse:
-            blocks = Blocks(3, 96, overlap=False)
+        blocks = _with_functions(kind, size, blocks)
     if kind.dropout:
         blocks = Blocks(2, min(blocks.block_n, 128 if size == 64 else 112), overlap=False)
     if kind.mask != "none":
         blocks = Blocks(2, min(blocks.block_n, 64), overlap=False)
     return blocks
+
+
+def _with_functions(kind: Kind, size: int, blocks: Blocks) -> Blocks:
+    """The tiles with a user's functions, or with lists, whose tiles divide blocks of 128."""
+    score, most = kind.functions.score, min(blocks.block_n, 128)
+    scattered = score is not None and reads_scattered(score)
+    if kind.is_sparse:
+        crowded = scattered or (score is not None and size > 64)
+        return Blocks(2, min(most, 64) if crowded else most)
+    if size == 64:
+        return Blocks(3, 80 if scattered else 96, overlap=False)
+    return Blocks(2, min(most, 112), overlap=False) if scattered else Blocks(2, most)
 
 
 def _blocks(problem: AttentionProblem) -> Blocks:
@@ -306,6 +319,7 @@ def forward_signature(kind: Kind) -> tuple[Any, ...]:
 
 def instances() -> Iterator[Instance]:
     """Head sizes, dtypes, and each feature."""
+    both = example_functions()
     kinds = (
         Kind("float16", 64, 64),
         Kind("bfloat16", 64, 64, banded=True),
@@ -316,10 +330,13 @@ def instances() -> Iterator[Instance]:
         Kind("float16", 64, 64, dropout=True),
         Kind("bfloat16", 128, 128, "bfloat16", scaled_first=True, dropout=True, vectors=False),
         Kind("float16", 64, 64, "bool"),
+        Kind("float16", 64, 64, scaled_first=True, banded=True, functions=Functions(both.score)),
+        Kind("bfloat16", 128, 128, scaled_first=True, functions=both, is_sparse=True),
     )
     for kind in kinds:
         blocks = forward_blocks(kind, 4096)
         features = [kind.mask] * (kind.mask != "none") + ["dropout"] * kind.dropout
+        features += ["functions"] * bool(kind.functions) + ["lists"] * kind.is_sparse
         features += ["band"] * kind.banded + ["any rows"] * (not kind.vectors)
         name = ", ".join([kind.precision, f"{kind.head_dim}", f"{kind.value_dim}", *features])
         yield Instance(
