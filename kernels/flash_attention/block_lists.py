@@ -111,13 +111,6 @@ class BlockLists:
         found[head, row, column] = PARTIAL + full
         return found
 
-    def without_empty(self, column: int) -> BlockLists:
-        """The same with an entry of a column, not full, in each list that has none."""
-        lengths = np.diff(self.offsets)
-        entries = np.insert(self.entries, self.offsets[:-1][lengths == 0], column << 1)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(lengths, 1))])
-        return replace(self, offsets=offsets, entries=entries)
-
     def repeated(self, heads: int) -> BlockLists:
         """The lists of one matrix for several."""
         ends = np.arange(heads)[:, None] * len(self.entries) + self.offsets[1:]

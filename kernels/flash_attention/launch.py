@@ -197,30 +197,31 @@ def tile_lists(
     inputs: Inputs,
     tile: tuple[int, int],
     transposed: bool = False,
-    empty: int | None = None,
+    spare: int = 0,
 ) -> Lists:
     """The lists for tiles of (block_m, block_n), in device memory: of each tile of queries its
-    tiles of keys, or `transposed`. One entry more than there are can be read.
+    tiles of keys, or `transposed`. Behind them is one tile more, and whoever reads an entry ahead
+    may read behind that.
 
     Args:
         problem, inputs: of the call.
         tile: its size.
         transposed: see above.
-        empty: number of a tile that is put into lists which are empty.
+        spare: number of the tile behind the lists, which is not full.
 
     """
     if inputs.lists is None or inputs.on_device is None:
         return NO_LISTS
     lists, place = inputs.lists, inputs.on_device
     key = tile, problem.lower, problem.upper
-    name = (transposed, empty, *key)
+    name = (transposed, spare, *key)
     if name not in lists.kept:
         found = (lists.transposed if transposed else lists.of)(*key)
-        found = found if empty is None else found.without_empty(empty)
+        entries = np.append(found.entries, np.array([spare << 1, 0], np.int32))
         batch, head = lists.head_steps()
         lists.kept[name] = Lists(
             place(("offsets", *name), found.offsets.astype(np.uint32)),
-            place(("entries", *name), np.append(found.entries, np.int32(0))),
+            place(("entries", *name), entries),
             batch * found.rows, head * found.rows,
         )  # fmt: skip
     kept: Lists = lists.kept[name]

@@ -106,10 +106,10 @@ class Shifted(NamedTuple):
 
     def number(self, beside: Any) -> Any:
         """The number itself; `beside` is any one of the kernel."""
-        if self.base is None:
-            return constant(types.int32, self.plus, beside)
+        if self.base is not None and not self.plus:
+            return self.base
         known = constant(types.int32, self.plus, beside)
-        return traced_math.whole("add", self.base, known) if self.plus else self.base
+        return known if self.base is None else traced_math.whole("add", self.base, known)
 
 
 def _sum(name: str, a: Shifted, b: Shifted) -> Shifted:
@@ -158,11 +158,7 @@ class ScoreValues:
         if kind == "real":
             return real_of(self.types[kind], word)
         number = as_kind(types.int32, word)
-        return self._shifted(number) if kind == "whole" else as_kind(types.boolean, number)
-
-    @staticmethod
-    def _shifted(number: Any) -> Shifted:
-        return Shifted(number, 0)
+        return Shifted(number, 0) if kind == "whole" else as_kind(types.boolean, number)
 
     def load(self, captured: int, indices: Sequence[Any]) -> Any:
         """A number of a captured array. The indices have been checked: they lie inside."""
@@ -198,10 +194,6 @@ class ScoreValues:
         """A choice."""
         return self._each(lambda x, y: select(condition, x, y), a, b)
 
-    def divide(self, a: Any, b: Any) -> Any:
-        """The quotient."""
-        return a / b
-
     def add(self, a: Any, b: Any) -> Any:
         """The sum."""
         return _sum("add", a, b) if isinstance(a, Shifted) else a + b
@@ -231,6 +223,7 @@ def _multiply(a: Any, b: Any) -> Any:
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "multiply": _multiply,
+    "divide": lambda a, b: a / b,
     "negative": lambda x: -x,
     "absolute": traced_math.absolute,
     "minimum": lambda a, b: select(a < b, a, b),

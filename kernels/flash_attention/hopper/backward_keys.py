@@ -134,7 +134,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
     write_dv = write_rows(kind.precision, kind.value_dim, kind.vectors)
     put_dk, put_dv = (write_scores(RegisterTile(n)) for n in (kind.head_dim, kind.value_dim))
     complete_p, unit, rows_bytes = complete(tile), kind.unit_of_products, ROW_BYTES * passing
-    slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
+    times_slopes, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
     (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
     has_score = kind.functions.score is not None
     keys, no_end, whole, u64 = ROWS, 1 << 30, types.int32, types.uint64
@@ -219,7 +219,7 @@ def key_kernel(kind: Kind, blocks: Blocks, wants_dk: bool = True, wants_dv: bool
                                 products = drop_from(products, bits)
                             gradients = to_ds(p, products, keep, numbers + 64)
                             if derives:
-                                gradients = slopes_apply(gradients, found[count:])
+                                gradients = times_slopes(gradients, found[count:])
                             ds = to_factor(gradients)
                         # dV += P^T dO,  dK += dS^T Q
                         if wants_dv:

@@ -33,9 +33,9 @@ from ..launch import (
     named_type,
     scalars_of,
     sizes_of,
-    tile_lists,
 )
 from ..problem import AttentionProblem
+from ..schedule_cuda import NO_LISTS
 from ..scores import Functions
 from ..softmax import next_call
 from ..tuning import SHORT, choice
@@ -200,7 +200,7 @@ def _workspace(
             cut_lists(problem, inputs, (for_keys.passing, for_keys.own), True, heads.group),
             cut_lists(problem, inputs, (for_queries.own, for_queries.passing)),
         )
-        counts = lists[0].pieces, lists[1].pieces
+        counts = lists[0].piece_count, lists[1].piece_count
     first = INCOMPLETE + COUNTER_BYTES
     tables = first, first + WORK_BYTES * counts[0]
     rows = tables[1] + WORK_BYTES * counts[1]
@@ -306,12 +306,9 @@ def backward(
     )  # fmt: skip
     own_heads = OwnHeads(each_of(inputs.q).head, each_of(grad_out).head)
     scalars, of_head = scalars_of(problem), ROW_BYTES * space.padded_q
-    key_lists = tile_lists(problem, inputs, (for_keys.passing, for_keys.own), transposed=True)
-    query_lists = tile_lists(problem, inputs, (for_queries.own, for_queries.passing))
-    if space.lists is not None:  # of which the pieces tell places
-        entries = [x.entries for x in space.lists]
-        key_lists = key_lists._replace(entries=entries[0])
-        query_lists = query_lists._replace(entries=entries[1])
+    key_lists, query_lists = (
+        (NO_LISTS, NO_LISTS) if space.lists is None else (x.lists for x in space.lists)
+    )  # fmt: skip
 
     def places(number: int) -> Places:
         """Of launch `number`: dK and dV, dV alone where dK was alone, and 2 for dQ."""

@@ -117,7 +117,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
     to_factor, drop_from, dropout = tile.to_operand(kind.precision), drop(tile), kind.dropout
     write_dq = write_rows(kind.precision, kind.head_dim, kind.vectors)
     write_ds, put_part = write_scores(tile), write_scores(of_dq)
-    slopes_apply, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
+    times_slopes, derives, count = apply_slopes(tile), has_slopes(kind), tile.registers
     (step, places, row_at), is_sparse = passing_tiles(kind, passing), kind.is_sparse
     has_score = kind.functions.score is not None
     queries, whole, u64, unit = ROWS, types.int32, types.uint64, kind.unit_of_products
@@ -198,7 +198,7 @@ def query_kernel(kind: Kind, blocks: Blocks, keep_scores: bool = False) -> Any:
                             key0 + my_column, seqlen_q, seqlen_k,
                         )  # fmt: skip
                     if derives:
-                        ds = slopes_apply(ds, found[count:])
+                        ds = times_slopes(ds, found[count:])
                     # dQ += dS K
                     dq = add_dq(dq_fence(dq), to_factor(ds), k)
                     wgmma_commit_group()

@@ -132,8 +132,8 @@ def loaders(kind: Kind, blocks: Blocks) -> Any:
             k_batch = quotient(batch, shares.k_batch_factor, shares.k_batch_shift)
             v_head = quotient(head, shares.v_head_factor, shares.v_head_shift)
             v_batch = quotient(batch, shares.v_batch_factor, shares.v_batch_shift)
-            for turn_of_keys in range(first, end):
-                next_tile, _ = keys_at(turn_of_keys + 1, lists)
+            for place_in_list in range(first, end):
+                next_tile, _ = keys_at(place_in_list + 1, lists)
                 place, parity = place_of(n)
                 barrier = memory + 8 * place
                 mbarrier_wait_parity(barrier + plan.k_free, parity ^ u32(1))

@@ -201,12 +201,13 @@ def forward(
     lists = NO_PIECES
     if kind.is_sparse:
         pieces = _pieces_of(problem, inputs, blocks)
-        grid = min(pieces.pieces, multiprocessors())
+        grid = min(pieces.piece_count, multiprocessors())
         order_of_tiles = pieces.order(inputs, grid)
-        sizes = sizes._replace(tiles=pieces.pieces)
+        sizes = sizes._replace(tiles=pieces.piece_count)
         lists = PiecesOnDevice(
-            pieces.table, pieces.entries, 0, 4 * pieces.parts * blocks.block_m * problem.value_dim
-        )
+            pieces.table, pieces.lists.entries, 0,
+            4 * pieces.parts * blocks.block_m * problem.value_dim,
+        )  # fmt: skip
     launch(
         plan.kernel, grid, plan.threads, plan.maps, order_of_tiles, out.address, logsumexp,
         rows, inputs.mask_array, inputs.offset, out.strides, inputs.mask_strides, sizes,

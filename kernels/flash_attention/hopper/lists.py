@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...gpu.runtime import multiprocessors
-from ..launch import Inputs
+from ..launch import Inputs, tile_lists
 from ..pieces import cut, most_of
 from ..problem import AttentionProblem
+from ..schedule_cuda import Lists
 from .schedule import order_of_pieces
 
 
@@ -19,8 +20,8 @@ class CutLists(NamedTuple):
     Args:
         name: of these lists among all that a mask has.
         table: address of the pieces, the longest first.
-        entries: address of the lists' entries.
-        pieces: how many.
+        lists: in which the pieces' places are.
+        piece_count: how many there are.
         lengths: of each, in tiles.
         splits: address of the lines that are cut (`pieces.Pieces.splits`).
         split_count: how many these are.
@@ -30,8 +31,8 @@ class CutLists(NamedTuple):
 
     name: Any
     table: int
-    entries: int
-    pieces: int
+    lists: Lists
+    piece_count: int
     lengths: Any
     splits: int
     split_count: int
@@ -80,11 +81,11 @@ def cut_lists(
         most = most_of(int(length.sum()), multiprocessors())
         place = None if empty is None else len(found.entries)
         pieces = cut(lines[0], lines[1], most, place)
-        entries = np.append(found.entries, np.array([(empty or 0) << 1, 0], np.int32))
         splits = pieces.splits if len(pieces.splits) else np.zeros((1, 3), np.int32)
         lists.kept[name] = CutLists(
             name, inputs.on_device(("table", *name), pieces.table),
-            inputs.on_device(("entries", *name), entries), len(pieces.table), pieces.lengths,
+            tile_lists(problem, inputs, tile, transposed, empty or 0), len(pieces.table),
+            pieces.lengths,
             inputs.on_device(("splits", *name), splits), len(pieces.splits), pieces.parts,
         )  # fmt: skip
     kept: CutLists = lists.kept[name]
