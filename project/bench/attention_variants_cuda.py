@@ -352,11 +352,17 @@ def page(result: pages.Result) -> str:
         rows = [[*_row(c, base)] for c in cells]
         titles = ["D", "N", "", "forward, ms", "backward, ms", "over none", "flex / ours"]
         tables += [f"## {title}", pages.table(titles, rows)]
-        for what in ("forward", "backward"):
-            ratios = [x for c in cells if (x := ratio(c, what)) is not None]
-            if ratios:
-                mean, worst = pages.geometric_mean(ratios), min(ratios)
-                tables.append(f"flex / ours, {what}: geometric mean {mean:.2f}, worst {worst:.2f}.")
+        ratios = [
+            [x for c in cells if (x := ratio(c, what)) is not None]
+            for what in ("forward", "backward")
+        ]
+        if all(ratios):
+            means = " / ".join(f"{pages.geometric_mean(x):.2f}" for x in ratios)
+            worst = " / ".join(f"{min(x):.2f}" for x in ratios)
+            tables.append(
+                f"flex_attention's time over ours, forward / backward (cells: {len(ratios[0])}): "
+                f"geometric mean {means}, worst {worst}."
+            )
     return pages.page(
         "Score functions and block masks on a GPU", pages.source(result, "bfloat16, batch 1"),
         "Over none: time over that of the same without the function, causal for functions of "
