@@ -108,6 +108,7 @@ types: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python project/bench/attention_cpu.py
 	$(BIN)/python project/bench/attention_variants_cpu.py
+	$(BIN)/python project/bench/block_masks.py
 	$(BIN)/python project/bench/transformer_cpu.py
 	$(BIN)/python project/run_transformer.py train --out runs/bench --overwrite \
 		--record project/results/training_cpu.md

@@ -34,10 +34,14 @@ def longformer(length: int, window: int = 64, tokens: int = 4) -> Any:
 
 
 def bigbird(
-    length: int, block_size: int = 16, window: int = 3, global_blocks: int = 2, random: int = 1
+    length: int,
+    block_size: int = 16,
+    window: int = 3,
+    global_blocks: int = 2,
+    random_blocks: int = 1,
 ) -> Any:
     """A window, global and random ones, of blocks."""
-    return attention_masks.bigbird(length, block_size, window, global_blocks, random, seed=0)
+    return attention_masks.bigbird(length, block_size, window, global_blocks, random_blocks, seed=0)
 
 
 SPARSE: dict[str, Callable[..., Any]] = {
